@@ -1,0 +1,176 @@
+// XLA FFI handlers: they check everything that they are given, and return an error status instead of crashing.
+//
+// Called by hsai_kernels/ops/*/cpu.py, which validates before; but a program that was exported, altered or written by
+// hand reaches these handlers too. Dimensions: R rows, D dense contraction, C stored elements a column, F columns.
+
+#include <exception>
+#include <string>
+
+#include "multiply.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+using ffi::AnyBuffer;
+using ffi::DataType;
+using hsai::Format;
+using hsai::ScaleType;
+
+ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("hsai_kernels: " + message); }
+
+std::string describe(const AnyBuffer& buffer) {
+  std::string text = "(";
+  for (const std::int64_t size : buffer.dimensions()) text += std::to_string(size) + ",";
+  return text + ")";
+}
+
+bool is_matrix(const AnyBuffer& buffer) { return buffer.dimensions().size() == 2; }
+
+std::int64_t height(const AnyBuffer& buffer) { return buffer.dimensions()[0]; }
+
+std::int64_t width(const AnyBuffer& buffer) { return buffer.dimensions()[1]; }
+
+// Checks x (R, D) and out (R, F) of one floating type and fills in `activations`.
+ffi::Error read_activations(const AnyBuffer& x, const AnyBuffer& out, std::int64_t columns,
+                            hsai::Activations& activations) {
+  if (x.element_type() != DataType::F32 && x.element_type() != DataType::BF16) {
+    return invalid("x must be float32 or bfloat16");
+  }
+  if (out.element_type() != x.element_type()) return invalid("the result must have x's type");
+  if (height(x) < 1 || height(x) > hsai::kMaxRows) {
+    return invalid("x has shape " + describe(x) + ", needs 1 to 8 rows");
+  }
+  if (height(out) != height(x) || width(out) != columns) {
+    return invalid("the result has shape " + describe(out) + " for x " + describe(x) + " and " +
+                   std::to_string(columns) + " columns");
+  }
+  activations = {x.untyped_data(), out.untyped_data(), x.element_type() == DataType::BF16, height(x)};
+  return ffi::Error::Success();
+}
+
+// Checks scale (groups, F) and fills in the weight's scale and group; `step` must divide the elements of a group.
+ffi::Error read_scale(const AnyBuffer& scale, std::int64_t step, hsai::Weight& weight) {
+  if (scale.element_type() == DataType::F32) {
+    weight.scale_type = ScaleType::kFloat32;
+  } else if (scale.element_type() == DataType::BF16) {
+    weight.scale_type = ScaleType::kBfloat16;
+  } else {
+    return invalid("scale must be float32 or bfloat16");
+  }
+  const std::int64_t groups = height(scale);
+  if (groups < 1 || width(scale) != weight.columns || weight.stored % groups != 0 ||
+      weight.stored / groups % step != 0) {
+    return invalid("scale has shape " + describe(scale) + " for " + std::to_string(weight.stored) +
+                   " stored elements and " + std::to_string(weight.columns) + " columns");
+  }
+  weight.scale = scale.untyped_data();
+  weight.group = weight.stored / groups;
+  return ffi::Error::Success();
+}
+
+ffi::Error run(ffi::ThreadPool& pool, Format format, const hsai::Weight& weight, const hsai::Activations& activations) {
+  if (weight.columns == 0) return ffi::Error::Success();
+  try {
+    hsai::multiply_packed(format, weight, activations, pool.num_threads(),
+                          [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
+  } catch (const std::exception& error) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("hsai_kernels: ") + error.what());
+  }
+  return ffi::Error::Success();
+}
+
+// values: int8 (D, F), or int4 words (D/8, F); scale (D/g, F).
+ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer scale,
+                            ffi::Result<AnyBuffer> out) {
+  if (!is_matrix(x) || !is_matrix(values) || !is_matrix(scale) || !is_matrix(*out)) {
+    return invalid("quantized_matmul takes matrices");
+  }
+  const bool packed = values.element_type() == DataType::U32;
+  if (!packed && values.element_type() != DataType::S8) return invalid("values must be int8 or uint32");
+  hsai::Weight weight = {};
+  weight.values = values.untyped_data();
+  weight.columns = width(values);
+  weight.dense = weight.stored = height(values) * (packed ? 8 : 1);
+  if (weight.dense < 1 || width(x) != weight.dense) {
+    return invalid("x has shape " + describe(x) + ", the weight contracts over " + std::to_string(weight.dense));
+  }
+  hsai::Activations activations;
+  if (auto error = read_activations(x, *out, weight.columns, activations); error.failure()) return error;
+  if (auto error = read_scale(scale, packed ? 8 : 1, weight); error.failure()) return error;
+  return run(pool, packed ? Format::kInt4 : Format::kInt8, weight, activations);
+}
+
+// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F); scale (D/g, F), or (0, F) for none.
+ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
+                         ffi::Result<AnyBuffer> out, std::int64_t n) {
+  if (!is_matrix(x) || !is_matrix(values) || !is_matrix(indices) || !is_matrix(scale) || !is_matrix(*out)) {
+    return invalid("sparse_matmul takes matrices");
+  }
+  if (n < 1 || n > 3) return invalid("n=" + std::to_string(n) + " of 4 is not 1, 2 or 3");
+  Format format;
+  switch (values.element_type()) {
+    case DataType::U32:
+      format = Format::kSparseInt4;
+      break;
+    case DataType::F32:
+      format = Format::kSparseFloat32;
+      break;
+    case DataType::BF16:
+      format = Format::kSparseBfloat16;
+      break;
+    default:
+      return invalid("values must be uint32, float32 or bfloat16");
+  }
+  const bool packed = format == Format::kSparseInt4;
+  hsai::Weight weight = {};
+  weight.values = values.untyped_data();
+  weight.columns = width(values);
+  weight.stored = height(values) * (packed ? 8 : 1);
+  weight.dense = width(x);
+  if (weight.stored < 1 || weight.stored % 16 != 0 || weight.dense % 4 != 0 || weight.dense / 4 * n != weight.stored) {
+    return invalid("x has shape " + describe(x) + ", values " + describe(values) + " keep " + std::to_string(n) +
+                   " of 4");
+  }
+  if (indices.element_type() != DataType::U32 || height(indices) * 16 != weight.stored ||
+      width(indices) != weight.columns) {
+    return invalid("indices have shape " + describe(indices) + " for values " + describe(values));
+  }
+  weight.indices = static_cast<const std::uint32_t*>(indices.untyped_data());
+  hsai::Activations activations;
+  if (auto error = read_activations(x, *out, weight.columns, activations); error.failure()) return error;
+  if (packed) {
+    if (auto error = read_scale(scale, 8, weight); error.failure()) return error;
+  } else {
+    if (height(scale) != 0) return invalid("floating values take no scale, got " + describe(scale));
+    weight.scale_type = ScaleType::kNone;
+    weight.group = weight.stored;
+  }
+  return run(pool, format, weight, activations);
+}
+
+}  // namespace
+
+// The library's exports; everything else in it is hidden.
+#define HSAI_EXPORT extern "C" __attribute__((visibility("default")))
+
+HSAI_EXPORT XLA_FFI_Error* HsaiQuantizedMatmul(XLA_FFI_CallFrame* call_frame);
+HSAI_EXPORT XLA_FFI_Error* HsaiSparseMatmul(XLA_FFI_CallFrame* call_frame);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    HsaiQuantizedMatmul, quantized_matmul,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
+                                  .Ret<AnyBuffer>()
+                                  .Attr<std::int64_t>("n"));
+
+// The instruction set that the kernels use, "avx512", "avx2" or "baseline", and the choice of another; 0 if it has none.
+HSAI_EXPORT const char* HsaiInstructionSet() { return hsai::current_products().name; }
+HSAI_EXPORT int HsaiUseInstructionSet(const char* name) { return hsai::use_products(name); }

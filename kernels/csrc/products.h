@@ -1,0 +1,61 @@
+// Decode-shaped products (1 to 8 rows) with packed weights: the interface between the FFI handlers and the kernels.
+//
+// products.cc is compiled once for every instruction set; each compilation exports one `Products` table, and
+// select.cc picks the best that this machine runs. This header holds plain data only: no inline function may be
+// shared between compilations for different instruction sets, or the linker might keep the wrong copy.
+//
+// Dimensions: R rows, D dense contraction, C stored (kept) elements a column, F columns.
+#ifndef HSAI_KERNELS_PRODUCTS_H_
+#define HSAI_KERNELS_PRODUCTS_H_
+
+#include <cstdint>
+
+namespace hsai {
+
+constexpr int kMaxRows = 8;
+
+enum class ScaleType { kNone, kFloat32, kBfloat16 };
+
+// A packed weight; every array is row-major with F columns. Layouts are those of packing.py and the reference.py files.
+struct Weight {
+  const void* values;         // int8 (C, F), float or bfloat16 (C, F), or int4 words (C/8, F)
+  const std::uint32_t* indices;  // (C/16, F) for N:4 weights, else null
+  const void* scale;          // (C/group, F), null for kNone
+  ScaleType scale_type;
+  const std::int32_t* quads;  // N:4: for each stored element, the dense position where its group of 4 starts
+  std::int64_t dense;         // D
+  std::int64_t stored;        // C; D for dense formats
+  std::int64_t group;         // stored elements that share a scale
+  std::int64_t columns;       // F
+};
+
+// Writes out[r * length + i] = sum over the contraction of x[r] times column begin + i, for r < rows.
+// x is float (rows, D), rows is 1, 2, 4 or 8; for int4 it is what prepare_int4 of ffi.cc makes of that. Unless length is a multiple of `lanes`, the columns are computed singly.
+using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std::int64_t begin, std::int64_t length,
+                             float* out);
+
+struct Products {
+  const char* name;
+  int lanes;  // columns a vector register holds
+  ProductTile int8;
+  ProductTile int4;
+  ProductTile sparse_float32;
+  ProductTile sparse_bfloat16;
+  ProductTile sparse_int4;
+};
+
+extern const Products kBaselineProducts;
+#if defined(__x86_64__)
+extern const Products kAvx2Products;
+extern const Products kAvx512Products;
+#endif
+
+// The table in use: the fastest that this machine runs, unless use_products chose another.
+const Products& current_products();
+
+// Switches to the table of that name; false if there is none, or this machine does not run it. For tests and benchmarks.
+bool use_products(const char* name);
+
+}  // namespace hsai
+
+#endif  // HSAI_KERNELS_PRODUCTS_H_

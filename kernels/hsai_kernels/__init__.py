@@ -1,0 +1,26 @@
+"""hsai_kernels: matrix products over packed weights, and attention, one signature each with several backends.
+
+It takes raw arrays, imports nothing from hsai, and can be used alone. `ops/` has a folder a kernel (api, reference,
+backends, the shapes its tests run over), `packing.py` the one rule of how small integers share a word, `dispatch.py`
+the only branch on the platform, `native.py` the door to the C++ kernels.
+"""
+
+from hsai_kernels.dispatch import prefer
+from hsai_kernels.ops.attention.api import attention
+from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
+from hsai_kernels.ops.quantized_matmul.reference import dequantize_int4, dequantize_int8
+from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.reference import densify_nm
+from hsai_kernels.packing import pack_words, unpack_words
+
+__all__ = [
+    "attention",
+    "densify_nm",
+    "dequantize_int4",
+    "dequantize_int8",
+    "pack_words",
+    "prefer",
+    "quantized_matmul",
+    "sparse_matmul",
+    "unpack_words",
+]

@@ -1,0 +1,111 @@
+"""Chooses the backend of a kernel: the only place that branches on the platform.
+
+Every kernel has backends by name; "reference" (plain jax.numpy) is always among them. The automatic choice tries those
+of the platform, fastest first. A backend that cannot serve a call raises NotImplementedError saying what it does
+support; the automatic choice then goes on to the next one and logs that once per (kernel, reason). A backend that the
+caller names is used or its error raised: it never falls back.
+
+The choice is made in Python while jax traces, so that a compiled program holds one backend and no branches.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+REFERENCE = "reference"
+"""The backend that every kernel has on every platform."""
+
+ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", REFERENCE)}
+"""Backends of the automatic choice by platform, fastest first; other platforms use the reference."""
+
+Backend = Callable[..., jax.Array]
+
+# A user context is part of the key of jit's caches: a function that was traced before `prefer` is traced again in it.
+_preferred = jax.make_user_context(default_value=None)
+
+_reported: set[tuple[str, str]] = set()
+
+
+class BackendMissing(NotImplementedError):
+    """A backend that this platform should have is not there; falling back loses speed, so it is logged as a warning."""
+
+
+@contextmanager
+def prefer(implementation: str) -> Iterator[None]:
+    """Makes the automatic choice `implementation` for everything that is traced inside.
+
+    `with prefer("reference"):` gives portable programs, without custom calls. Kernels that lack the implementation, and
+    calls that it does not support, fall back to the reference as always; an explicit `implementation=` still wins.
+    Raises ValueError for a name that no platform has.
+    """
+    known = sorted({REFERENCE, *(name for names in ORDER.values() for name in names)})
+    if implementation not in known:
+        raise ValueError(f"unknown implementation {implementation!r}: valid are {', '.join(known)}")
+    with _preferred(implementation):
+        yield
+
+
+def check_platform(platform: str) -> None:
+    """For backends: raises NotImplementedError unless programs go to one device of `platform` by default."""
+    actual = jax.default_backend()
+    if actual != platform:
+        raise NotImplementedError(f"runs on the {platform} platform only, and jax's default platform here is {actual}")
+    devices = jax.sharding.get_abstract_mesh().size
+    if devices > 1:
+        raise NotImplementedError(f"runs on one device only, and the active mesh has {devices}")
+
+
+def run_kernel(
+    kernel: str,
+    backends: Mapping[str, Backend],
+    implementation: str | None,
+    *operands: Any,
+    **options: Any,
+) -> jax.Array:
+    """Calls the backend that `implementation` names, or the first of the platform's that supports the call.
+
+    Args:
+      kernel: name for messages.
+      backends: name -> function of (*operands, **options); must hold "reference".
+      implementation: a key of `backends`, or None for the automatic choice.
+
+    Raises:
+      ValueError: unknown implementation, naming the valid ones.
+      NotImplementedError: the implementation was named explicitly and does not support this call.
+    """
+    if implementation is not None:
+        if implementation not in backends:
+            valid = ", ".join(sorted(backends))
+            raise ValueError(f"unknown implementation {implementation!r} of {kernel}: valid are {valid}")
+        return backends[implementation](*operands, **options)
+    for name in _list_candidates():
+        if name == REFERENCE or name not in backends:
+            continue
+        try:
+            return backends[name](*operands, **options)
+        except NotImplementedError as error:
+            _report_fallback(kernel, name, error)
+    return backends[REFERENCE](*operands, **options)
+
+
+def _list_candidates() -> tuple[str, ...]:
+    """Names that the automatic choice tries, in order."""
+    preferred: str | None = _preferred.value
+    if preferred is not None:
+        return (preferred,)
+    return ORDER.get(jax.default_backend(), (REFERENCE,))
+
+
+def _report_fallback(kernel: str, name: str, error: NotImplementedError) -> None:
+    """Logs, once per (kernel, reason), that `name` could not be used."""
+    reason = f"{name}: {error}"
+    if (kernel, reason) in _reported:
+        return
+    _reported.add((kernel, reason))
+    level = logging.WARNING if isinstance(error, BackendMissing) else logging.INFO
+    logger.log(level, "%s uses another backend than %s", kernel, reason)

@@ -1,0 +1,74 @@
+"""The door to the C++ kernels: finds the library that the build left in this package and registers its XLA FFI targets.
+
+The library is optional: hsai installs without a C++ compiler. It is no Python extension, only a shared object with C
+symbols, so that one build serves every Python version; it does depend on the FFI version of the jaxlib it was built
+against, which XLA checks when a target is registered.
+"""
+
+import ctypes
+import functools
+import importlib.util
+
+import jax
+
+from hsai_kernels.dispatch import BackendMissing
+
+MAX_ROWS = 8
+"""Rows that a native product computes at once (kMaxRows in products.h)."""
+
+QUANTIZED_MATMUL = "hsai_quantized_matmul"
+SPARSE_MATMUL = "hsai_sparse_matmul"
+
+_TARGETS = {QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
+
+_REMEDY = (
+    "low-bit and sparse products rebuild dense weights and are many times slower; "
+    "to mend it, put a C++17 compiler on the PATH and reinstall hsai from its source folder "
+    "(pip install --force-reinstall --no-deps .)"
+)
+
+
+def find_library() -> str | None:
+    """Path of the native library, or None; import machinery finds it, so that editable installs work too."""
+    spec = importlib.util.find_spec("hsai_kernels._native")
+    return None if spec is None else spec.origin
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The native library, its targets registered with XLA. Raises BackendMissing if it is absent or unusable."""
+    path = find_library()
+    if path is None:
+        raise BackendMissing(f"the native library hsai_kernels/_native.so was not built: {_REMEDY}")
+    try:
+        library = ctypes.CDLL(path)
+        for target, symbol in _TARGETS.items():
+            capsule = jax.ffi.pycapsule(getattr(library, symbol))
+            jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+        # Built for another machine, from other sources, or against a jaxlib whose FFI differs.
+        raise BackendMissing(f"{path} cannot be used ({error}): {_REMEDY}") from error
+    return library
+
+
+def name_instruction_set() -> str:
+    """The instruction set that the native kernels use: "avx512", "avx2" or "baseline" (SSE2 or NEON)."""
+    describe = load_library().HsaiInstructionSet
+    describe.restype = ctypes.c_char_p
+    return describe().decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Makes the native kernels of this process use another instruction set, for tests and benchmarks.
+
+    It takes effect with the next product, in compiled programs too.
+    Raises ValueError for one that was not compiled or that this machine does not run.
+    """
+    if not load_library().HsaiUseInstructionSet(ctypes.c_char_p(name.encode())):
+        raise ValueError(f"no native kernels for instruction set {name!r} on this machine")
+
+
+def check_rows(rows: int) -> None:
+    """Raises NotImplementedError unless native products take this number of rows."""
+    if not 1 <= rows <= MAX_ROWS:
+        raise NotImplementedError(f"multiplies 1 to {MAX_ROWS} rows (more are better served by rebuilding the weight)")

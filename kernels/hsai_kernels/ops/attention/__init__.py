@@ -1,0 +1,1 @@
+"""Grouped-query attention by position, window and segment; see api.py."""

@@ -1,0 +1,107 @@
+"""`attention`: causal grouped-query attention whose mask follows from positions, a window and segments.
+
+Positions and segments are data, so that one compiled program serves training on packed sequences, prefill, and decoding
+over a cache with rows of different lengths: nothing here knows which of them it is.
+
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.ops.attention.reference import attention_reference
+
+BACKENDS = {"reference": attention_reference}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention of each query over the keys that it may see (Vaswani et al. 2017; grouped as in 2305.13245).
+
+    A query sees a key iff `kv_position <= q_position`, and (with a window) `q_position - kv_position < window`, and
+    (with segments) both carry the same segment. A query that sees no key gives zeros, with zero gradients. Keys and
+    values that no query sees must still be finite numbers.
+
+    Args:
+      q: (B, T, N, H), floating.
+      k, v: (B, S, K, H) of q's dtype; N is a multiple of K, and query head i reads kv head i // (N / K).
+      q_positions, kv_positions: int32 (B, T) and (B, S). An empty cache slot gets a position above every query's.
+      q_segments, kv_segments: int32 (B, T) and (B, S), both or neither.
+      window: number of positions that a query sees, its own included; None for all before it.
+      softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118).
+      scale: factor of the scores, H**-0.5 if None.
+      implementation: "reference", or None for the platform's best.
+
+    Returns:
+      (B, T, N, H) in q's dtype. Scores and softmax are float32.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit together.
+    """
+    _check_operands(q, k, v)
+    _check_rows("q_positions", q_positions, q.shape[:2])
+    _check_rows("kv_positions", kv_positions, k.shape[:2])
+    if (q_segments is None) != (kv_segments is None):
+        given, lacking = ("kv", "q") if q_segments is None else ("q", "kv")
+        raise ValueError(f"{given}_segments given without {lacking}_segments: give both or neither")
+    if q_segments is not None and kv_segments is not None:
+        _check_rows("q_segments", q_segments, q.shape[:2])
+        _check_rows("kv_segments", kv_segments, k.shape[:2])
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} sees no key: it must be at least 1, or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be above 0, or None")
+    return run_kernel(
+        "attention",
+        BACKENDS,
+        implementation,
+        q,
+        k,
+        v,
+        q_positions,
+        kv_positions,
+        q_segments,
+        kv_segments,
+        window=window,
+        softcap=softcap,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    """Raises ValueError unless q is (B, T, N, H), and k, v are (B, S, K, H) with K dividing N, of one float dtype."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"attention needs q (B, T, N, H) and k (B, S, K, H), got {q.shape} and {k.shape}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
+    if q.shape[0] != k.shape[0]:
+        raise ValueError(f"q has batch {q.shape[0]}, k has batch {k.shape[0]}")
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head dim {q.shape[3]}, k has head dim {k.shape[3]}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} kv heads")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"attention needs floating q, got {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+
+
+def _check_rows(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless `value` is an integer array of `shape`."""
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}, needs {shape}")
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {value.dtype}")

@@ -1,0 +1,61 @@
+"""Attention in plain jax.numpy: the meaning of the kernel, and the yardstick of every backend.
+
+It materialises the scores (memory B * N * T * S floats), but never repeats keys or values over the query heads of a
+group.
+
+Dimensions: B batch, T query, S key, N heads, K kv heads, G = N / K query heads a kv head, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    *,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> jax.Array:
+    """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated."""
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    visible = find_visible(q_positions, kv_positions, q_segments, kv_segments, window=window)[:, None, None]
+
+    # Hidden scores are replaced before exp and hidden weights after it: both gradients stay finite, and a row without
+    # any visible key (whose maximum is then that of the replacements) has weights and denominator of exactly zero.
+    scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(scores - largest), 0.0)
+    total = jnp.sum(weights, axis=-1)  # (B, K, G, T)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    total = jnp.where(total == 0.0, 1.0, total).transpose(0, 3, 1, 2)[..., None]
+    return (out / total).astype(q.dtype).reshape(q.shape)
+
+
+def find_visible(
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """bool (B, T, S): the key is not after the query, within the window, and of the same segment."""
+    distance = q_positions[:, :, None] - kv_positions[:, None, :]
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    if q_segments is not None and kv_segments is not None:
+        visible &= q_segments[:, :, None] == kv_segments[:, None, :]
+    return visible

@@ -1,0 +1,70 @@
+"""`quantized_matmul`: activations times a weight of int8 values or packed int4 words, with scales.
+
+Dimensions: D contraction, F output, g contraction positions that share a scale.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.ops.quantized_matmul.cpu import quantized_matmul_cpu
+from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+
+BACKENDS = {"cpu": quantized_matmul_cpu, "reference": quantized_matmul_reference}
+
+
+def quantized_matmul(
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x @ w, where w = values * scale for int8 values, and w = (nibble - 8) * scale for int4 words.
+
+    Differentiable in x and scale by reverse mode; the values are integers, and have no gradient.
+
+    Args:
+      x: (..., D), float32 or bfloat16.
+      values: int8 (D, F), or uint32 (D/8, F) holding 4-bit integers as packing.py says.
+      scale: (D/g, F), float32 or bfloat16; (1, F) is one scale a column.
+      implementation: "reference", "cpu" (native, up to 8 rows), or None for the platform's best.
+
+    Returns:
+      (..., F) in x's dtype, accumulated in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, naming both; unknown implementation.
+      NotImplementedError: the implementation was named and does not support this call.
+    """
+    check_activations("quantized_matmul", x)
+    if values.ndim != 2 or scale.ndim != 2:
+        raise ValueError(f"quantized_matmul needs values and scale (rows, F), got {values.shape} and {scale.shape}")
+    if values.dtype == jnp.int8:
+        contraction = values.shape[0]
+    elif values.dtype == jnp.uint32:
+        contraction = values.shape[0] * 8
+    else:
+        raise ValueError(f"quantized_matmul has values of int8, or of uint32 (int4 words), not of {values.dtype}")
+    if x.shape[-1] != contraction:
+        raise ValueError(f"x contracts over {x.shape[-1]}, the weight over {contraction} ({values.dtype})")
+    check_scale(scale, contraction, values.shape[1])
+    return run_kernel("quantized_matmul", BACKENDS, implementation, x, values, scale)
+
+
+def check_activations(kernel: str, x: jax.Array) -> None:
+    """Raises ValueError unless x is (..., D) of float32 or bfloat16."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"{kernel} has activations of float32 or bfloat16, not of {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError(f"{kernel} needs x (..., D), got a scalar")
+
+
+def check_scale(scale: jax.Array, contraction: int, columns: int) -> None:
+    """Raises ValueError unless scale is (D/g, F) with a whole g, of float32 or bfloat16."""
+    if scale.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"scales are float32 or bfloat16, not {scale.dtype}")
+    if scale.shape[0] == 0 or contraction % scale.shape[0]:
+        raise ValueError(f"a contraction over {contraction} does not divide into {scale.shape[0]} groups of scales")
+    if scale.shape[1] != columns:
+        raise ValueError(f"scale has {scale.shape[1]} columns, values have {columns}")

@@ -1,0 +1,70 @@
+"""Native CPU backend of sparse_matmul: N:4, up to 8 rows, reading the packed weight once (kernels/csrc).
+
+Dimensions: D contraction, F output, C kept elements a column, R rows: the product of x's leading dimensions.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels import native
+from hsai_kernels.dispatch import check_platform
+from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+def sparse_matmul_cpu(
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
+    *,
+    n: int,
+    m: int,
+) -> jax.Array:
+    """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
+
+    Weights are never rounded and sums are float32, also for bfloat16 activations.
+    Raises NotImplementedError (or its BackendMissing) for what it does not support.
+    """
+    check_platform("cpu")
+    native.check_rows(math.prod(x.shape[:-1]))
+    if values.shape[0] == 0 or values.shape[1] == 0:
+        raise NotImplementedError("multiplies weights that are not empty")
+    if scale is not None and x.shape[-1] // scale.shape[0] * n // m % 8:
+        raise NotImplementedError("has int4 groups of whole words (multiples of 8 kept elements)")
+    native.load_library()
+    return _multiply(n, m, x, values, indices, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+) -> jax.Array:
+    *lead, contraction = x.shape
+    columns = values.shape[1]
+    rows = x.reshape(-1, contraction)
+    call = jax.ffi.ffi_call(
+        native.SPARSE_MATMUL,
+        jax.ShapeDtypeStruct((rows.shape[0], columns), x.dtype),
+        vmap_method="sequential",
+    )
+    # The target has a fixed number of operands: no scale is a scale of no rows.
+    given = jnp.zeros((0, columns), jnp.float32) if scale is None else scale
+    return call(rows, values, indices, given, n=n).reshape(*lead, columns)
+
+
+def _multiply_forward(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, Operands]:
+    return _multiply(n, m, x, values, indices, scale), (x, values, indices, scale)
+
+
+def _multiply_backward(n: int, m: int, residual: Operands, cotangent: jax.Array) -> tuple:
+    return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -1,0 +1,64 @@
+"""Products with N:M sparse weights in plain jax.numpy: rebuild the dense weight, then multiply.
+
+`densify_nm` defines what the packed arrays mean; formats use it to densify.
+
+Dimensions: D contraction, F output, C = D*n/m kept elements a column, m positions a sparsity group of which n are kept,
+g dense positions that share a scale.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.ops.quantized_matmul.reference import decode_int4, scale_groups
+from hsai_kernels.packing import unpack_words
+
+
+def densify_nm(
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
+    n: int,
+    m: int,
+    size: int,
+) -> jax.Array:
+    """float32 (..., size, F) from the kept elements of an N:M sparse weight; what was pruned is zero.
+
+    Args:
+      values: floating (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c belongs to sparsity group c // n.
+      indices: uint32 (..., C/16, F), the 2-bit position of each kept element inside its group.
+      scale: (..., size/g, F) for int4 words, else None.
+      n, m: kept elements, positions a group; m is 4.
+      size: the dense length D of the contraction.
+
+    Raises:
+      ValueError: the kept count is not size * n / m.
+    """
+    packed = values.dtype == jnp.uint32
+    kept = decode_int4(values) if packed else values.astype(jnp.float32)
+    *lead, count, columns = kept.shape
+    if count * m != size * n:
+        raise ValueError(f"{count} kept elements do not make {n}:{m} of {size}")
+    if packed and scale is not None:
+        kept = scale_groups(kept, scale)
+    split = kept.reshape(*lead, size // m, n, 1, columns)
+    positions = unpack_words(indices, 2).reshape(*lead, size // m, n, 1, columns)
+    # Comparing instead of scattering: XLA fuses it into one pass, on every platform.
+    chosen = positions == jnp.arange(m, dtype=jnp.uint8)[:, None]
+    return jnp.sum(jnp.where(chosen, split, 0.0), axis=-3).reshape(*lead, size, columns)
+
+
+def sparse_matmul_reference(
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
+    *,
+    n: int,
+    m: int,
+) -> jax.Array:
+    """(..., F) = x (..., D) @ rebuilt weight; arguments as in api.py, already validated.
+
+    The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
+    """
+    weight = densify_nm(values, indices, scale, n, m, x.shape[-1]).astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)

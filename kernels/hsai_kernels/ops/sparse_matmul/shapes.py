@@ -1,0 +1,38 @@
+"""The shapes that every backend of sparse_matmul is tested over."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseShape:
+    """One product (lead..., D) @ (D, F) that keeps n of 4; for int4 values `group` dense positions share a scale."""
+
+    lead: tuple[int, ...]
+    """Leading dimensions of the activations; their product is the number of rows."""
+    contraction: int
+    """D."""
+    columns: int
+    """F."""
+    kept: int
+    """n of n:4."""
+    group: int
+    """Dense positions that share a scale."""
+
+
+def _shape(lead: tuple[int, ...], contraction: int, columns: int, kept: int, group: int) -> SparseShape:
+    return SparseShape(lead=lead, contraction=contraction, columns=columns, kept=kept, group=group)
+
+
+SHAPES = (
+    _shape((1,), 32, 1, 2, 32),  # the smallest 2:4 product
+    _shape((), 64, 7, 1, 32),  # no leading dimension
+    _shape((1, 1), 64, 100, 3, 32),  # a scale group of 24 kept elements: one and a half index words
+    _shape((2,), 96, 16, 2, 32),
+    _shape((3,), 128, 257, 2, 64),
+    _shape((2, 2), 256, 31, 1, 128),
+    _shape((5,), 192, 65, 3, 64),
+    _shape((8,), 512, 500, 2, 512),  # one scale a column
+    _shape((1,), 256, 2085, 2, 32),  # several tiles and an overlapping last one
+    _shape((4, 6), 64, 33, 2, 16),  # more rows than decoding has
+)
+"""Ragged, tiny and larger; divisible as packed indices need it."""

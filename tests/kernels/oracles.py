@@ -1,0 +1,73 @@
+"""The meaning of every kernel once more, in numpy float64 and Python loops, sharing no code with the sources."""
+
+import numpy as np
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 (C * bits / 32, F) of integers (C, F): element e of a word at bit 8 * (e % 4) + bits * (e // 4)."""
+    per_word = 32 // bits
+    words = np.zeros((values.shape[0] // per_word, values.shape[1]), np.uint32)
+    for row in range(values.shape[0]):
+        element = row % per_word
+        words[row // per_word] |= values[row].astype(np.uint32) << np.uint32(8 * (element % 4) + bits * (element // 4))
+    return words
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 (C, F) from words (C * bits / 32, F): the inverse of `pack`."""
+    elements = [words >> np.uint32(8 * (e % 4) + bits * (e // 4)) & np.uint32(2**bits - 1) for e in range(32 // bits)]
+    return np.stack(elements, axis=1).reshape(-1, words.shape[1])
+
+
+def scale_rows(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float64 (D, F): row d of values times the scale of its group."""
+    return values.astype(np.float64) * np.repeat(scale.astype(np.float64), values.shape[0] // scale.shape[0], axis=0)
+
+
+def densify(kept: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
+    """float64 (D, F) with kept element c of column f at row 4 * (c // n) + positions[c, f]."""
+    dense = np.zeros((kept.shape[0] * 4 // n, kept.shape[1]))
+    for row in range(kept.shape[0]):
+        at = 4 * (row // n) + positions[row].astype(np.int64)
+        dense[at, np.arange(kept.shape[1])] = kept[row]
+    return dense
+
+
+def draw_positions(rng: np.random.Generator, size: int, columns: int, n: int) -> np.ndarray:
+    """uint8 (size * n / 4, columns): n distinct, ascending positions for every group of 4."""
+    order = np.argsort(rng.random((size // 4, 4, columns)), axis=1)[:, :n]
+    return np.sort(order, axis=1).reshape(-1, columns).astype(np.uint8)
+
+
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_positions: np.ndarray,
+    kv_positions: np.ndarray,
+    q_segments: np.ndarray | None,
+    kv_segments: np.ndarray | None,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> np.ndarray:
+    """Attention (B, T, N, H), one query row of one head at a time."""
+    out = np.zeros(q.shape)
+    batch, queries, heads, _ = q.shape
+    for b, t, head in np.ndindex(batch, queries, heads):
+        kv_head = head // (heads // k.shape[2])
+        seen = [
+            s
+            for s in range(k.shape[1])
+            if kv_positions[b, s] <= q_positions[b, t]
+            and (window is None or q_positions[b, t] - kv_positions[b, s] < window)
+            and (q_segments is None or kv_segments is None or q_segments[b, t] == kv_segments[b, s])
+        ]
+        if not seen:
+            continue
+        scores = scale * (k[b, seen, kv_head] @ q[b, t, head])
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, head] = weights @ v[b, seen, kv_head] / weights.sum()
+    return out

@@ -1,0 +1,162 @@
+"""The native library: every instruction set, the same bits every time, and wrong calls that end in an error status."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
+from tests.kernels import oracles
+from tests.kernels.tolerances import assert_close
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Each that this machine runs; one that it lacks is refused, which is then the test."""
+    fastest = native.name_instruction_set()
+    if INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(fastest):
+        with pytest.raises(ValueError, match=request.param):
+            native.use_instruction_set(request.param)
+    else:
+        native.use_instruction_set(request.param)
+    yield
+    native.use_instruction_set(fastest)
+
+
+def _draw(rows, contraction, columns):
+    """float64 x, codes -8..7, positions of 2:4, scales of groups of 32."""
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((rows, contraction)).astype(np.float32)
+    codes = rng.integers(-8, 8, (contraction, columns))
+    positions = oracles.draw_positions(rng, contraction, columns, 2)
+    scale = rng.uniform(0.01, 0.1, (contraction // 32, columns)).astype(np.float32)
+    return x, codes, positions, scale
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 7, 8, 15, 16, 17, 64, 100, 257, 4133])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns):
+    x, codes, positions, scale = _draw(rows, 64, columns)
+    exact = x.astype(np.float64)
+    dense = oracles.scale_rows(codes, scale)
+    largest = np.abs(exact) @ oracles.scale_rows(np.full(codes.shape, 15), scale)
+    words = oracles.pack(codes + 8, 4)
+    out = quantized_matmul(x, words, scale, implementation="cpu")
+    assert_close(out, exact @ dense, largest, "float32")
+    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ dense, largest, "float32")
+    kept = codes[:32]
+    indices = oracles.pack(positions, 2)
+    sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
+    out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
+    assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
+    plain = oracles.densify(kept, positions, 2)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        out = sparse_matmul(x, jnp.asarray(kept, dtype), indices, n=2, m=4, implementation="cpu")
+        assert_close(out, exact @ plain, np.abs(exact) @ np.abs(plain), "float32")
+
+
+def test_results_are_the_same_bits_every_time():
+    """Also while several calls share the thread pool: how columns fall to threads must not matter."""
+    x, codes, positions, scale = _draw(4, 512, 2085)
+    words, indices = oracles.pack(codes + 8, 4), oracles.pack(positions, 2)
+
+    def multiply(x):
+        quantized = quantized_matmul(x, words, scale, implementation="cpu")
+        return quantized, sparse_matmul(x, words[:32], indices, scale, n=2, m=4, implementation="cpu")
+
+    first = jax.tree.map(np.asarray, jax.jit(multiply)(x))
+    devices = jax.devices()
+    running = [jax.jit(multiply)(jax.device_put(x, devices[i % len(devices)])) for i in range(40)]
+    for out in running:
+        jax.tree.map(np.testing.assert_array_equal, out, first)
+
+
+def test_rows_do_not_influence_each_other():
+    x, codes, _, scale = _draw(4, 64, 100)
+    words = oracles.pack(codes + 8, 4)
+    together = quantized_matmul(x, words, scale, implementation="cpu")
+    x[1:] = np.nan
+    spoilt = quantized_matmul(x, words, scale, implementation="cpu")
+    np.testing.assert_array_equal(spoilt[0], together[0])
+    assert np.all(np.isnan(spoilt[1:]))
+
+
+def _call(target, operands, shape, dtype=jnp.float32, **attributes):
+    native.load_library()
+    call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(shape, dtype))
+    return jax.block_until_ready(call(*operands, **attributes))
+
+
+X = np.ones((2, 64), np.float32)
+WORDS = np.asarray(pack_words(np.zeros((64, 5), np.uint8), 4))
+BYTES = np.zeros((64, 5), np.int8)
+SCALE = np.ones((2, 5), np.float32)
+NO_SCALE = np.ones((0, 5), np.float32)
+KEPT = np.ones((32, 5), np.float32)
+INDICES = np.zeros((2, 5), np.uint32)
+HALF_WORDS = np.zeros((4, 5), np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("operands", "shape", "dtype"),
+    [
+        ((X[0], WORDS, SCALE), (2, 5), jnp.float32),  # not a matrix
+        ((X, WORDS, SCALE), (10,), jnp.float32),
+        ((X, WORDS, SCALE), (2, 6), jnp.float32),  # a result of other columns
+        ((X, WORDS, SCALE), (3, 5), jnp.float32),  # a result of other rows
+        ((X, WORDS, SCALE), (2, 5), jnp.bfloat16),  # a result of another type
+        ((X, WORDS[:-1], SCALE), (2, 5), jnp.float32),  # another contraction
+        ((X, BYTES[:-1], SCALE), (2, 5), jnp.float32),
+        ((X, WORDS, SCALE[:, :4]), (2, 5), jnp.float32),  # scales of other columns
+        ((X, WORDS, np.ones((3, 5), np.float32)), (2, 5), jnp.float32),  # groups that do not divide
+        ((X, WORDS, np.ones((16, 5), np.float32)), (2, 5), jnp.float32),  # groups of half a word
+        ((X, WORDS, NO_SCALE), (2, 5), jnp.float32),
+        ((X, WORDS, SCALE.astype(np.float16)), (2, 5), jnp.float32),
+        ((X, WORDS.astype(np.int32), SCALE), (2, 5), jnp.float32),
+        ((X.astype(np.float16), WORDS, SCALE), (2, 5), jnp.float16),
+        ((np.ones((9, 64), np.float32), WORDS, SCALE), (9, 5), jnp.float32),  # too many rows
+        ((np.ones((2, 0), np.float32), WORDS[:0], SCALE), (2, 5), jnp.float32),  # nothing to contract
+    ],
+)
+def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _call(native.QUANTIZED_MATMUL, operands, shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("operands", "n"),
+    [
+        ((X[0], KEPT, INDICES, NO_SCALE), 2),
+        ((X, KEPT, INDICES, NO_SCALE), 1),  # n that does not fit the shapes
+        ((X, KEPT, INDICES, NO_SCALE), 0),
+        ((X, KEPT, INDICES, NO_SCALE), 4),
+        ((X[:, :62], KEPT, INDICES, NO_SCALE), 2),
+        ((X, KEPT[:24], INDICES, NO_SCALE), 2),
+        ((X, KEPT, INDICES[:1], NO_SCALE), 2),
+        ((X, KEPT, INDICES[:, :4], NO_SCALE), 2),
+        ((X, KEPT, INDICES.astype(np.int32), NO_SCALE), 2),
+        ((X, KEPT, INDICES, SCALE), 2),  # scales of floating values
+        ((X, KEPT.astype(np.int8), INDICES, NO_SCALE), 2),
+        ((X, HALF_WORDS, INDICES, NO_SCALE), 2),  # no scales of int4 values
+        ((X, HALF_WORDS, INDICES, np.ones((8, 5), np.float32)), 2),  # groups of half a word
+        ((X, HALF_WORDS, INDICES, SCALE[:, :4]), 2),
+    ],
+)
+def test_wrong_sparse_calls_give_an_error(operands, n):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n))
+
+
+def test_a_call_with_an_operand_missing_gives_an_error():
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        _call(native.QUANTIZED_MATMUL, (X, WORDS), (2, 5))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        _call(native.SPARSE_MATMUL, (X, KEPT, INDICES, NO_SCALE), (2, 5))
+
+
+def test_a_weight_without_columns_is_no_work():
+    empty = np.zeros((8, 0), np.uint32)
+    assert _call(native.QUANTIZED_MATMUL, (X, empty, np.ones((2, 0), np.float32)), (2, 0)).shape == (2, 0)

@@ -1,0 +1,144 @@
+"""quantized_matmul: every backend against a float64 oracle over shapes, gradients, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import dequantize_int4, dequantize_int8, pack_words, quantized_matmul
+from hsai_kernels.ops.quantized_matmul.api import BACKENDS
+from hsai_kernels.ops.quantized_matmul.shapes import SHAPES, QuantizedShape
+from tests.kernels import oracles
+from tests.kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = sorted(BACKENDS)
+
+
+def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "float32"):
+    """x, values, scale, and in float64: x, the dense weight, and the largest weight a code can mean."""
+    rng = np.random.default_rng(shape.contraction * 1000 + shape.columns)
+    x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
+    scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
+    if kind == "int8":
+        codes = rng.integers(-128, 128, (shape.contraction, shape.columns))
+        values = jnp.asarray(codes, jnp.int8)
+        largest = np.full(codes.shape, 128)
+    else:
+        codes = rng.integers(-8, 8, (shape.contraction, shape.columns))
+        values = jnp.asarray(oracles.pack(codes + 8, 4))
+        # Offset binary may be summed before the offset is taken off, so that errors follow codes of up to 15.
+        largest = np.full(codes.shape, 15)
+    exact = np.asarray(scale, np.float64)
+    return (
+        (x, values, scale),
+        np.asarray(x, np.float64),
+        oracles.scale_rows(codes, exact),
+        oracles.scale_rows(largest, exact),
+    )
+
+
+def _implementations(shape: QuantizedShape):
+    return [name for name in IMPLEMENTATIONS if name != "cpu" or np.prod(shape.lead) <= 8]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_match_the_oracle(shape, kind, dtype):
+    operands, x, weight, largest = _draw(shape, kind, dtype)
+    for implementation in _implementations(shape):
+        out = quantized_matmul(*operands, implementation=implementation)
+        assert out.dtype == dtype
+        assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_bfloat16_scales(kind):
+    operands, x, weight, largest = _draw(SHAPES[4], kind, "float32", "bfloat16")
+    for implementation in IMPLEMENTATIONS:
+        assert_close(
+            quantized_matmul(*operands, implementation=implementation), x @ weight, np.abs(x) @ largest, "float32"
+        )
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_dequantizing_is_exact(kind):
+    (_, values, scale), _, weight, _ = _draw(SHAPES[2], kind, "float32")
+    dequantize = dequantize_int8 if kind == "int8" else dequantize_int4
+    np.testing.assert_array_equal(dequantize(values, scale), weight.astype(np.float32))
+    stacked = jax.vmap(dequantize)(jnp.stack([values, values]), jnp.stack([scale, scale]))
+    np.testing.assert_array_equal(dequantize(jnp.stack([values, values]), jnp.stack([scale, scale])), stacked)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_gradients_match_the_oracle(kind, implementation, dtype):
+    (x, values, scale), _, weight, largest = _draw(SHAPES[4], kind, dtype)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 257)), dtype)
+    pull = jax.vjp(lambda *a: quantized_matmul(*a, implementation=implementation), x, values, scale)[1]
+    to_x, to_values, to_scale = jax.jit(pull)(cotangent)
+    exact = np.asarray(cotangent, np.float64)
+    assert to_x.dtype == dtype
+    assert_close(to_x, exact @ weight.T, np.abs(exact) @ largest.T, dtype)
+    if values.dtype == jnp.uint32 or values.dtype == jnp.int8:
+        assert to_values.dtype == jax.dtypes.float0
+    assert to_scale.shape == scale.shape and np.all(np.isfinite(to_scale)) and np.any(np.asarray(to_scale) != 0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_scale_has_the_references_gradient(kind):
+    (x, values, scale), *_ = _draw(SHAPES[3], kind, "float32")
+
+    def loss(scale, implementation):
+        return jnp.sum(jnp.square(quantized_matmul(x, values, scale, implementation=implementation)))
+
+    expected = np.asarray(jax.grad(loss)(scale, "reference"), np.float64)
+    assert_close(jax.grad(loss)(scale, "cpu"), expected, np.abs(expected).max(), "float32")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_scan_jit_and_vmap_give_the_same_bits(kind):
+    (x, values, scale), *_ = _draw(SHAPES[4], kind, "float32")
+    expected = np.asarray(quantized_matmul(x, values, scale, implementation="cpu"))
+
+    def step(carry, layer):
+        return carry, quantized_matmul(x, *layer, implementation="cpu")
+
+    layers = (jnp.stack([values, values]), jnp.stack([scale, scale]))
+    for out in jax.jit(lambda layers: jax.lax.scan(step, 0, layers)[1])(layers):
+        np.testing.assert_array_equal(out, expected)
+    mapped = jax.vmap(lambda x: quantized_matmul(x, values, scale, implementation="cpu"))(jnp.stack([x, -x]))
+    np.testing.assert_array_equal(mapped, [expected, -expected])
+
+
+def _words(rows, columns):
+    return pack_words(np.zeros((rows, columns), np.uint8), 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "values", "scale", "message"),
+    [
+        (jnp.ones((1, 32)), jnp.ones((64, 3), jnp.int8), jnp.ones((1, 3)), "over 32, the weight over 64"),
+        (jnp.ones((1, 32)), _words(64, 3), jnp.ones((1, 3)), "over 32, the weight over 64"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3, 3)), "over 64 does not divide into 3 groups"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((0, 3)), "over 64 does not divide into 0 groups"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 4)), "scale has 4 columns, values have 3"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3,)), r"\(8, 3\) and \(3,\)"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3), jnp.float16), "not float16"),
+        (jnp.ones((1, 64)), jnp.ones((64, 3), jnp.int32), jnp.ones((1, 3)), "not of int32"),
+        (jnp.ones((1, 64), jnp.float16), _words(64, 3), jnp.ones((1, 3)), "not of float16"),
+        (jnp.ones((), jnp.float32), _words(64, 3), jnp.ones((1, 3)), "got a scalar"),
+    ],
+)
+def test_refusals_name_both_values(x, values, scale, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(quantized_matmul, x, values, scale)
+
+
+def test_unsupported_groups_fall_back():
+    x, words = jnp.ones((1, 32)), pack_words(np.full((32, 5), 9, np.uint8), 4)
+    scale = jnp.full((8, 5), 0.5)  # groups of 4 positions split a word
+    with pytest.raises(NotImplementedError, match="multiples of 8"):
+        quantized_matmul(x, words, scale, implementation="cpu")
+    np.testing.assert_array_equal(quantized_matmul(x, words, scale), np.full((1, 5), 16.0))

@@ -1,0 +1,153 @@
+"""sparse_matmul: every backend against a float64 oracle over shapes, gradients, and refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import densify_nm, pack_words, sparse_matmul
+from hsai_kernels.ops.sparse_matmul.api import BACKENDS
+from hsai_kernels.ops.sparse_matmul.shapes import SHAPES, SparseShape
+from tests.kernels import oracles
+from tests.kernels.tolerances import assert_close
+
+IMPLEMENTATIONS = sorted(BACKENDS)
+KINDS = ("float32", "bfloat16", "int4")
+
+
+def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32"):
+    """(x, values, indices, scale), and in float64: x and the dense weight."""
+    rng = np.random.default_rng(shape.contraction * 1000 + shape.columns)
+    x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
+    positions = oracles.draw_positions(rng, shape.contraction, shape.columns, shape.kept)
+    indices = jnp.asarray(oracles.pack(positions, 2))
+    if kind == "int4":
+        codes = rng.integers(-8, 8, positions.shape)
+        values = jnp.asarray(oracles.pack(codes + 8, 4))
+        scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
+        kept = oracles.scale_rows(codes, np.asarray(scale, np.float64))
+    else:
+        values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
+        kept = np.asarray(values, np.float64)
+    return (x, values, indices, scale), np.asarray(x, np.float64), oracles.densify(kept, positions, shape.kept)
+
+
+def _implementations(shape: SparseShape):
+    return [name for name in IMPLEMENTATIONS if name != "cpu" or np.prod(shape.lead) <= 8]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_match_the_oracle(shape, kind, dtype):
+    operands, x, weight = _draw(shape, kind, dtype)
+    for implementation in _implementations(shape):
+        if implementation == "cpu" and kind == "int4" and shape.group * shape.kept // 4 % 8:
+            continue
+        out = sparse_matmul(*operands, n=shape.kept, m=4, implementation=implementation)
+        assert out.dtype == dtype
+        assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+def test_every_native_shape_is_tested():
+    """The condition above must not hide a shape that decoding has."""
+    assert all(shape.group * shape.kept // 4 % 8 == 0 for shape in SHAPES if np.prod(shape.lead) <= 8)
+
+
+def test_bfloat16_scales():
+    operands, x, weight = _draw(SHAPES[4], "int4", "float32", "bfloat16")
+    for implementation in IMPLEMENTATIONS:
+        out = sparse_matmul(*operands, n=2, m=4, implementation=implementation)
+        assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_densifying_is_exact(shape, kind):
+    (_, values, indices, scale), _, weight = _draw(shape, kind, "float32")
+    dense = densify_nm(values, indices, scale, shape.kept, 4, shape.contraction)
+    assert dense.dtype == jnp.float32
+    np.testing.assert_array_equal(dense, weight.astype(np.float32))
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), (values, indices, scale))
+    np.testing.assert_array_equal(densify_nm(*twice, shape.kept, 4, shape.contraction), jnp.stack([dense, dense]))
+
+
+def test_densifying_refuses_another_count():
+    (_, values, indices, scale), *_ = _draw(SHAPES[3], "float32", "float32")
+    with pytest.raises(ValueError, match="48 kept elements do not make 2:4 of 100"):
+        densify_nm(values, indices, scale, 2, 4, 100)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_match_the_oracle(kind, implementation):
+    (x, values, indices, scale), exact_x, weight = _draw(SHAPES[4], kind, "float32")
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 257)), jnp.float32)
+    pull = jax.vjp(lambda *a: sparse_matmul(*a, n=2, m=4, implementation=implementation), x, values, indices, scale)[1]
+    to_x, to_values, to_indices, to_scale = jax.jit(pull)(cotangent)
+    exact = np.asarray(cotangent, np.float64)
+    assert_close(to_x, exact @ weight.T, np.abs(exact) @ np.abs(weight).T, "float32")
+    assert to_indices.dtype == jax.dtypes.float0
+    if kind == "int4":
+        assert to_values.dtype == jax.dtypes.float0
+        assert to_scale.shape == scale.shape and np.any(np.asarray(to_scale) != 0)
+    else:
+        # The dense weight's gradient at the kept positions.
+        positions = oracles.unpack(np.asarray(indices), 2)
+        rows = 4 * (np.arange(positions.shape[0]) // 2)[:, None] + positions
+        expected = np.take_along_axis(exact_x.T @ exact, rows, axis=0)
+        magnitude = np.take_along_axis(np.abs(exact_x).T @ np.abs(exact), rows, axis=0)
+        assert_close(to_values, expected, magnitude, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_and_vmap_give_the_same_bits(kind):
+    (x, *weight), *_ = _draw(SHAPES[4], kind, "float32")
+    expected = np.asarray(sparse_matmul(x, *weight, n=2, m=4, implementation="cpu"))
+
+    def step(carry, layer):
+        return carry, sparse_matmul(x, *layer, n=2, m=4, implementation="cpu")
+
+    layers = jax.tree.map(lambda a: jnp.stack([a, a]), tuple(weight))
+    for out in jax.jit(lambda layers: jax.lax.scan(step, 0, layers)[1])(layers):
+        np.testing.assert_array_equal(out, expected)
+    mapped = jax.vmap(lambda x: sparse_matmul(x, *weight, n=2, m=4, implementation="cpu"))(jnp.stack([x, -x]))
+    np.testing.assert_array_equal(mapped, [expected, -expected])
+
+
+X = jnp.ones((1, 64))
+DENSE = jnp.ones((32, 3))
+INT4 = pack_words(np.zeros((32, 3), np.uint8), 4)
+INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
+
+
+@pytest.mark.parametrize(
+    ("operands", "n", "m", "message"),
+    [
+        ((X, DENSE, INDICES), 2, 8, "m=8 is not supported: only m=4 now"),
+        ((X, DENSE, INDICES), 4, 4, "n=4 of m=4"),
+        ((X, DENSE, INDICES), 1, 4, r"over 64, but 32 kept elements \(1:4\) make 128"),
+        ((X[:, :60], DENSE, INDICES), 2, 4, r"over 60, but 32 kept elements \(2:4\) make 64"),
+        ((X, DENSE, INDICES[:1]), 2, 4, "indices hold 16 positions a column, values 32"),
+        ((X, DENSE, INDICES[:, :2]), 2, 4, "indices have 2 columns, values have 3"),
+        ((X, DENSE, INDICES.astype(jnp.int32)), 2, 4, "not int32"),
+        ((X, DENSE.astype(jnp.int8), INDICES), 2, 4, "not of int8"),
+        ((X.astype(jnp.float16), DENSE, INDICES), 2, 4, "not of float16"),
+        ((X, DENSE[0], INDICES), 2, 4, r"\(3,\) and \(2, 3\)"),
+        ((X, DENSE, INDICES, jnp.ones((1, 3))), 2, 4, "values of float32 take no scale"),
+        ((X, INT4, INDICES), 2, 4, "values of uint32 need scale"),
+        ((X, INT4, INDICES, jnp.ones((3, 3))), 2, 4, "over 64 does not divide into 3 groups"),
+        ((X, INT4, INDICES, jnp.ones((2, 5))), 2, 4, "scale has 5 columns, values have 3"),
+        ((X, INT4, INDICES, jnp.ones((32, 3))), 2, 4, "groups of 2 positions are no multiple of m=4"),
+    ],
+)
+def test_refusals_name_both_values(operands, n, m, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *a: sparse_matmul(*a, n=n, m=m), *operands)
+
+
+def test_unsupported_groups_fall_back():
+    scale = jnp.ones((8, 3))  # groups of 8 positions: 4 kept elements split a word
+    with pytest.raises(NotImplementedError, match="multiples of 8"):
+        sparse_matmul(X, INT4, INDICES, scale, n=2, m=4, implementation="cpu")
+    np.testing.assert_array_equal(sparse_matmul(X, INT4, INDICES, scale, n=2, m=4), np.full((1, 3), 32 * -8.0))

@@ -1,0 +1,13 @@
+"""Fakes 8 CPU devices for every test, before jax is imported anywhere."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import hypothesis
+
+# The first example of a property may compile a program; time is measured by the benchmarks, never by a test.
+hypothesis.settings.register_profile("hsai", deadline=None)
+hypothesis.settings.load_profile("hsai")

@@ -1,0 +1,36 @@
+"""Weight values: a dense `jax.Array`, or one of the packed pytrees below; `project` multiplies by any of them.
+
+A weight is always stored as (..., D, F): contraction first, outputs last, with any stacked dimensions (layers) in
+front. A packed value has the same logical shape, holds fewer bytes, and sits in the model where the dense array sat.
+"""
+
+from hsai.formats.int4 import Int4, Int4Config
+from hsai.formats.int8 import Int8, Int8Config
+from hsai.formats.nm import NM, NMConfig, nm_mask
+from hsai.formats.nm_int4 import NMInt4, NMInt4Config
+from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
+from hsai.formats.project import lookup, project
+
+FormatConfig = DenseConfig | Int8Config | Int4Config | NMConfig | NMInt4Config
+
+__all__ = [
+    "NM",
+    "Dense",
+    "DenseConfig",
+    "FormatConfig",
+    "Int4",
+    "Int4Config",
+    "Int8",
+    "Int8Config",
+    "NMConfig",
+    "NMInt4",
+    "NMInt4Config",
+    "Packed",
+    "Weight",
+    "bits_per_weight",
+    "lookup",
+    "nbytes",
+    "nm_mask",
+    "project",
+    "to_dense",
+]

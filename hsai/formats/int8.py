@@ -1,0 +1,53 @@
+"""Int8: one signed byte a weight, one float32 scale an output.
+
+Invariant: w[d, f] = values[d, f] * scale[0, f], values in [-127, 127]; 8 + 32 / D bits a weight.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hsai.formats.packed import Packed, invert_scale
+from hsai_kernels import dequantize_int8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8(Packed):
+    """values int8 (..., D, F); scale float32 (..., 1, F)."""
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dense(self) -> jax.Array:
+        return dequantize_int8(self.values, self.scale)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8Config:
+    """Rounds to 8 bits with one scale an output."""
+
+    format: Literal["int8"] = "int8"
+    """Names this format in files."""
+
+    def pack(self, w: jax.Array, scale: jax.Array | None = None) -> Int8:
+        """Rounds w (..., D, F) to the nearest code; `scale` (..., 1, F) float32, by default max|w| / 127."""
+        w = w.astype(jnp.float32)
+        if scale is None:
+            scale = self.absmax_scale(w)
+        scale = scale.astype(jnp.float32)
+        return Int8(jnp.clip(jnp.round(w * invert_scale(scale)), -127, 127).astype(jnp.int8), scale)
+
+    def absmax_scale(self, w: jax.Array) -> jax.Array:
+        """The scale that reaches the largest weight of each output: max|w| / 127, (..., 1, F) float32."""
+        return jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127.0
+
+    def invariant_bits(self, contraction: int) -> float:
+        """Stored bits for each logical weight of a (contraction, F) matrix."""
+        return 8.0 + 32.0 / contraction

@@ -1,0 +1,92 @@
+"""What every weight format has in common: a logical shape, a way back to dense, and an honest count of its bytes.
+
+D contraction, F outputs; leading dimensions (layers) are allowed everywhere and written `...`.
+"""
+
+import abc
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hsai.errors import InputError
+
+Dense = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(abc.ABC):
+    """Base of the packed formats. Subclasses are frozen dataclasses registered as pytrees: arrays are leaves, the
+    parameters of the layout (group, n, m) are static."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape (..., D, F): that of the dense weight this value stands for."""
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The dense weight (..., D, F), float32."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of logical dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of logical weights."""
+        return math.prod(self.shape)
+
+
+Weight = Dense | Packed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Keeps a weight dense, in the given precision."""
+
+    format: Literal["dense"] = "dense"
+    """Names this format in files."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """The stored precision."""
+
+    def pack(self, w: jax.Array) -> jax.Array:
+        """(..., D, F) in any float dtype -> the same shape in `dtype`."""
+        return w.astype(self.dtype)
+
+    def invariant_bits(self, contraction: int) -> float:
+        """Stored bits for each logical weight of a (contraction, F) matrix."""
+        return 8.0 * jnp.dtype(self.dtype).itemsize
+
+
+def to_dense(w: Weight) -> jax.Array:
+    """The dense array of any weight value; a dense one is returned as it is."""
+    return w.dense() if isinstance(w, Packed) else w
+
+
+def nbytes(w: Weight) -> int:
+    """Bytes that the value's arrays hold, scales and indices included."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+
+
+def bits_per_weight(w: Weight) -> float:
+    """Stored bits for each logical weight, scales and indices included."""
+    return 8.0 * nbytes(w) / w.size
+
+
+def invert_scale(scale: jax.Array) -> jax.Array:
+    """1 / scale in float32, and 0 where the scale is 0 or too small to have an inverse: its weights round to zero."""
+    scale = scale.astype(jnp.float32)
+    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
+
+
+def check_divides(what: str, block: int, size: int, shape: tuple[int, ...]) -> None:
+    """Raises `InputError` unless blocks of `block` tile the contraction of `size`."""
+    if size % block:
+        raise InputError(
+            f"{what} needs a contraction that is a multiple of {block}; a weight of shape {shape} has {size}"
+        )

@@ -1,0 +1,61 @@
+"""`project`: x @ w for a dense or packed weight, the only place in hsai that asks what format a weight has.
+
+B batch, T query, D contraction, F outputs, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hsai.formats.int4 import Int4
+from hsai.formats.int8 import Int8
+from hsai.formats.nm import NM
+from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.sharding import Axes, constrain
+from hsai_kernels import quantized_matmul, sparse_matmul
+
+
+def project(x: jax.Array, w: Weight, *, out_axes: Axes) -> jax.Array:
+    """x @ w for a dense or packed weight.
+
+    Args:
+      x: (..., D) activations, bfloat16 or float32.
+      w: dense (D, F), or any packed format with that logical shape.
+      out_axes: logical axes of the result.
+    Returns: (..., F), in x's dtype, constrained to `out_axes`.
+    """
+    match w:
+        case Int8(values, scale):
+            y = quantized_matmul(x, values, scale)
+        case Int4(words, scale):
+            y = quantized_matmul(x, words, scale)
+        case NM(values, indices, n, m):
+            y = sparse_matmul(x, values, indices, n=n, m=m)
+        case NMInt4(words, indices, scale, n, m):
+            y = sparse_matmul(x, words, indices, scale, n=n, m=m)
+        case Packed():
+            raise NotImplementedError(f"project does not know the format {type(w).__name__}")
+        case _:
+            y = x @ w.astype(x.dtype)
+    return constrain(y, *out_axes)
+
+
+def lookup(w: Weight, ids: jax.Array, *, dtype: jnp.dtype, out_axes: Axes) -> jax.Array:
+    """The columns of w that `ids` name: the embedding table is a weight (D, V) like any other.
+
+    Args:
+      w: (D, V), dense or packed.
+      ids: (B, T) int32 in [0, V); the caller has checked the range.
+      dtype: of the result.
+      out_axes: logical axes of the result.
+    Returns: (B, T, D), constrained to `out_axes`.
+    """
+
+    def pick(leaf: jax.Array) -> jax.Array:
+        # The table is collected over the axes of the batch, as for a product; each device then reads its own tokens.
+        whole = constrain(leaf, None, "vocab")
+        return constrain(jnp.take(whole, ids.reshape(-1), axis=-1, mode="clip"), None, "batch")
+
+    columns = jax.tree.map(pick, w)
+    rows = to_dense(columns).T.reshape(*ids.shape, -1)
+    return constrain(rows.astype(dtype), *out_axes)

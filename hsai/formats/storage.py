@@ -1,0 +1,144 @@
+"""Trees of weights as named arrays and back: what checkpoints, bundles and exported graphs hold.
+
+A name is the way to an array through the tree: `layers.attention.q` for a dense weight; a packed one has an array a
+field, `layers.attention.q.words`. What names cannot say (the format, its group or pattern) is one small JSON record a
+packed weight.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from hsai.errors import InputError
+from hsai.formats.int4 import Int4
+from hsai.formats.int8 import Int8
+from hsai.formats.nm import NM
+from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.packed import Packed, Weight, to_dense
+
+T = TypeVar("T")
+PACKED: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4, "nm": NM, "nm_int4": NMInt4}
+NAMES = {kind: name for name, kind in PACKED.items()}
+
+
+def join_path(path: tuple[Any, ...]) -> str:
+    """A jax key path as a dotted name; the `.value` that every `nnx.Variable` adds is left out."""
+    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return ".".join(key for key in keys if key != "value")
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """Every array of a tree by its name, in the tree's order."""
+    return {join_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def fill(tree: T, arrays: Mapping[str, Any]) -> T:
+    """`tree` with each array replaced by the one of its name.
+
+    Raises `InputError` that names what is missing, unknown, or of another shape or dtype.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [join_path(path) for path, _ in leaves]
+    missing = [name for name in names if name not in arrays]
+    unknown = sorted(set(arrays) - set(names))
+    if missing or unknown:
+        what = f"{missing[0]!r} is missing" if missing else f"{unknown[0]!r} is unknown"
+        raise InputError(f"weights do not fit the model: {what} ({len(missing)} missing, {len(unknown)} unknown)")
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        found = arrays[name]
+        if tuple(found.shape) != tuple(leaf.shape) or found.dtype != leaf.dtype:
+            raise InputError(
+                f"weights do not fit the model: {name!r} is {found.dtype}{list(found.shape)}, "
+                f"the model needs {leaf.dtype}{list(leaf.shape)}"
+            )
+    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
+
+
+def named_weights(tree: Any) -> dict[str, nnx.Param]:
+    """Every parameter of a model by its name, whatever the format of its value."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return {join_path(path): leaf for path, leaf in leaves}
+
+
+def replace_weights(tree: T, values: Mapping[str, Weight]) -> T:
+    """A copy of the model in which the named parameters hold other values: dense or packed, arrays or their shapes."""
+
+    def swap(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = join_path(path)
+        return leaf.replace(values[name]) if name in values else leaf
+
+    return jax.tree_util.tree_map_with_path(swap, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """The JSON record of every parameter: {"format": "int4"} with the static fields of the format, or "dense"."""
+    records: dict[str, dict[str, Any]] = {}
+    for name, param in named_weights(tree).items():
+        value = param.get_value()
+        if isinstance(value, Packed):
+            static = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("static")}
+            records[name] = {"format": NAMES[type(value)], **static}
+        else:
+            records[name] = {"format": "dense"}
+    return records
+
+
+def restore(model: T, records: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, Any]) -> T:
+    """The inverse of `describe` and `named_arrays`: puts arrays of any format in the place of `model`'s parameters.
+
+    Raises `InputError` that names a parameter, format or field which is missing, unknown, or of the wrong shape.
+    """
+    weights = named_weights(model)
+    if set(records) != set(weights):
+        odd = sorted(set(records) ^ set(weights))[0]
+        raise InputError(f"weights do not fit the model: {odd!r} is {'unknown' if odd in records else 'missing'}")
+    values: dict[str, Weight] = {}
+    used: set[str] = set()
+    for name, record in records.items():
+        value, names = _restore_weight(name, record, arrays)
+        if tuple(value.shape) != tuple(weights[name].get_value().shape):
+            raise InputError(
+                f"weights do not fit the model: {name!r} has shape {list(value.shape)}, "
+                f"the model needs {list(weights[name].get_value().shape)}"
+            )
+        values[name] = value
+        used |= names
+    if unknown := sorted(set(arrays) - used):
+        raise InputError(f"weights do not fit the model: array {unknown[0]!r} is unknown")
+    return replace_weights(model, values)
+
+
+def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, Any]) -> tuple[Weight, set[str]]:
+    """The value that a record and its arrays describe, and the names of those arrays."""
+    kind = record.get("format")
+    if kind == "dense":
+        _require(name in arrays, f"array {name!r} is missing")
+        return arrays[name], {name}
+    if kind not in PACKED:
+        raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(PACKED)}")
+    values: dict[str, Any] = {}
+    names: set[str] = set()
+    for field in dataclasses.fields(PACKED[kind]):
+        if field.metadata.get("static"):
+            _require(field.name in record, f"{kind} of {name!r} has no {field.name!r}")
+            values[field.name] = record[field.name]
+        else:
+            part = f"{name}.{field.name}"
+            _require(part in arrays, f"array {part!r} is missing")
+            values[field.name] = arrays[part]
+            names.add(part)
+    value = PACKED[kind](**values)
+    try:  # the format's own arithmetic says whether its arrays fit together
+        jax.eval_shape(to_dense, value)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the arrays of {name!r} do not fit together as {kind}: {reason}") from error
+    return value, names
+
+
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise InputError(f"weights do not fit the model: {fault}")

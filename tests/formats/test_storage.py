@@ -1,0 +1,128 @@
+"""Models as named arrays and back: what is written can be read, and what does not fit is named."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hsai.errors import InputError
+from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config
+from hsai.formats.storage import describe, fill, named_arrays, named_weights, replace_weights, restore
+from hsai.models import Transformer, TransformerConfig
+from hsai.models.transformer import abstract_transformer
+
+CONFIG = TransformerConfig(
+    vocab=96,
+    embed=64,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    head_dim=32,
+    mlp=128,
+    max_length=32,
+    tie_embeddings=False,
+    dtype="float32",
+)
+FORMATS = {
+    "embed": Int8Config(),
+    "unembed": Int4Config(group=64),
+    "layers.attention.q": Int4Config(group=32),
+    "layers.mlp.down": NMConfig(n=2, dtype="float32"),
+    "layers.mlp.up": NMInt4Config(n=3, group=32),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """A model with a weight of every format."""
+    dense = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    weights = named_weights(dense)
+    return replace_weights(dense, {name: f.pack(weights[name].get_value()) for name, f in FORMATS.items()})
+
+
+def test_names_are_the_way_through_the_tree(model: Transformer) -> None:
+    arrays = named_arrays(model)
+    assert arrays["layers.attention.q.words"] is model.layers.attention.q.get_value().words
+    assert arrays["layers.attention.k"] is model.layers.attention.k.get_value()
+    assert {"embed.values", "embed.scale", "unembed.words", "final_norm.gain", "layers.mlp.up.indices"} <= set(arrays)
+    assert len(arrays) == len(jax.tree.leaves(model))
+
+
+def test_records_are_json_with_the_static_fields(model: Transformer) -> None:
+    records = describe(model)
+    assert records["embed"] == {"format": "int8"}
+    assert records["layers.mlp.up"] == {"format": "nm_int4", "n": 3, "m": 4}
+    assert records["layers.attention.k"] == {"format": "dense"}
+    assert json.loads(json.dumps(records)) == records
+    assert set(records) == set(named_weights(model))
+
+
+def test_a_model_comes_back_from_its_arrays(model: Transformer) -> None:
+    records = json.loads(json.dumps(describe(model)))
+    arrays = {name: np.asarray(array) for name, array in named_arrays(model).items()}
+    back = restore(abstract_transformer(CONFIG), records, arrays)
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    jax.tree.map(np.testing.assert_array_equal, back, model)
+    tokens = jnp.arange(8)[None]
+    got, want = (m.logits(m(tokens)[0]) for m in (jax.tree.map(jnp.asarray, back), model))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_replacing_leaves_the_old_model_and_the_axes_alone(model: Transformer) -> None:
+    dense = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    before = dense.embed.get_value()
+    changed = replace_weights(dense, {"embed": Int8Config().pack(before)})
+    assert dense.embed.get_value() is before
+    assert changed.embed.get_value().values.dtype == jnp.int8
+    assert changed.embed.get_metadata("out_sharding") == ("embed", "vocab")
+    assert changed.layers.mlp.up.get_value() is dense.layers.mlp.up.get_value()
+
+
+def change(model: Transformer, *, drop: str = "", add: dict | None = None, records: dict | None = None) -> None:
+    """Restores with an array dropped, some added, or some records replaced."""
+    arrays = named_arrays(model) | (add or {})
+    arrays.pop(drop, None)
+    restore(abstract_transformer(CONFIG), describe(model) | (records or {}), arrays)
+
+
+def test_what_does_not_fit_is_named(model: Transformer) -> None:
+    words = named_arrays(model)["layers.attention.q.words"]
+    indices = named_arrays(model)["layers.mlp.down.indices"]
+    cases = [
+        ({"drop": "layers.attention.q.scale"}, "array 'layers.attention.q.scale' is missing"),
+        ({"drop": "layers.attention.k"}, "array 'layers.attention.k' is missing"),
+        ({"add": {"extra": words}}, "array 'extra' is unknown"),
+        ({"add": {"layers.attention.q.words": words[:1]}}, "fit"),
+        ({"add": {"layers.attention.k": jnp.zeros((2, 64, 8))}}, r"'layers.attention.k' has shape \[2, 64, 8\]"),
+        ({"add": {"layers.mlp.down.indices": indices[:, :1]}}, "arrays of 'layers.mlp.down' do not fit together as nm"),
+        ({"records": {"other": {"format": "dense"}}}, "'other' is unknown"),
+        ({"records": {"embed": {"format": "int3"}}}, "'embed' has the unknown format 'int3'; known: dense, int8, int4"),
+        ({"records": {"layers.mlp.up": {"format": "nm_int4", "n": 3}}}, "nm_int4 of 'layers.mlp.up' has no 'm'"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            change(model, **changes)
+        assert "\n" not in str(error.value)
+
+
+def test_a_missing_record_is_named(model: Transformer) -> None:
+    records = describe(model)
+    del records["embed"]
+    with pytest.raises(InputError, match="'embed' is missing"):
+        restore(abstract_transformer(CONFIG), records, named_arrays(model))
+
+
+def test_fill_gives_each_array_its_place_or_names_the_fault(model: Transformer) -> None:
+    arrays = {name: np.asarray(array) for name, array in named_arrays(model).items()}
+    filled = fill(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), model), arrays)
+    jax.tree.map(np.testing.assert_array_equal, filled, model)
+    without = {name: array for name, array in arrays.items() if name != "embed.scale"}
+    with pytest.raises(InputError, match=r"'embed.scale' is missing \(1 missing, 0 unknown\)"):
+        fill(model, without)
+    with pytest.raises(InputError, match="'x' is unknown"):
+        fill(model, arrays | {"x": arrays["embed.scale"]})
+    with pytest.raises(InputError, match=r"'embed.values' is float32\[64, 96\], the model needs int8\[64, 96\]"):
+        fill(model, arrays | {"embed.values": np.zeros((64, 96), np.float32)})

@@ -1,0 +1,81 @@
+"""Grouped-query attention with rotary positions, optional normalized queries and keys, and an optional cache.
+
+B batch, T query, S key, D embed, N heads, K kv heads, H head dim.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hsai.formats import project
+from hsai.models.cache import LayerCache
+from hsai.models.layers import RMSNorm, declare
+from hsai.models.rope import rotate
+from hsai.sharding import constrain
+from hsai_kernels import attention
+
+if TYPE_CHECKING:
+    from hsai.models.transformer import TransformerConfig
+
+
+class Attention(nnx.Module):
+    """Projects to heads, attends, projects back. Heads are stored flat: q is (D, N * H)."""
+
+    def __init__(self, config: "TransformerConfig", *, rngs: nnx.Rngs) -> None:
+        c, d = config, config.embed
+        std = d**-0.5
+        self.q = declare(rngs, (d, c.heads * c.head_dim), ("embed", "heads"), std=std)
+        self.k = declare(rngs, (d, c.kv_heads * c.head_dim), ("embed", "kv_heads"), std=std)
+        self.v = declare(rngs, (d, c.kv_heads * c.head_dim), ("embed", "kv_heads"), std=std)
+        # Each block adds two branches to the residual stream; narrower outputs keep its variance level over depth.
+        out_std = (c.heads * c.head_dim * 2 * c.layers) ** -0.5
+        self.o = declare(rngs, (c.heads * c.head_dim, d), ("heads", "embed"), std=out_std)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, axis="head_dim") if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, axis="head_dim") if c.qk_norm else None
+        self.config = config
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends from x to itself, or, with a cache, to everything in the cache after x was written to it.
+
+        Args:
+          x: (B, T, D).
+          positions: (B, T) int32; a query sees keys at its own position and before.
+          segments: (B, T) int32 or None; a query sees keys of its own segment only.
+          cache: where keys and values of earlier tokens are; excludes `segments`.
+        Returns: (B, T, D), and the cache with x written to it.
+        """
+        c = self.config
+        batch, length, _ = x.shape
+
+        def heads(weight: nnx.Param, axis: str, count: int) -> jax.Array:
+            flat = project(x, weight.get_value(), out_axes=("batch", "seq", axis))
+            # The flat axis may be cut inside a head, where there are fewer kv heads than devices; heads are whole.
+            return constrain(flat.reshape(batch, length, count, c.head_dim), "batch", "seq", axis, "head_dim")
+
+        q = heads(self.q, "heads", c.heads)
+        k, v = heads(self.k, "kv_heads", c.kv_heads), heads(self.v, "kv_heads", c.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        if cache is None:
+            kv_positions, kv_segments = positions, segments
+        else:
+            cache = cache.write(k, v, positions)
+            k, v = (part.astype(x.dtype) for part in cache.read())
+            kv_positions, kv_segments = jnp.broadcast_to(jnp.arange(k.shape[1]), (batch, k.shape[1])), None
+        y = attention(
+            q,
+            k,
+            v,
+            q_positions=positions,
+            kv_positions=kv_positions,
+            q_segments=segments,
+            kv_segments=kv_segments,
+            window=c.sliding_window,
+        )
+        y = project(y.reshape(batch, length, -1), self.o.get_value(), out_axes=("batch", "seq", "embed"))
+        return y, cache

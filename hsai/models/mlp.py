@@ -1,0 +1,34 @@
+"""The gated feed-forward block: SwiGLU or GeGLU (2002.05202, eq. 6).
+
+B batch, T query, D embed, F ffn.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+from flax import nnx
+
+from hsai.formats import project
+from hsai.models.layers import declare
+
+if TYPE_CHECKING:
+    from hsai.models.transformer import TransformerConfig
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: "TransformerConfig", *, rngs: nnx.Rngs) -> None:
+        d, f = config.embed, config.mlp
+        self.gate = declare(rngs, (d, f), ("embed", "mlp"), std=d**-0.5)
+        self.up = declare(rngs, (d, f), ("embed", "mlp"), std=d**-0.5)
+        self.down = declare(rngs, (f, d), ("mlp", "embed"), std=(f * 2 * config.layers) ** -0.5)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) -> (B, T, D)."""
+        gate = project(x, self.gate.get_value(), out_axes=("batch", "seq", "mlp"))
+        up = project(x, self.up.get_value(), out_axes=("batch", "seq", "mlp"))
+        # The tanh form of GELU is the one that released GeGLU checkpoints were trained with.
+        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return project(gate * up, self.down.get_value(), out_axes=("batch", "seq", "embed"))

@@ -1,0 +1,254 @@
+"""The training loop: from a config to a trained model, resumed wherever it was left.
+
+A step is a pure function of the state and of the batch, and batch k a pure function of the seed and k; so a run that is
+killed and started again ends in the same bits as one that was not.
+"""
+
+import dataclasses
+import fcntl
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import Mesh
+
+from hsai.configuration import difference, from_dict, to_dict, to_json
+from hsai.data.corpus import Corpus, build_corpus
+from hsai.data.loader import Loader
+from hsai.errors import InputError
+from hsai.models import Remat
+from hsai.processes import agree, require_same
+from hsai.progress import ProgressBar, say
+from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
+from hsai.train.checkpoint import Checkpointer
+from hsai.train.evaluate import Quality, make_evaluation
+from hsai.train.metrics import MetricsWriter, Throughput
+from hsai.train.optimizer import make_optimizer, make_schedule
+from hsai.train.sparsity import SparsityConfig
+from hsai.train.state import TrainState, abstract_state, init_state
+from hsai.train.step import make_train_step
+
+if TYPE_CHECKING:
+    from hsai.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Updates in all."""
+
+    batch_size: int = 32
+    """Rows of data.sequence_length tokens an update, over all devices."""
+
+    accumulate: int = 1
+    """Micro-batches into which a batch is cut; the gradient is the same, the memory for activations is divided."""
+
+    seed: int = 0
+    """Of the initial weights and of the order of the data."""
+
+    remat: Remat = "none"
+    """What the backward pass recomputes: none (fastest), all but matrix products (dots), or whole blocks (full)."""
+
+    loss_chunk: int = 256
+    """Positions of a row whose logits exist together."""
+
+    sparsity: SparsityConfig | None = None
+    """Trains with N:M sparse matrices from the first step."""
+
+    log_every: int = 10
+    """Steps between rows of metrics."""
+
+    evaluate_every: int = 100
+    """Steps between measurements on held-out text; the last step is always measured."""
+
+    evaluate_tokens: int = 100_000
+    """Held-out tokens that a measurement reads."""
+
+    def __post_init__(self) -> None:
+        names = ("steps", "batch_size", "accumulate", "loss_chunk", "log_every", "evaluate_every", "evaluate_tokens")
+        for name in names:
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"train.batch_size={self.batch_size} does not divide into train.accumulate={self.accumulate} parts"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run ended with."""
+
+    state: TrainState
+    """The last state, on the mesh."""
+
+    quality: Quality
+    """On held-out text, at the last step."""
+
+    started_at: int
+    """The step that the run began or resumed at."""
+
+
+# What may differ when a run is resumed: it changes where and how often, not which numbers come out.
+_FREE_TO_CHANGE = ("mesh.", "checkpoint.", "data.prefetch", "train.log_every", "train.evaluate_", "train.remat")
+
+
+def train(run: "RunConfig", directory: Path, data_directory: Path) -> TrainResult:
+    """Trains `run` to its last step, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+      run: the experiment.
+      directory: of the run: checkpoints, metrics, TensorBoard events, tokenizer.
+      data_directory: of the corpus, which is built if it is not there.
+
+    Raises:
+      InputError: anything in the config, the data or the directory that cannot be used; a loss that is not finite.
+    """
+    require_same("config", to_json(run))
+    mesh = make_mesh(run.mesh)
+    check_mesh(mesh, run.model.axis_sizes)
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    say(
+        f"mesh: {sizes} on {jax.device_count()} {jax.devices()[0].device_kind} devices, {jax.process_count()} processes"
+    )
+    # What can be refused without writing anything comes first; then the corpus, which has a directory of its own.
+    check_batch(run, mesh)
+    with use_mesh(mesh):
+        corpus = prepare_corpus(run, data_directory)
+        with _exclusive(directory), Checkpointer(directory / "checkpoints", run.checkpoint) as checkpointer:
+            return _train(run, directory, mesh, corpus, checkpointer)
+
+
+def check_batch(run: "RunConfig", mesh: Mesh) -> None:
+    """Refuses a batch whose micro-batches do not divide over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.train.batch_size % (parts * run.train.accumulate):
+        raise InputError(
+            f"train.batch_size={run.train.batch_size} does not divide by mesh data x fsdp = {parts} "
+            f"times train.accumulate={run.train.accumulate}"
+        )
+
+
+def prepare_corpus(run: "RunConfig", data_directory: Path) -> Corpus:
+    """The run's corpus; the first process builds it if need be, and the others wait."""
+
+    def build() -> Corpus:
+        with ProgressBar() as progress:
+            return build_corpus(run.data, data_directory, progress)
+
+    first = jax.process_index() == 0
+    built = agree(lambda: build() if first else None)
+    corpus = agree(lambda: build() if built is None else built)
+    require_same("corpus", corpus.meta["content_sha256"])
+    counts = corpus.meta["counts"]
+    say(
+        f"{'reusing' if corpus.reused else 'built'} corpus {data_directory}: "
+        + ", ".join(f"{name} {c['files']} files {c['bytes'] / 1e6:.1f} MB" for name, c in counts.items())
+    )
+    return corpus
+
+
+def make_loader(run: "RunConfig", corpus: Corpus, mesh: Mesh) -> Loader:
+    """The run's batches, each laid out over the mesh."""
+    shape = (run.train.batch_size, run.data.sequence_length)
+    sharding = array_sharding(mesh, ("batch", "seq"), shape)
+    return Loader(corpus, run.data, batch_size=shape[0], sharding=sharding, seed=run.train.seed)
+
+
+def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkpointer: Checkpointer) -> TrainResult:
+    config = run.train
+    loader = make_loader(run, corpus, mesh)
+    optimizer = make_optimizer(run.optim, config.steps)
+    if checkpointer.latest is None:
+        state, start = init_state(run.model, optimizer, mesh, config.seed), 0
+    else:
+        state, start = _resume(run, mesh, checkpointer, corpus)
+        say(f"resuming {directory} at step {start} of {config.steps}")
+    if jax.process_index() == 0:
+        corpus.tokenizer.save(directory / "tokenizer.json")
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_function = make_train_step(optimizer, make_schedule(run.optim, config.steps), config, shardings)
+    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=config.loss_chunk, sparsity=config.sparsity)
+    throughput = Throughput(run.model, run.data.sequence_length, mesh.devices.flat[0], mesh.devices.size)
+    record = {
+        "config": to_dict(run),
+        "corpus": corpus.meta["content_sha256"],
+        "data_directory": str(corpus.directory.resolve()),
+    }
+
+    def measure() -> Quality:
+        with throughput.paused():
+            return evaluate(state.model, loader.evaluation_batches(config.evaluate_tokens))
+
+    quality = measure() if start == config.steps else None
+    with MetricsWriter(directory, resume_step=start) as writer, ProgressBar() as progress:
+        for step, batch in enumerate(loader.iterate(start, config.steps), start + 1):
+            state, metrics = step_function(state, batch)
+            row = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            throughput.tick(row.pop("tokens"))
+            _check_finite(row, step, run, checkpointer)
+            last = step == config.steps
+            measured = step % config.evaluate_every == 0 or last
+            if step % config.log_every == 0 or measured:
+                if measured:
+                    quality = measure()
+                    row |= {"heldout_loss": quality.loss, "heldout_bits_per_byte": quality.bits_per_byte}
+                writer.write(step, row | throughput.summary())
+            heldout = "" if quality is None else f", held-out {quality.bits_per_byte:.3f} bits/byte"
+            progress("training", step, config.steps, f"loss {row['loss']:.3f}{heldout}")
+            with throughput.paused():
+                checkpointer.save(step, state, record | {"next_step": step}, force=last)
+    assert quality is not None  # the last step measures
+    return TrainResult(state=state, quality=quality, started_at=start)
+
+
+def _resume(run: "RunConfig", mesh: Mesh, checkpointer: Checkpointer, corpus: Corpus) -> tuple[TrainState, int]:
+    """The newest checkpoint, if it was made by a run that would have gone on to the same numbers."""
+    optimizer = make_optimizer(run.optim, run.train.steps)
+    like = abstract_state(run.model, optimizer, mesh, run.train.seed)
+    record = checkpointer.read_record()
+    stored = from_dict(type(run), record["config"])
+    changes = [line for line in difference(run, stored) if not line.startswith(_FREE_TO_CHANGE)]
+    where = f"{checkpointer.directory.parent} holds a run of another config"
+    if changes:
+        raise InputError(f"{where} ({'; '.join(changes)}); give another --directory")
+    if record["corpus"] != corpus.meta["content_sha256"]:
+        raise InputError(f"{where}: its corpus had other text; give another --directory")
+    return checkpointer.restore(like), int(record["next_step"])
+
+
+def _check_finite(row: dict[str, float], step: int, run: "RunConfig", checkpointer: Checkpointer) -> None:
+    """Every step, so that no checkpoint is ever made of numbers that training cannot come back from."""
+    for name in ("loss", "update_norm"):
+        if not math.isfinite(row[name]):
+            raise InputError(
+                f"{name} is {row[name]} at step {step} with optim.learning_rate={run.optim.learning_rate}; "
+                f"try a lower one (the newest checkpoint is of step {checkpointer.latest})"
+            )
+
+
+@contextmanager
+def _exclusive(directory: Path) -> Iterator[None]:
+    """Holds the directory for this run; a second one that is started by mistake is refused."""
+    with ExitStack() as stack:
+        agree(lambda: _lock(directory, stack) if jax.process_index() == 0 else None)
+        yield
+
+
+def _lock(directory: Path, stack: ExitStack) -> None:
+    """Makes the directory if need be, and locks it until `stack` is left or the process ends, however it does."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(open(directory / ".lock", "a"))
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}; give another --directory") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{directory} is in use by another run; wait for it, or give another --directory") from error

@@ -1,0 +1,63 @@
+"""A trained run as a model: what compression, export and evaluation start from."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from hsai.config import RunConfig
+from hsai.configuration import from_dict
+from hsai.data.tokenizer import Tokenizer
+from hsai.errors import InputError
+from hsai.models import Transformer
+from hsai.models.transformer import abstract_transformer
+from hsai.train.checkpoint import Checkpointer
+from hsai.train.sparsity import sparsify
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """The newest checkpoint of a run, without its optimizer."""
+
+    run: RunConfig
+    """The resolved config it was trained with."""
+
+    model: Transformer
+    """Float32 weights on the first device; of a run with N:M sparsity, with the masked weights at zero."""
+
+    tokenizer: Tokenizer
+    """What its text was cut with."""
+
+    step: int
+    """Updates that were made."""
+
+    data_directory: Path
+    """The corpus it was trained on."""
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` holds the checkpoints of a training run."""
+    return (directory / "checkpoints").is_dir()
+
+
+def read_run(directory: Path) -> TrainedModel:
+    """The newest checkpoint in the directory of a run; raises `InputError` if there is none or it cannot be read."""
+    if not is_run(directory):
+        raise InputError(f"{directory} is not the directory of a run: it has no checkpoints")
+    with Checkpointer(directory / "checkpoints", None) as checkpointer:
+        record = checkpointer.read_record()
+        run = from_dict(RunConfig, record["config"])
+        device = SingleDeviceSharding(jax.devices()[0])
+        shapes = abstract_transformer(run.model)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+        model = checkpointer.restore(like, prefix="model.")
+    if run.train.sparsity is not None:
+        model = sparsify(model, run.train.sparsity)
+    return TrainedModel(
+        run=run,
+        model=model,
+        tokenizer=Tokenizer.load(directory / "tokenizer.json"),
+        step=int(record["next_step"]),
+        data_directory=Path(record["data_directory"]),
+    )

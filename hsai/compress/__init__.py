@@ -1,0 +1,7 @@
+"""Compression: each step is params -> params, and says in a ledger what every weight costs and how far it moved."""
+
+from hsai.compress.ledger import Ledger, LedgerRow
+from hsai.compress.one_shot import compress
+from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+
+__all__ = ["Ledger", "LedgerRow", "RecipeConfig", "Rule", "compress", "match_weights"]

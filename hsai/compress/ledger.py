@@ -1,0 +1,123 @@
+"""The ledger of a compressed model: for each parameter its format, its bytes, and how far it moved; and the totals.
+
+Everything counts: norm gains, scales, indices, and weights that no rule touched. A figure like "4.3 bits a weight" is
+bytes on disk over parameters of the model, or it is not comparable with anybody's.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+from rich.table import Table
+
+from hsai.files import write_json_atomic
+from hsai.formats import DenseConfig, FormatConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, Packed, Weight
+from hsai.formats.storage import NAMES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LedgerRow:
+    """One parameter; stacked layers are one."""
+
+    weight: str
+    """Its dotted name in the model."""
+
+    format: str
+    """For people: "int4 g64", "2:4 bfloat16", "float32"."""
+
+    shape: tuple[int, ...]
+    """The logical shape."""
+
+    bytes: int
+    """Bytes of all its arrays."""
+
+    relative_error: float
+    """||w - packed|| / ||w||, Frobenius norms over all layers; 0 for what was left as it is."""
+
+    @property
+    def size(self) -> int:
+        """Logical weights."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all its arrays for each logical weight."""
+        return 8.0 * self.bytes / self.size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """What a compressed model consists of."""
+
+    rows: tuple[LedgerRow, ...]
+    """Every parameter of the model, in its order."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def size(self) -> int:
+        """Parameters of the model."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all arrays for each parameter, norm gains included."""
+        return 8.0 * self.bytes / self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}."""
+        weights = [
+            {
+                "weight": row.weight,
+                "format": row.format,
+                "shape": list(row.shape),
+                "bytes": row.bytes,
+                "bits_per_weight": row.bits_per_weight,
+                "relative_error": row.relative_error,
+            }
+            for row in self.rows
+        ]
+        total = {"parameters": self.size, "bytes": self.bytes, "bits_per_weight": self.bits_per_weight}
+        return {"weights": weights, **total}
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_dict` as JSON, whole or not at all."""
+        write_json_atomic(path, self.to_dict())
+
+    def table(self) -> Table:
+        """For the console: a row a parameter, and the totals below."""
+        table = Table(show_footer=True)
+        table.add_column("weight", footer="all parameters", no_wrap=True)
+        table.add_column("format", no_wrap=True)
+        table.add_column("shape", justify="right", footer=f"{self.size:,}")
+        table.add_column("bytes", justify="right", footer=f"{self.bytes:,}")
+        table.add_column("bits a weight", justify="right", footer=f"{self.bits_per_weight:.3f}")
+        table.add_column("relative error", justify="right")
+        for row in self.rows:
+            shape = " x ".join(map(str, row.shape))
+            error = f"{row.relative_error:.2%}" if row.relative_error else "-"
+            table.add_row(row.weight, row.format, shape, f"{row.bytes:,}", f"{row.bits_per_weight:.3f}", error)
+        return table
+
+
+def name_format(format: FormatConfig | Weight) -> str:
+    """A few words for a format or for the value that a weight already has."""
+    match format:
+        case DenseConfig():
+            return format.dtype
+        case Int8Config():
+            return "int8"
+        case Int4Config():
+            return f"int4 g{format.group}"
+        case NMConfig():
+            return f"{format.n}:{format.m} {format.dtype}"
+        case NMInt4Config():
+            return f"{format.n}:{format.m} int4 g{format.group}"
+        case Packed():
+            return NAMES[type(format)]
+        case _:
+            return str(format.dtype)

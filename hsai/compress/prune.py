@@ -1,0 +1,34 @@
+"""Pruning to N:M by magnitude: of every m weights along the contraction, the n largest stay.
+
+Magnitude needs no data and is exact for a model that was trained with this sparsity (`hsai.train.sparsity`): its masked
+weights were not seen in training either. For a densely trained one it is the baseline that better masks are held
+against.
+
+D contraction, F outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hsai.compress.quantize import map_layers, search_scale
+from hsai.formats import NM, NMConfig, NMInt4, NMInt4Config, nm_mask
+
+
+def prune_nm(w: jax.Array, config: NMConfig) -> NM:
+    """(D, F) or stacked (L, D, F), float -> the kept values in the config's dtype, and where they stand."""
+    return map_layers(config.pack, w)
+
+
+def prune_nm_int4(w: jax.Array, config: NMInt4Config) -> NMInt4:
+    """(D, F) or stacked (L, D, F), float -> kept values in 4 bits, with scales searched over what is kept.
+
+    The mask comes first and the scale after it: pruned weights are zero, which every scale holds exactly, so that the
+    scale serves the kept ones alone.
+    """
+
+    def pack(layer: jax.Array) -> NMInt4:
+        layer = layer.astype(jnp.float32)
+        mask = nm_mask(layer, config.n, config.m)
+        return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config.group))
+
+    return map_layers(pack, w)

@@ -1,0 +1,93 @@
+"""Recipes: which weight gets which format, by its name.
+
+A recipe is an experiment like any other: a Python file with `get_config()`, that forks import and change by a line. A
+rule that changes nothing (a name with a typing error, a rule behind one that takes all) is refused, so that a recipe
+never promises more than the model got.
+"""
+
+import dataclasses
+import difflib
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hsai.errors import InputError
+from hsai.formats import FormatConfig, Packed
+from hsai.formats.storage import NAMES, named_weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Gives one format to the weights whose names match."""
+
+    pattern: str
+    """Shell-style pattern on the dotted name: "layers.mlp.*", "layers.attention.[qkv]", "*embed", "*"."""
+
+    format: FormatConfig
+    """What these weights become."""
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise InputError("rule pattern='' matches no weight; '*' matches all")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What to compress, and how."""
+
+    rules: tuple[Rule, ...]
+    """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise InputError("rules=() compresses nothing; give at least one rule")
+
+
+def is_matrix(param: nnx.Param) -> bool:
+    """Whether a parameter is multiplied by (or looked up in), and no gain: two axes besides that of stacked layers."""
+    axes = param.get_metadata("out_sharding")
+    return len([axis for axis in axes if axis != "layers"]) == 2
+
+
+def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, FormatConfig]:
+    """The format of each weight that the recipe changes, in the order of the model. Arrays are not touched.
+
+    Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
+    format does not divide a weight, or if a weight is packed already.
+    """
+    params = {name: param for name, param in named_weights(model).items() if is_matrix(param)}
+    deciding: dict[str, int] = {}
+    for name in params:
+        for number, rule in enumerate(recipe.rules):
+            if fnmatchcase(name, rule.pattern):
+                deciding[name] = number
+                break
+    for number, rule in enumerate(recipe.rules):
+        if number not in deciding.values():
+            raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
+    formats = {name: recipe.rules[number].format for name, number in deciding.items()}
+    for name, format in formats.items():
+        _check_fits(name, params[name].get_value(), format)
+    return formats
+
+
+def _explain_idle(rule: Rule, earlier: tuple[Rule, ...], names: list[str]) -> str:
+    """One line on why a rule decides for no weight."""
+    matched = [name for name in names if fnmatchcase(name, rule.pattern)]
+    if matched:
+        first = next(before.pattern for before in earlier if fnmatchcase(matched[0], before.pattern))
+        return f"rule {rule.pattern!r} is never reached: an earlier rule, {first!r}, decides for {matched[0]!r}"
+    near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4) or names
+    return f"rule {rule.pattern!r} matches no weight; the nearest are {', '.join(near)}"
+
+
+def _check_fits(name: str, value: Any, format: FormatConfig) -> None:
+    """Raises `InputError`, naming the weight, unless the format can hold it; nothing is computed."""
+    if isinstance(value, Packed):
+        raise InputError(f"{name} is {NAMES[type(value)]} already; compress the dense checkpoint instead")
+    try:
+        jax.eval_shape(format.pack, jax.ShapeDtypeStruct(value.shape, value.dtype))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error

@@ -1,0 +1,88 @@
+"""Searched scales: never worse than the plain one, exact where the plain one is, and found layer by layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hsai.compress.prune import prune_nm, prune_nm_int4
+from hsai.compress.quantize import CLIP_RATIOS, round_int4, round_int8, search_scale
+from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, nm_mask
+from hsai.formats.int4 import group_absmax
+
+GROUP = 32
+
+
+def group_errors(w: np.ndarray, dense: jax.Array) -> np.ndarray:
+    """Squared error of each group (D / GROUP, F), float64."""
+    missed = np.asarray(w, np.float64) - np.asarray(dense, np.float64)
+    return np.square(missed).reshape(-1, GROUP, w.shape[-1]).sum(1)
+
+
+def draw(seed: int, kind: str) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    w = {"normal": rng.normal, "heavy": lambda size: rng.standard_t(2, size)}[kind](size=(96, 5))
+    return (w * 10.0 ** rng.integers(-4, 3)).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]))
+def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, kind: str) -> None:
+    w, config = draw(seed, kind), Int4Config(group=GROUP)
+    found = group_errors(w, round_int4(jnp.asarray(w), config).dense())
+    plain = group_absmax(jnp.asarray(w), GROUP) / 7
+    for ratio in CLIP_RATIOS[::5]:
+        tried = group_errors(w, config.pack(jnp.asarray(w), plain * ratio).dense())
+        assert (found <= tried * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_the_search_is_worth_its_while(kind: str) -> None:
+    w, config = draw(0, kind), Int4Config(group=GROUP)
+    plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), round_int4(w, config)))
+    assert 0.05 < 1 - found / plain < 0.35
+
+
+def test_representable_weights_stay_exact() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-7, 8, (128, 4)).astype(np.float32)
+    codes[::GROUP] = 7
+    w = codes * np.repeat(2.0 ** rng.integers(-9, 2, (4, 4)), GROUP, axis=0).astype(np.float32)
+    np.testing.assert_array_equal(round_int4(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
+
+
+def test_groups_of_zeros_have_scale_zero() -> None:
+    assert not search_scale(jnp.zeros((64, 3)), GROUP).any()
+
+
+@pytest.mark.parametrize(
+    ("pack", "config"),
+    [
+        (round_int8, Int8Config()),
+        (round_int4, Int4Config(group=GROUP)),
+        (prune_nm, NMConfig(n=2)),
+        (prune_nm_int4, NMInt4Config(n=2, group=GROUP)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_stack_is_packed_layer_by_layer(pack, config) -> None:
+    w = jnp.stack([jnp.asarray(draw(seed, "heavy")[:64]) for seed in range(3)])
+    together = pack(w, config)
+    assert together.shape == w.shape
+    for layer in range(3):
+        alone = pack(w[layer], config)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[layer], together), alone)  # noqa: B023
+
+
+def test_pruning_keeps_the_largest_and_scales_for_them_alone() -> None:
+    w = jnp.asarray(draw(1, "normal"))
+    w = w[:64]
+    mask = nm_mask(w, 2, 4)
+    np.testing.assert_array_equal(prune_nm(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
+    packed = prune_nm_int4(w, NMInt4Config(group=GROUP))
+    np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), GROUP))
+    kept = np.asarray(jnp.where(mask, w, 0))
+    plain = NMInt4Config(group=GROUP).pack(w).dense()
+    assert (group_errors(kept, packed.dense()) <= group_errors(kept, plain) * (1 + 1e-5)).all()

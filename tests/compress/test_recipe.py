@@ -1,0 +1,129 @@
+"""Rules by name, the first that matches; a rule without effect, and a format that does not fit, are refused."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from hsai.compress.recipe import RecipeConfig, Rule, is_matrix, match_weights
+from hsai.config_file import load_config
+from hsai.configuration import from_dict, to_dict
+from hsai.errors import InputError
+from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config
+from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import TransformerConfig
+from hsai.models.transformer import abstract_transformer
+
+RECIPES = Path(__file__).parents[2] / "configs" / "compress"
+CONFIG = TransformerConfig(
+    vocab=96, embed=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128, max_length=32, qk_norm=True
+)
+MODEL = abstract_transformer(CONFIG)
+MATRICES = ["embed", *(f"layers.attention.{w}" for w in "koqv"), *(f"layers.mlp.{w}" for w in ("down", "gate", "up"))]
+
+
+def make_recipe(**rules) -> RecipeConfig:
+    return RecipeConfig(rules=tuple(Rule(pattern=pattern, format=format) for pattern, format in rules.items()))
+
+
+def test_matrices_are_what_is_multiplied_by() -> None:
+    params = named_weights(MODEL)
+    assert [name for name, param in params.items() if is_matrix(param)] == MATRICES
+    assert all(name.endswith(".gain") for name in params if name not in MATRICES)
+
+
+def test_a_star_takes_every_matrix_and_no_gain() -> None:
+    assert list(match_weights(make_recipe(**{"*": Int8Config()}), MODEL)) == MATRICES
+
+
+def test_the_first_rule_wins_and_the_rest_is_left_alone() -> None:
+    recipe = make_recipe(**{"layers.mlp.down": NMConfig(), "layers.mlp.*": Int4Config(), "*.[qk]": Int8Config()})
+    assert match_weights(recipe, MODEL) == {
+        "layers.attention.k": Int8Config(),
+        "layers.attention.q": Int8Config(),
+        "layers.mlp.down": NMConfig(),
+        "layers.mlp.gate": Int4Config(),
+        "layers.mlp.up": Int4Config(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"), [("layers.mpl.down", "layers.mlp.down"), ("unembed", "embed"), ("LAYERS.*", "layers.")]
+)
+def test_a_rule_that_matches_nothing_names_the_nearest(pattern: str, near: str) -> None:
+    with pytest.raises(InputError, match="matches no weight; the nearest are ") as error:
+        match_weights(make_recipe(**{"*": Int8Config(), pattern: Int4Config()}), MODEL)
+    assert repr(pattern) in str(error.value) and near in str(error.value).split("nearest are")[1]
+
+
+def test_gains_cannot_be_compressed() -> None:
+    with pytest.raises(InputError, match=r"rule 'layers.mlp_norm.gain' matches no weight"):
+        match_weights(make_recipe(**{"layers.mlp_norm.gain": Int8Config()}), MODEL)
+
+
+@pytest.mark.parametrize("later", ["embed", "*"])
+def test_a_rule_behind_one_that_takes_all_is_refused(later: str) -> None:
+    rules = (Rule(pattern="*", format=Int8Config()), Rule(pattern=later, format=Int4Config()))
+    with pytest.raises(InputError, match="is never reached: an earlier rule, '\\*', decides for 'embed'"):
+        match_weights(RecipeConfig(rules=rules), MODEL)
+
+
+def test_the_same_rule_twice_is_refused() -> None:
+    rule = Rule(pattern="*", format=Int8Config())
+    with pytest.raises(InputError, match="is never reached"):
+        match_weights(RecipeConfig(rules=(rule, rule)), MODEL)
+
+
+def test_a_format_that_does_not_divide_names_weight_shape_and_numbers() -> None:
+    with pytest.raises(InputError) as error:
+        match_weights(make_recipe(**{"layers.*": Int4Config(group=128)}), MODEL)
+    assert str(error.value) == (
+        "layers.attention.k: int4 with groups of 128 needs a contraction that is a multiple of 128; "
+        "a weight of shape (2, 64, 32) has 64"
+    )
+
+
+def test_a_weight_that_is_packed_already_is_refused() -> None:
+    weights = named_weights(MODEL)
+    packed = Int8Config().pack(jnp.ones(weights["embed"].get_value().shape))
+    with pytest.raises(InputError, match="embed is int8 already; compress the dense checkpoint instead"):
+        match_weights(make_recipe(embed=Int4Config()), replace_weights(MODEL, {"embed": packed}))
+
+
+def test_empty_recipes_and_patterns_are_refused() -> None:
+    with pytest.raises(InputError, match="compresses nothing"):
+        RecipeConfig(rules=())
+    with pytest.raises(InputError, match="'' matches no weight"):
+        Rule(pattern="", format=Int8Config())
+
+
+@pytest.mark.parametrize(
+    ("name", "embedding", "blocks", "parent"),
+    [
+        ("bf16", DenseConfig(dtype="bfloat16"), DenseConfig(dtype="bfloat16"), None),
+        ("int8", Int8Config(), Int8Config(), None),
+        ("int4", Int4Config(group=64), Int4Config(group=64), None),
+        ("nm24", Int8Config(), NMConfig(n=2, m=4), "int8"),
+        ("nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24"),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, parent: str | None, tied: bool) -> None:
+    loaded = load_config(RECIPES / f"{name}.py", RecipeConfig)
+    assert loaded.parent_name == parent
+    assert from_dict(RecipeConfig, to_dict(loaded.config)) == loaded.config
+    formats = match_weights(loaded.config, abstract_transformer(dataclasses.replace(CONFIG, tie_embeddings=tied)))
+    assert set(formats) == {*MATRICES, *(() if tied else ("unembed",))}
+    assert {formats.pop(table) for table in ("embed", *(() if tied else ("unembed",)))} == {embedding}
+    assert set(formats.values()) == {blocks}
+
+
+def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
+    names = {path.stem for path in RECIPES.glob("*.py")}
+    assert names == {"bf16", "int8", "int4", "nm24", "nm24_int4"}
+    for name in names:
+        text = (RECIPES / f"{name}.py").read_text()
+        assert (
+            f"hsai compress runs/quickstart --recipe configs/compress/{name}.py --out runs/quickstart/{name}\n" in text
+        )

@@ -1,0 +1,202 @@
+"""Graphs: the model's steps as StableHLO, with the weights as arguments, for jax and for runtimes without it.
+
+A graph is traced with the reference kernels, so that it holds no custom call and any StableHLO compiler takes it. Each
+is written twice. `NAME.jax` is what `jax.export` reads, for several platforms at once; such a module begins with an
+argument that says on which platform it runs. `NAME.stablehlo` is the module for other runtimes, without that argument:
+with the reference kernels one module serves every platform.
+
+Donation: `jax.export` keeps `donate_argnums` as `tf.aliasing_output` attributes in the module, so a runtime that reads
+StableHLO may update the cache in place; but `Exported.call` does not donate. Whoever calls through jax wraps it in
+`jax.jit(exported.call, donate_argnames=...)` again, as `hsai.infer` does.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import hsai_kernels
+from hsai.errors import InputError
+from hsai.export.manifest import ArrayRecord, GraphRecord
+from hsai.export.steps import (
+    CACHE_NAMES,
+    DECODE_INPUTS,
+    OUTPUTS,
+    PREFILL_INPUTS,
+    cache_shapes,
+    make_decode,
+    make_prefill,
+)
+from hsai.files import atomic_write
+from hsai.models import TransformerConfig
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+GRAPHS = "graphs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """Which graphs a bundle holds: shapes are fixed when a graph is made."""
+
+    prefill_buckets: tuple[int, ...] = (32, 128, 512)
+    """Tokens a prefill call takes, one graph each; those beyond the context are cut to it."""
+
+    batch: int = 1
+    """Rows that are decoded together."""
+
+    context: int | None = None
+    """Tokens that the cache holds for each row; none takes the model's max_length."""
+
+    def __post_init__(self) -> None:
+        if not self.prefill_buckets:
+            raise InputError("prefill_buckets=() is empty; give at least one size, such as 128")
+        for bucket in self.prefill_buckets:
+            if bucket < 1:
+                raise InputError(f"prefill_buckets: {bucket} must be at least 1")
+        if self.batch < 1:
+            raise InputError(f"batch={self.batch} must be at least 1")
+        if self.context is not None and self.context < 1:
+            raise InputError(f"context={self.context} must be at least 1, or none for the model's max_length")
+
+    def slots(self, model: TransformerConfig) -> int:
+        """Tokens that a row of the cache holds; `InputError` if that is more than the model was made for."""
+        if self.context is not None and self.context > model.max_length:
+            raise InputError(f"context={self.context} exceeds the model's max_length={model.max_length}")
+        return self.context or model.max_length
+
+    def buckets(self, model: TransformerConfig) -> tuple[int, ...]:
+        """The sizes of the prefill graphs, ascending, each once, none beyond the context."""
+        return tuple(sorted({min(bucket, self.slots(model)) for bucket in self.prefill_buckets}))
+
+
+def export_graphs(
+    directory: Path,
+    model: TransformerConfig,
+    formats: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, Any],
+    config: GraphConfig,
+) -> tuple[GraphRecord, ...]:
+    """Writes the prefill graphs and the decode graph into `directory`/graphs.
+
+    Args:
+      directory: of the bundle.
+      model: the model's config.
+      formats: of its weights (`hsai.formats.storage.describe`).
+      weights: arrays, or their shapes, by name (`hsai.formats.storage.named_arrays`); only shapes and dtypes are used.
+      config: which graphs.
+    Returns: a record for each graph, for the manifest.
+    Raises:
+      InputError: the context exceeds the model's.
+      RuntimeError: called inside of a mesh, for whose devices jax would then make the graph.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:
+        raise RuntimeError("graphs are for one device: export them outside of use_mesh")
+    (directory / GRAPHS).mkdir()
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
+    slots = config.slots(model)
+    cache = cache_shapes(model, config.batch, slots)
+    records = []
+    for length in config.buckets(model):
+        count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+        arguments = (shapes, jax.ShapeDtypeStruct((config.batch, length), jnp.int32), count, *cache)
+        step = make_prefill(model, formats)
+        records.append(_write_graph(directory, f"prefill_{length}", step, PREFILL_INPUTS, arguments, slots))
+    arguments = (shapes, jax.ShapeDtypeStruct((config.batch, 1), jnp.int32), *cache)
+    records.append(_write_graph(directory, "decode", make_decode(model, formats), DECODE_INPUTS, arguments, slots))
+    return tuple(records)
+
+
+def load_graph(directory: Path, record: GraphRecord) -> jax.export.Exported:
+    """The graph of a bundle that was verified; `InputError` if this jax is too old or too new to run it."""
+    path = directory / record.jax_file
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    oldest = jax.export.minimum_supported_calling_convention_version
+    newest = jax.export.maximum_supported_calling_convention_version
+    if not oldest <= exported.calling_convention_version <= newest:
+        version = f"version {exported.calling_convention_version} of jax's calling convention"
+        raise InputError(f"{path} has {version}, and jax {jax.__version__} runs {oldest} to {newest}; export it again")
+    return exported
+
+
+def export_step(step: Callable[..., Any], arguments: tuple[Any, ...], platforms: Sequence[str]) -> jax.export.Exported:
+    """A step of `hsai.export.steps` with the shapes of `arguments`, its cache donated, free of custom calls."""
+    jitted = jax.jit(step, donate_argnames=CACHE_NAMES)
+    with hsai_kernels.prefer("reference"), _hide_sources():
+        return jax.export.export(jitted, platforms=platforms)(*arguments)
+
+
+def _write_graph(
+    directory: Path,
+    name: str,
+    step: Callable[..., Any],
+    inputs: tuple[str, ...],
+    arguments: tuple[Any, ...],
+    slots: int,
+) -> GraphRecord:
+    portable, exported = (export_step(step, arguments, platforms) for platforms in (PLATFORMS[:1], PLATFORMS))
+    described = _describe_inputs(inputs, arguments)
+    if len(portable.module_kept_var_idx) != len(described):
+        dropped = sorted(set(range(len(described))) - set(portable.module_kept_var_idx))
+        raise RuntimeError(f"graph {name} does not read its input {described[dropped[0]].name!r}")
+    files = {"jax": bytes(exported.serialize()), "stablehlo": portable.mlir_module_serialized}
+    for suffix, content in files.items():
+        with atomic_write(directory / GRAPHS / f"{name}.{suffix}") as temporary:
+            temporary.write_bytes(content)
+    tokens = arguments[1]
+    return GraphRecord(
+        name=name,
+        step="decode" if name == "decode" else "prefill",
+        tokens=tokens.shape[1],
+        batch=tokens.shape[0],
+        slots=slots,
+        jax_file=f"{GRAPHS}/{name}.jax",
+        stablehlo_file=f"{GRAPHS}/{name}.stablehlo",
+        platforms=exported.platforms,
+        stablehlo_version=_read_version(portable.mlir_module_serialized),
+        inputs=described,
+        outputs=tuple(_describe(n, aval) for n, aval in zip(OUTPUTS, portable.out_avals, strict=True)),
+        donated=tuple(index for index, record in enumerate(described) if record.name in CACHE_NAMES),
+        custom_calls=find_custom_calls(portable.mlir_module()),
+    )
+
+
+def find_custom_calls(module: str) -> tuple[str, ...]:
+    """The targets of the custom calls in a StableHLO module's text, in both of the forms that it may take."""
+    found = re.findall(r"custom_call\s+@([\w.$-]+)|call_target_name\s*=\s*\"([^\"]+)\"", module)
+    return tuple(sorted({first or second for first, second in found}))
+
+
+def _describe_inputs(inputs: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[ArrayRecord, ...]:
+    """The arguments in the order in which jax flattens them: weights come sorted by their names."""
+    weights, *others = arguments
+    named = [*sorted(weights.items()), *zip(inputs[1:], others, strict=True)]
+    return tuple(_describe(name, shape) for name, shape in named)
+
+
+def _describe(name: str, shape: Any) -> ArrayRecord:
+    return ArrayRecord(name=name, shape=tuple(shape.shape), dtype=str(shape.dtype))
+
+
+def _read_version(module: bytes) -> str:
+    """The version in the head of StableHLO's portable bytecode."""
+    found = re.match(rb"ML\xefR.StableHLO_v([0-9.]+)\x00", module, re.DOTALL)
+    if found is None:
+        raise RuntimeError(f"jax {jax.__version__} did not write portable StableHLO bytecode: {module[:32]!r}")
+    return found[1].decode("ascii")
+
+
+@contextlib.contextmanager
+def _hide_sources() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of the module, so that equal models give equal bytes."""
+    option = "jax_traceback_in_locations_limit"
+    limit = getattr(jax.config, option)
+    jax.config.update(option, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(option, limit)

@@ -1,0 +1,155 @@
+"""Compiled programs and the weights they run on, for one prompt at a time on one device.
+
+There are two ways to a program: trace the model here, with the kernels of this machine, or take the graph that the
+bundle ships. Both have the calling convention of `hsai.export.steps`, so everything above is written once.
+
+T query, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.stages import Wrapped
+
+from hsai.errors import InputError
+from hsai.export.bundle import Bundle
+from hsai.export.manifest import GraphRecord
+from hsai.export.stablehlo import GraphConfig, load_graph
+from hsai.export.steps import CACHE_NAMES, DECODE_INPUTS, PREFILL_INPUTS, cache_shapes, make_decode, make_prefill
+from hsai.formats.storage import describe, named_arrays
+from hsai.models import KVCache, Transformer
+
+
+class Runtime:
+    """Reads tokens into a cache and gives the logits of the next one.
+
+    Attributes:
+      buckets: ascending numbers of tokens for which there is a prefill.
+      slots: how many tokens the cache holds.
+      vocab: V, how many logits there are.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, jax.Array],
+        prefill: Mapping[int, Wrapped],
+        decode: Wrapped,
+        cache: Sequence[jax.ShapeDtypeStruct],
+        vocab: int,
+    ) -> None:
+        """Wraps the steps.
+
+        Args:
+          weights: by name, resident on the device.
+          prefill: a jitted prefill for each bucket, donating the cache.
+          decode: the jitted decode step, donating the cache.
+          cache: shapes of keys, values and lengths.
+          vocab: V.
+        """
+        self.buckets = tuple(sorted(prefill))
+        self.slots: int = cache[0].shape[2]
+        self.vocab = vocab
+        self._weights = dict(weights)
+        self._prefill = dict(prefill)
+        self._decode = decode
+        self._cache = tuple(cache)
+        self._programs: dict[int | None, Callable[..., Any]] = {}
+
+    def make_cache(self) -> KVCache:
+        """An empty cache."""
+        return KVCache(*(jnp.zeros(part.shape, part.dtype) for part in self._cache))
+
+    def prefill(self, tokens: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Reads `tokens`, int32 (T,) with T at least 1 and within the cache, bucket by bucket.
+
+        Returns: float32 (1, V) logits of what follows the last token, and the cache; the one given is used up.
+        """
+        logits: jax.Array | None = None
+        start = 0
+        for bucket in plan_buckets(len(tokens), self.buckets):
+            part = tokens[start : start + bucket]
+            padded = np.zeros((1, bucket), np.int32)
+            padded[0, : len(part)] = part
+            count = np.full((1,), len(part), np.int32)
+            step = self._compile(bucket)
+            logits, *state = step(self._weights, padded, count, cache.keys, cache.values, cache.lengths)
+            cache = KVCache(*state)
+            start += len(part)
+        if logits is None:
+            raise ValueError("prefill of no tokens")
+        return logits, cache
+
+    def decode(self, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Reads one token, int32 (1,); returns as `prefill`."""
+        step = self._compile(None)
+        logits, *state = step(self._weights, token[:, None], cache.keys, cache.values, cache.lengths)
+        return logits, KVCache(*state)
+
+    def prepare(self, tokens: int) -> None:
+        """Compiles what a prompt of `tokens` and its continuation need, so that timings hold no compilation."""
+        for bucket in (*plan_buckets(tokens, self.buckets), None):
+            self._compile(bucket)
+
+    def _compile(self, bucket: int | None) -> Callable[..., Any]:
+        """The prefill program of `bucket`, or the decode program."""
+        if bucket not in self._programs:
+            tokens = jax.ShapeDtypeStruct((1, bucket or 1), jnp.int32)
+            count = () if bucket is None else (jax.ShapeDtypeStruct((1,), jnp.int32),)
+            step = self._decode if bucket is None else self._prefill[bucket]
+            self._programs[bucket] = step.lower(self._weights, tokens, *count, *self._cache).compile()
+        return self._programs[bucket]
+
+
+def trace_runtime(model: Transformer, graphs: GraphConfig) -> Runtime:
+    """Traces `model` for this machine, with its kernels, in the buckets and the context that `graphs` says."""
+    config, formats = model.config, describe(model)
+    prefill = jax.jit(make_prefill(config, formats), donate_argnames=CACHE_NAMES)
+    decode = jax.jit(make_decode(config, formats), donate_argnames=CACHE_NAMES)
+    cache = cache_shapes(config, 1, graphs.slots(config))
+    return Runtime(named_arrays(model), dict.fromkeys(graphs.buckets(config), prefill), decode, cache, config.vocab)
+
+
+def load_runtime(bundle: Bundle) -> Runtime:
+    """Takes the graphs that the bundle ships.
+
+    Raises:
+      InputError: it ships none, or they are for several rows at a time, or this jax cannot read them.
+    """
+    graphs = bundle.manifest.graphs
+    if not graphs:
+        raise InputError(f"{bundle.directory} holds no graphs: export it with graphs, or run the model without them")
+    steps: dict[str, dict[int, Wrapped]] = {"prefill": {}, "decode": {}}
+    for graph in graphs:
+        if graph.batch != 1:
+            raise InputError(f"{bundle.directory}: graph {graph.name} has batch={graph.batch}; one prompt needs 1")
+        steps[graph.step][graph.tokens] = _wrap_graph(bundle.directory, graph)
+    for step, found in steps.items():
+        if not found or (step == "decode" and 1 not in found):
+            raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
+    cache = cache_shapes(bundle.config, 1, graphs[0].slots)
+    return Runtime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
+
+
+def _wrap_graph(directory: Path, graph: GraphRecord) -> Wrapped:
+    """The graph as a jitted function that takes over the cache's buffers: `Exported.call` by itself does not."""
+    inputs = PREFILL_INPUTS if graph.step == "prefill" else DECODE_INPUTS
+    donated = tuple(inputs.index(name) for name in CACHE_NAMES)
+    return jax.jit(load_graph(directory, graph).call, donate_argnums=donated)
+
+
+def plan_buckets(tokens: int, buckets: Sequence[int]) -> Iterator[int]:
+    """The sizes of the calls that read `tokens`: each but the last is full.
+
+    A larger bucket is taken for the rest once it is at least half full: so at most half of a call is padding (save in
+    the smallest bucket), and the weights are read few times. `buckets` ascend.
+    """
+    while tokens > 0:
+        fitting = [bucket for bucket in buckets if tokens <= bucket <= 2 * tokens]
+        full = [bucket for bucket in buckets if bucket <= tokens]
+        bucket = fitting[0] if fitting else full[-1] if full else buckets[0]
+        yield bucket
+        tokens -= bucket

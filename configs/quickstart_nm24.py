@@ -1,0 +1,16 @@
+"""The quickstart model, trained 2:4 sparse from its first step; packing it to 2:4 then loses nothing.
+
+hsai train configs/quickstart_nm24.py
+"""
+
+from dataclasses import replace
+
+from configs import quickstart
+from hsai.config import RunConfig
+from hsai.train.sparsity import SparsityConfig
+
+
+def get_config() -> RunConfig:
+    """The parent with one field changed."""
+    parent = quickstart.get_config()
+    return replace(parent, train=replace(parent.train, sparsity=SparsityConfig(n=2, m=4)))

@@ -1,0 +1,63 @@
+"""Make weights sparse and low-bit: a run or a bundle in, a bundle (without graphs) and its ledger out.
+
+hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
+Of several recipes each gets a directory of its name under --out.
+"""
+
+import functools
+from pathlib import Path
+
+from hsai.cli.parser import Parser
+from hsai.cli.places import no_empty_directories
+from hsai.cli.targets import check_targets, is_kept
+from hsai.compress import RecipeConfig, compress
+from hsai.compress.recipe import match_weights
+from hsai.config_file import load_config
+from hsai.configuration import to_dict
+from hsai.errors import InputError
+from hsai.export.bundle import write_bundle
+from hsai.export.source import open_model
+from hsai.progress import ProgressBar, console, say
+
+
+def add_arguments(parser: Parser) -> None:
+    """Those of the command."""
+    parser.add_argument("model", type=Path, help="the directory of a run or of a bundle")
+    parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
+    parser.add_argument("--out", required=True, type=Path, help="directory to be made")
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
+    parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
+
+
+def run(parser: Parser, argv: list[str]) -> None:
+    """Checks every recipe and directory first, then compresses with one after the other."""
+    arguments = parser.parse(argv)
+    recipes = {Path(path).stem: load_config(path, RecipeConfig).config for path in arguments.recipe}
+    if len(recipes) < len(arguments.recipe):
+        raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
+    targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
+    check_targets(targets.values(), arguments)
+    source = open_model(arguments.model)
+    for name, recipe in recipes.items():
+        try:
+            match_weights(recipe, source.model)
+        except InputError as error:
+            raise InputError(f"recipe {name}: {error}") from error
+    made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
+    kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
+    with no_empty_directories(targets.values()):
+        for name, recipe in recipes.items():
+            if name in kept:
+                say(f"reusing {targets[name]}")
+            else:
+                extra = source.origin | made[name] | {"recipe_name": name}
+                with ProgressBar() as progress:
+                    model, ledger = compress(source.model, recipe, progress=functools.partial(_report, progress, name))
+                extra |= {"ledger": ledger.to_dict()}
+                write_bundle(targets[name], model, source.tokenizer, extra=extra, overwrite=arguments.overwrite)
+                console.print(ledger.table())
+                say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+
+
+def _report(progress: ProgressBar, name: str, step: str, done: int, total: int) -> None:
+    progress(f"{step} to {name}", done, total)

@@ -1,0 +1,130 @@
+"""Measure models on held-out text, side by side: bytes, bits a weight, bits a byte, decoding speed.
+
+hsai eval bundles/dense bundles/int4 --speed --json results.json
+The first model named is the one that the others are compared with.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from rich.table import Table
+
+from hsai.cli.parser import Parser
+from hsai.data.corpus import Corpus, DataConfig
+from hsai.data.corpus_files import open_corpus
+from hsai.data.loader import Loader
+from hsai.errors import InputError
+from hsai.export.source import ModelSource, inspect_model, open_model
+from hsai.files import write_json_atomic
+from hsai.formats import nbytes
+from hsai.formats.storage import named_arrays, named_weights
+from hsai.infer import Engine
+from hsai.machine import describe_machine
+from hsai.progress import ProgressBar, console
+from hsai.train.evaluate import Quality, make_evaluation
+
+BATCH = 8
+
+
+def add_arguments(parser: Parser) -> None:
+    """Those of the command."""
+    parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles")
+    parser.add_argument("--corpus", type=Path, help="directory of the corpus (default: where the model was trained)")
+    parser.add_argument("--tokens", type=int, default=50_000, help="held-out tokens to read (default: 50000)")
+    parser.add_argument("--speed", action="store_true", help="also measure how fast each model decodes")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+
+
+def run(parser: Parser, argv: list[str]) -> None:
+    """Prints a row a model."""
+    arguments = parser.parse(argv)
+    if arguments.tokens < 1:
+        raise InputError(f"--tokens {arguments.tokens} must be at least 1")
+    if arguments.json is not None:
+        _check_writable(arguments.json)
+    for path in arguments.model:
+        inspect_model(path)  # a mistyped name is told before the first model is measured
+    rows = []
+    with ProgressBar() as progress:
+        for index, path in enumerate(arguments.model):
+            progress("evaluate", index, len(arguments.model), str(path))
+            rows.append(measure(open_model(path), arguments.corpus, arguments.tokens, speed=arguments.speed))
+            progress("evaluate", index + 1, len(arguments.model), str(path))
+    console.print(make_table(rows))
+    if arguments.json is not None:
+        write_json_atomic(arguments.json, {"machine": describe_machine(), "rows": rows})
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses, before anything is measured, a file that could not be written in the end."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise InputError(f"--json {path}: the directory {parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"--json {path} is a directory; give the name of a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--json {path}: the directory {parent} may not be written to")
+
+
+def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: bool) -> dict[str, Any]:
+    """One row: what the model weighs, how well it predicts `tokens` held-out tokens, how fast it decodes."""
+    quality = measure_quality(source, open_heldout(source, corpus), tokens)
+    stored = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
+    weights = sum(param.get_value().size for param in named_weights(source.model).values())
+    row = {
+        "model": source.directory.name,
+        "bytes": stored,
+        "bits_per_weight": 8 * stored / weights,
+        "heldout_bits_per_byte": quality.bits_per_byte,
+        "heldout_loss": quality.loss,
+        "heldout_tokens": quality.tokens,
+        "parameters": weights,
+        "arrays": len(named_arrays(source.model)),
+    }
+    if speed:
+        row["decode_tokens_per_second"] = Engine.trace(source.model, source.tokenizer).decode_speed()
+    return row
+
+
+def open_heldout(source: ModelSource, corpus: Path | None) -> Corpus:
+    """The corpus to measure on; its tokens must be those of the model."""
+    directory = corpus or Path(source.origin.get("corpus", ""))
+    if not directory.name:
+        raise InputError(f"{source.directory} does not say what it was trained on; give --corpus")
+    found = open_corpus(directory, verify=True)  # a number is only as good as what it was measured on
+    if found.tokenizer.to_json() != source.tokenizer.to_json():
+        raise InputError(f"corpus {directory} was cut by another tokenizer than that of {source.directory}")
+    return found
+
+
+def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> Quality:
+    """Over `tokens` held-out tokens, in rows of the length that the model was trained on."""
+    length = int(source.origin.get("sequence_length", source.config.max_length))
+    config = DataConfig(sequence_length=length)
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    loader = Loader(corpus, config, batch_size=BATCH, sharding=sharding, seed=0)
+    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=256)
+    return evaluate(source.model, loader.evaluation_batches(tokens))
+
+
+def make_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table; ratios are to the first."""
+    table = Table()
+    speed = "decode_tokens_per_second" in rows[0]
+    columns = ["model", "weights on disk", "bits/weight", "held-out bits/byte", "ratio", "size"]
+    for name in columns + (["decode tokens/s"] if speed else []):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in rows:
+        cells = [
+            row["model"],
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['heldout_bits_per_byte']:.4f}",
+            f"{row['heldout_bits_per_byte'] / rows[0]['heldout_bits_per_byte']:.3f}x",
+            f"{row['bytes'] / rows[0]['bytes']:.3f}x",
+        ]
+        table.add_row(*cells, *([f"{row['decode_tokens_per_second']:.0f}"] if speed else []))
+    return table

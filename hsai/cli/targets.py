@@ -1,0 +1,61 @@
+"""Directories that a command is about to make: never overwritten silently, and kept where the same work was done."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hsai.cli.places import check_place
+from hsai.errors import InputError
+from hsai.export.manifest import MANIFEST, read_manifest
+from hsai.files import sha256
+from hsai.progress import say
+
+
+def check_targets(targets: Iterable[Path], arguments: argparse.Namespace) -> None:
+    """Refuses, before anything is computed, what could not be written in the end.
+
+    Raises:
+      InputError: what `check_place` refuses; a target exists, and neither `--overwrite` nor `--reuse` says what to do
+        with it; it holds something that is no bundle.
+    """
+    for target in targets:
+        check_place(target, "--out")
+        if not target.exists():
+            continue
+        if not (arguments.overwrite or arguments.reuse):
+            raise InputError(f"{target} exists; give another --out, or --overwrite")
+        if any(target.iterdir()) and not (target / MANIFEST).is_file():
+            raise InputError(f"{target} holds something else than a bundle (no {MANIFEST}); give another --out")
+
+
+def is_kept(target: Path, made: Mapping[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether `--reuse` keeps `target`: a whole bundle whose manifest says that it was made as `made` says.
+
+    Raises:
+      InputError: it was not, and there is no `--overwrite` to make it again.
+    """
+    if not (arguments.reuse and target.exists()):
+        return False
+    fault = _find_fault(target, made)
+    if fault is None:
+        return True
+    if not arguments.overwrite:
+        raise InputError(f"{target} cannot be reused: {fault}; --overwrite makes it again")
+    say(f"{target} is made again: {fault}")
+    return False
+
+
+def _find_fault(target: Path, made: Mapping[str, Any]) -> str | None:
+    """Why the bundle at `target` is not the one that would be made now; None if it is."""
+    try:
+        manifest = read_manifest(target)
+    except InputError as error:
+        return str(error)
+    for name, value in made.items():
+        if manifest.extra.get(name) != value:
+            return f"its {name} is another"
+    for name, record in manifest.files.items():
+        if not (target / name).is_file() or sha256(target / name) != record.sha256:
+            return f"{name} is missing or altered"
+    return None

@@ -1,0 +1,61 @@
+"""Writes docs/results.md and the table in README.md from docs/results/*.json, so that no number is typed by hand.
+
+    python scripts/write_results.py [runs/quickstart/results.json]
+
+With a file, it becomes docs/results/quickstart.json first.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hsai.files import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "docs" / "results" / "quickstart.json"
+BEGIN, END = "<!-- results:quickstart -->", "<!-- end -->"
+
+
+def write_table(results: dict[str, Any]) -> str:
+    """The quickstart's comparison in Markdown, with the machine and the command under it."""
+    rows, machine = results["rows"], results["machine"]
+    lines = [
+        "| format | weights on disk | bits a weight | held-out bits a byte | ratio | size | decode tokens/s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['bytes'] / 1e6:.2f} MB | {row['bits_per_weight']:.2f} "
+            f"| {row['heldout_bits_per_byte']:.4f} "
+            f"| {row['heldout_bits_per_byte'] / rows[0]['heldout_bits_per_byte']:.3f} "
+            f"| {row['bytes'] / rows[0]['bytes']:.3f} | {row['decode_tokens_per_second']:.0f} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n{rows[0]['parameters'] / 1e6:.2f}M parameters, {rows[0]['heldout_tokens']} held-out tokens; ratio and "
+        f"size are to {rows[0]['model']}.\nMachine: {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB, CPU kernels {machine['cpu_kernels']}, Python {machine['python']}, "
+        f"jax {machine['jax']}, {machine['date']}.\nCommand: `bash scripts/quickstart.sh`.\n"
+    )
+
+
+def replace_between(text: str, content: str) -> str:
+    """`text` with what stands between the markers replaced."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{content}{END}{tail}"
+
+
+def main() -> None:
+    """Renews both files."""
+    if len(sys.argv) > 1:
+        STORED.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sys.argv[1], STORED)
+    table = write_table(read_json(STORED))
+    (ROOT / "docs" / "results.md").write_text(f"# Results\n\n## Quickstart\n\n{table}")
+    readme = ROOT / "README.md"
+    readme.write_text(replace_between(readme.read_text(), table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""`hsai compress`: what it makes, and what it refuses before anything is made."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hsai.cli import main
+from hsai.export.bundle import read_bundle
+from tests.cli.conftest import RECIPES, Workshop, recipe
+
+Refuse = Callable[..., str]
+
+ODD_RECIPE = """
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.formats import Int4Config
+
+def get_config():
+    return RecipeConfig(rules=(Rule(pattern={pattern!r}, format=Int4Config(group={group})),))
+"""
+
+
+def write_recipe(path: Path, pattern: str = "*", group: int = 64) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(ODD_RECIPE.format(pattern=pattern, group=group))
+    return path
+
+
+def test_each_recipe_gets_a_bundle_and_a_ledger(workshop: Workshop) -> None:
+    sizes = {}
+    for name in RECIPES:
+        bundle = read_bundle(workshop.compressed / name)
+        extra = bundle.manifest.extra
+        assert bundle.manifest.graphs == () and extra["recipe_name"] == name and extra["step"] == 6
+        assert extra["ledger"] and f"wrote {workshop.compressed / name}" in workshop.said
+        sizes[name] = (workshop.compressed / name / "weights.safetensors").stat().st_size
+    assert sizes["bf16"] > sizes["int8"] > sizes["int4"] and sizes["int8"] > sizes["nm24_int4"]
+
+
+def test_one_recipe_goes_to_out_itself(workshop: Workshop, place: Path) -> None:
+    assert main(["compress", str(workshop.run), "--recipe", recipe("int8"), "--out", "new/int8"]) == 0
+    made, before = (
+        json.loads((b / "manifest.json").read_text()) for b in (Path("new/int8"), workshop.compressed / "int8")
+    )
+    assert made["files"] == before["files"]  # to the byte
+
+
+def test_models_that_are_none(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    for name in ("empty", "started/checkpoints"):
+        (place / name).mkdir(parents=True)
+    (place / "file").write_text("x")
+    words = ("--recipe", recipe("int4"), "--out", "out")
+    refuse("compress", "nowhere", *words, names=("nowhere", "does not exist", "run or of a bundle"))
+    refuse("compress", "empty", *words, names=("empty", "checkpoints", "manifest.json"))
+    refuse("compress", "file", *words, names=("file", "run or of a bundle"))
+    refuse("compress", "started", *words, names=("started/checkpoints", "no checkpoint"))
+    packed = workshop.compressed / "int4"
+    refuse("compress", packed, *words, names=("int4 already", "dense"), beside=(packed,))
+
+
+def test_a_damaged_checkpoint(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    shutil.copytree(workshop.run, place / "run")
+    state = place / "run" / "checkpoints" / "6" / "state"
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    words = ("--recipe", recipe("int4"), "--out", "out")
+    refuse("compress", "run", *words, names=("checkpoint 6", largest.name, "altered"))
+
+
+def test_recipes_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    same, idle, odd = (
+        write_recipe(place / "mine" / "int4.py"),
+        write_recipe(place / "idle.py", pattern="layers.atention.*"),
+        write_recipe(place / "odd.py", group=96),
+    )
+    words = ("compress", workshop.run, "--out", "out", "--recipe")
+    beside = (workshop.run,)
+    refuse(*words, "nowhere.py", names=("nowhere.py",), beside=beside)
+    refuse(*words, recipe("int4"), same, names=("int4.py", "name of its own"), beside=beside)
+    # The first recipe is fine, and still nothing is made: all are checked before any is followed.
+    refuse(*words, same, idle, names=("recipe idle", "'layers.atention.*'", "layers.attention."), beside=beside)
+    refuse(*words, same, odd, names=("96",), beside=beside)
+
+
+def test_a_format_that_does_not_divide(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    fits, large = write_recipe(place / "fits.py"), write_recipe(place / "large.py", pattern="*.down", group=128)
+    large.write_text(large.read_text().replace("*.down", "*").replace("group=128", "group=256"))
+    words = ("compress", workshop.run, "--out", "out", "--recipe", fits, large)
+    refuse(*words, names=("256",))
+
+
+@pytest.mark.parametrize("function", ["fsync", "rename"])
+def test_a_full_disk_leaves_nothing(
+    function: str, monkeypatch: pytest.MonkeyPatch, workshop: Workshop, refuse: Refuse
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, function, fail)
+    recipes = [recipe(name) for name in ("int8", "int4")]
+    refuse("compress", workshop.run, "--recipe", *recipes, "--out", "a/b/c", names=("No space left on device",))

@@ -1,0 +1,58 @@
+"""`hsai eval`: rows that can be compared, and what it refuses before anything is measured."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hsai.cli import main
+from tests.cli.conftest import SHORT, TINY, Workshop
+
+Refuse = Callable[..., str]
+
+
+def test_rows(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [str(workshop.run), *(str(workshop.bundles / name) for name in ("bf16", "int4"))]
+    assert main(["eval", *models, "--tokens", "1000", "--speed", "--json", "rows.json"]) == 0
+    table = capsys.readouterr().out
+    written = json.loads((place / "rows.json").read_text())
+    dense, bf16, int4 = written["rows"]
+    assert [row["model"] for row in written["rows"]] == ["run", "bf16", "int4"]
+    assert all(name in table for name in ("run", "bf16", "int4", "decode tokens/s", "1.000x"))
+    trained = json.loads((workshop.run / "result.json").read_text())
+    assert dense["heldout_tokens"] == trained["heldout_tokens"] == 1000
+    assert dense["heldout_bits_per_byte"] == pytest.approx(trained["heldout_bits_per_byte"], rel=1e-5)
+    assert bf16["heldout_bits_per_byte"] == pytest.approx(dense["heldout_bits_per_byte"], rel=1e-2)
+    assert (
+        dense["bits_per_weight"] == 32 and 16 < bf16["bits_per_weight"] < 16.1 and 4.2 < int4["bits_per_weight"] < 4.4
+    )
+    assert all(row["decode_tokens_per_second"] > 0 for row in written["rows"])
+    assert written["machine"]["cores"] >= 1 and written["machine"]["jax"]
+
+
+def test_where_it_may_not_write(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "here").mkdir()
+    words = ("eval", workshop.bundles / "int4", "--tokens", "1000", "--json")
+    refuse(*words, "nowhere/rows.json", names=("--json nowhere/rows.json", "does not exist"))
+    refuse(*words, "here", names=("--json here", "is a directory"))
+
+
+def test_models_are_looked_at_before_the_first_is_measured(workshop: Workshop, refuse: Refuse) -> None:
+    refuse("eval", workshop.bundles / "int4", "nowhere", names=("nowhere", "does not exist"))
+
+
+def test_corpora_that_do_not_fit(
+    workshop: Workshop, place: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = workshop.bundles / "int4"
+    refuse("eval", model, "--corpus", "nowhere", names=("nowhere", "no corpus"))
+    damaged = Path(shutil.copytree(workshop.corpus, place / "damaged"))
+    content = bytearray((damaged / "heldout.tokens").read_bytes())
+    content[-10] ^= 1
+    (damaged / "heldout.tokens").write_bytes(content)
+    refuse("eval", model, "--corpus", "damaged", names=("damaged/heldout.tokens", "altered"))
+    other = ("--data.split-seed", "1", "--train.steps", "3")
+    assert main(["train", TINY, *SHORT, *other, "--directory", "run", "--data-directory", "other"]) == 0
+    refuse("eval", model, "--corpus", "other", names=("other", "another tokenizer", str(model)))

@@ -1,0 +1,141 @@
+"""`hsai generate`: the same text by both ways, and what it refuses."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hsai.cli import main
+from hsai.files import sha256
+from tests.cli.conftest import RECIPES, Workshop
+from tests.export.tiny_models import make_tokenizer
+
+Refuse = Callable[..., str]
+PROMPT = "def main():"
+
+
+def generate(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What is printed."""
+    capsys.readouterr()
+    assert main(["generate", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["int4", "nm24_int4"])
+def test_graphs_give_the_same_text(recipe: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (workshop.bundles / recipe, PROMPT, "--max-tokens", 12)
+    text = generate(capsys, *words)
+    assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 1 and text.endswith("\n")
+    assert generate(capsys, *words, "--graphs") == text
+
+
+def test_draws_follow_the_seed(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (workshop.bundles / RECIPES[0], PROMPT, "--max-tokens", 16, "--temperature", 2, "--top-p", 0.99)
+    texts = [generate(capsys, *words, "--seed", seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["x" * 200], ("200", "128")),
+        (["a\udcff"], ("\\udcff", "at 1")),
+        (["x", "--max-tokens", "0"], ("--max-tokens 0", "at least 1")),
+        (["x", "--temperature", "-1"], ("temperature=-1.0",)),
+        (["x", "--temperature", "nan"], ("temperature=nan",)),
+        (["x", "--temperature", "1", "--top-p", "2"], ("top_p=2.0", "at most 1")),
+        (["x", "--temperature", "1", "--top-k", "0"], ("top_k=0", "at least 1")),
+        (["x", "--top-k", "3"], ("top_k=3", "temperature")),
+        (["x", "--seed", "-1"], ("--seed -1", "4294967295")),
+        (["x", "--seed", "99999999999999999999"], ("--seed 99999999999999999999", "4294967295")),
+    ],
+)
+def test_requests_that_cannot_be(
+    words: list[str], names: tuple[str, ...], workshop: Workshop, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = workshop.bundles / "int8"
+    if words[0].startswith("xx"):  # as many tokens as characters, whatever was learned
+        words = ["\x01" * 200]
+        names = ("201", "128")
+    refuse("generate", bundle, *words, names=names, beside=(bundle,))
+    assert capsys.readouterr().out == ""  # no prompt, no half a line
+
+
+def edit_manifest(bundle: Path, **changes: object) -> None:
+    """Changes entries of a manifest."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def resign(bundle: Path, name: str) -> None:
+    """Makes the manifest agree with a file that was changed."""
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    path = bundle / name
+    edit_manifest(bundle, files=files | {name: {"bytes": path.stat().st_size, "sha256": sha256(path)}})
+
+
+def cut_weights(bundle: Path) -> None:
+    path = bundle / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def alter_weights(bundle: Path) -> None:
+    path = bundle / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+def cut_and_resign_weights(bundle: Path) -> None:
+    cut_weights(bundle)
+    resign(bundle, "weights.safetensors")
+
+
+def put_other_tokenizer(bundle: Path) -> None:
+    make_tokenizer().save(bundle / "tokenizer.json")
+
+
+def put_larger_vocabulary(bundle: Path) -> None:
+    model = json.loads((bundle / "manifest.json").read_text())["model"]
+    edit_manifest(bundle, model=model | {"vocab": 300})
+
+
+def alter_graph(bundle: Path) -> None:
+    path = bundle / "graphs" / "decode.jax"
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "cut weights": (cut_weights, ("weights.safetensors", "truncated")),
+    "altered weights": (alter_weights, ("weights.safetensors", "altered")),
+    "cut and signed again": (cut_and_resign_weights, ("weights.safetensors", "not a safetensors file")),
+    "no weights": (lambda b: (b / "weights.safetensors").unlink(), ("weights.safetensors", "missing")),
+    "no manifest": (lambda b: (b / "manifest.json").unlink(), ("manifest.json",)),
+    "manifest is no JSON": (lambda b: (b / "manifest.json").write_text("{'"), ("manifest.json", "line 1")),
+    "manifest is a list": (lambda b: (b / "manifest.json").write_text("[]"), ("manifest.json", "format_version")),
+    "newer manifest": (lambda b: edit_manifest(b, format_version=99), ("format_version 99", "version 1")),
+    "unknown entry": (lambda b: edit_manifest(b, surprise=1), ("surprise",)),
+    "no graph": (lambda b: (b / "graphs" / "decode.jax").unlink(), ("graphs/decode.jax", "missing")),
+    "altered graph": (alter_graph, ("graphs/decode.jax", "altered")),
+    "altered tokenizer": (put_other_tokenizer, ("tokenizer.json",)),
+    "vocabulary too large": (put_larger_vocabulary, ("512 tokens", "model.vocab=300")),
+    "empty": (lambda b: (shutil.rmtree(b), b.mkdir()), ("manifest.json",)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_bundles(damage: str, workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    inflict, names = DAMAGES[damage]
+    inflict(Path(shutil.copytree(workshop.bundles / "int4", place / "bundle")))
+    refuse("generate", "bundle", PROMPT, "--graphs", names=names)
+
+
+def test_what_is_no_bundle(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "file").write_text("x")
+    refuse("generate", "nowhere", PROMPT, names=("nowhere", "no such directory"))
+    refuse("generate", "file", PROMPT, names=("file",))
+    refuse("generate", workshop.run, PROMPT, names=(str(workshop.run), "manifest.json"), beside=(workshop.run,))
+    plain = workshop.compressed / "int4"
+    refuse("generate", plain, PROMPT, "--graphs", names=(str(plain), "no graphs"), beside=(plain,))

@@ -63,6 +63,5 @@ class ProgressBar:
         now = time.monotonic()
         if now - self._printed.setdefault(description, now) >= LINE_SECONDS or done >= total:
             self._printed[description] = now
-            console.print(
-                f"{description}: {100 * done // max(total, 1)}% {note}".rstrip(), markup=False, soft_wrap=True
-            )
+            percent = 100 * done // total if total else 100
+            console.print(f"{description}: {percent}% {note}".rstrip(), markup=False, soft_wrap=True)

@@ -105,6 +105,10 @@ def test_a_folder_that_is_called_like_a_library(tmp_path: Path) -> None:
 
 
 def test_a_config_imported_before_stays_what_it_was(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other tests import this repository's own `configs`: it steps aside for this one.
+    own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "configs"}
+    for name in own:
+        del sys.modules[name]
     monkeypatch.syspath_prepend(str(configs.parent))
     import configs.base as before  # type: ignore[import-not-found]
 
@@ -112,6 +116,7 @@ def test_a_config_imported_before_stays_what_it_was(configs: Path, monkeypatch: 
     assert sys.modules["configs.base"] is before
     for name in ("configs", "configs.base"):
         del sys.modules[name]
+    sys.modules.update(own)
 
 
 def test_integers_become_the_floats_they_stand_for(configs: Path) -> None:

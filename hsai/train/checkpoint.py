@@ -53,10 +53,10 @@ class Checkpointer:
         else:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
-                save_interval_steps=config.every,
                 cleanup_tmp_directories=True,  # what a killed run was writing
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
+        self._every = 0 if config is None else config.every
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
         self.directory = directory.resolve()
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -77,18 +77,18 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, record: dict[str, Any], *, force: bool = False) -> bool:
-        """Saves in the background if `step` is due, or `force`; returns whether it does.
+        """Saves in the background if `step` is a multiple of `config.every`, or `force`; returns whether it does.
 
         `record` is what the state cannot say: the position in the data and the resolved config, as JSON.
         """
-        if step == self.latest:
+        due = step % self._every == 0 or force
+        if not due or step == self.latest:
             return False
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(named_arrays(state)), record=ocp.args.JsonSave(record))
-        if not self._manager.should_save(step) and not force:
-            return False
         self._manager.wait_until_finished()  # `_seal` looks for the one step that is being written
         self._saving = step
-        return self._manager.save(step, args=items, force=force)
+        # Forced: left to itself, Orbax also saves the first step that it is shown.
+        return self._manager.save(step, args=items, force=True)
 
     def read_record(self, step: int | None = None) -> dict[str, Any]:
         """The JSON record of `step` (default: the newest); raises as `restore`."""

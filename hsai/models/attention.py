@@ -12,7 +12,7 @@ from flax import nnx
 from hsai.formats import project
 from hsai.models.cache import LayerCache
 from hsai.models.layers import RMSNorm, declare
-from hsai.models.rope import rotate
+from hsai.models.rope import Rotation, rotate
 from hsai.sharding import constrain
 from hsai_kernels import attention
 
@@ -37,13 +37,19 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None, cache: LayerCache | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        rotation: Rotation,
+        segments: jax.Array | None,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends from x to itself, or, with a cache, to everything in the cache after x was written to it.
 
         Args:
           x: (B, T, D).
           positions: (B, T) int32; a query sees keys at its own position and before.
+          rotation: of the positions.
           segments: (B, T) int32 or None; a query sees keys of its own segment only.
           cache: where keys and values of earlier tokens are; excludes `segments`.
         Returns: (B, T, D), and the cache with x written to it.
@@ -60,7 +66,7 @@ class Attention(nnx.Module):
         k, v = heads(self.k, "kv_heads", c.kv_heads), heads(self.v, "kv_heads", c.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, positions, c.rope), rotate(k, positions, c.rope)
+        q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is None:
             kv_positions, kv_segments = positions, segments
         else:

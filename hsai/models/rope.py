@@ -13,6 +13,9 @@ import numpy as np
 
 from hsai.errors import InputError
 
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosine and sine of each token's angle with each pair, float32 (B, T, 1, H / 2)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -73,15 +76,20 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return (keep * freq + (1 - keep) * freq / scaling.factor).astype(np.float32)
 
 
-def rotate(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.Array:
-    """Rotates each head by its token's position.
+def make_rotation(positions: jax.Array, config: RopeConfig, head_dim: int) -> Rotation:
+    """The turns of each token: made once, outside of the scan over layers, since sines are dear and all layers agree.
 
     Args:
-      x: (B, T, N, H) queries or keys.
       positions: (B, T) int32.
-    Returns: (B, T, N, H) in x's dtype; the angles are computed in float32.
+      config: the wavelengths.
+      head_dim: H.
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies(config, x.shape[-1])
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies(config, head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates each head by its token's position: (B, T, N, H) -> the same, in x's dtype, computed in float32."""
+    cos, sin = rotation
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

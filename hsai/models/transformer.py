@@ -16,7 +16,7 @@ from hsai.models.attention import Attention
 from hsai.models.cache import CACHE_AXES, KVCache, LayerCache
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.mlp import Mlp
-from hsai.models.rope import RopeConfig
+from hsai.models.rope import RopeConfig, Rotation, make_rotation
 from hsai.sharding import constrain
 
 Remat = Literal["none", "dots", "full"]
@@ -102,10 +102,15 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array | None, cache: LayerCache | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        rotation: Rotation,
+        segments: jax.Array | None,
+        cache: LayerCache | None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """(B, T, D) -> (B, T, D), and the cache with this block's keys and values written to it."""
-        y, cache = self.attention(self.attention_norm(x), positions, segments, cache)
+        y, cache = self.attention(self.attention_norm(x), positions, rotation, segments, cache)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -162,11 +167,13 @@ class Transformer(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
 
+        rotation = make_rotation(positions, self.config.rope, self.config.head_dim)
+
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
             x, stored = carry
             block, layer = scanned
             view = None if stored is None else LayerCache(*stored, layer)
-            x, view = block(x, positions, segments, view)
+            x, view = block(x, positions, rotation, segments, view)
             x = constrain(x, "batch", "seq", "embed")
             return (x, None if view is None else (view.keys, view.values)), None
 

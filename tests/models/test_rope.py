@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from hsai.errors import InputError
 from hsai.models import RopeConfig, RopeScaling
-from hsai.models.rope import frequencies, rotate
+from hsai.models.rope import frequencies, make_rotation, rotate
 
 
 def turn(head: np.ndarray, position: int) -> np.ndarray:
     """One head at one position."""
-    return np.asarray(rotate(jnp.asarray(head)[None, None, None], jnp.full((1, 1), position), RopeConfig()))[0, 0, 0]
+    rotation = make_rotation(jnp.full((1, 1), position), RopeConfig(), len(head))
+    return np.asarray(rotate(jnp.asarray(head)[None, None, None], rotation))[0, 0, 0]
 
 
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 500))
@@ -27,7 +28,7 @@ def test_scores_depend_on_the_distance_alone(query: int, key: int, shift: int) -
 
 def test_position_zero_and_dtype_are_kept() -> None:
     x = jnp.arange(16.0, dtype=jnp.bfloat16).reshape(1, 2, 1, 8)
-    y = rotate(x, jnp.array([[0, 1]]), RopeConfig())
+    y = rotate(x, make_rotation(jnp.array([[0, 1]]), RopeConfig(), 8))
     assert y.dtype == jnp.bfloat16
     assert jnp.array_equal(y[:, 0], x[:, 0]) and not jnp.array_equal(y[:, 1], x[:, 1])
 

@@ -3,7 +3,7 @@
 It materialises the scores (memory B * N * T * S floats), but never repeats keys or values over the query heads of a
 group.
 
-Dimensions: B batch, T query, S key, N heads, K kv heads, G = N / K query heads a kv head, H head dim.
+Dimensions: B batch, T query, S key, N heads, K kv heads, G = N / K query heads a kv head, R = G * T, H head dim.
 """
 
 import jax
@@ -25,9 +25,15 @@ def attention_reference(
 ) -> jax.Array:
     """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated."""
     batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scale
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    # The query heads of a group follow one another as rows of one product. With batch and kv heads in front, neither
+    # the products nor their gradients transpose anything as large as the scores.
+    rows = q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * queries, head_dim)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkrh,bksh->bkrs", rows, k, preferred_element_type=jnp.float32) * scale
+    scores = scores.reshape(batch, kv_heads, group, queries, keys)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     visible = find_visible(q_positions, kv_positions, q_segments, kv_segments, window=window)[:, None, None]
@@ -37,10 +43,11 @@ def attention_reference(
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
     largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(scores - largest), 0.0)
-    total = jnp.sum(weights, axis=-1)  # (B, K, G, T)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    total = jnp.where(total == 0.0, 1.0, total).transpose(0, 3, 1, 2)[..., None]
-    return (out / total).astype(q.dtype).reshape(q.shape)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype).reshape(batch, kv_heads, group * queries, keys)
+    out = jnp.einsum("bkrs,bksh->bkrh", weights, v, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, kv_heads, group, queries, head_dim) / jnp.where(total == 0.0, 1.0, total)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def find_visible(

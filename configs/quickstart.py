@@ -31,7 +31,7 @@ def get_config() -> RunConfig:
         ),
         data=DataConfig(source="python_stdlib", vocab_size=4096, max_bytes=16_000_000, sequence_length=256),
         optim=OptimizerConfig(learning_rate=3e-3, warmup_steps=30, weight_decay=0.1),
-        train=TrainConfig(steps=300, batch_size=4, log_every=10, evaluate_every=100, evaluate_tokens=25_000),
+        train=TrainConfig(steps=300, batch_size=4, log_every=1, evaluate_every=100, evaluate_tokens=25_000),
         mesh=MeshConfig(data=-1, model=2, cpu_devices=2),
         checkpoint=CheckpointConfig(every=100, keep=2),
     )

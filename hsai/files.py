@@ -39,12 +39,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(6)}{target.suffix}")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
@@ -91,7 +91,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until the file (or the directory's list of names) is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

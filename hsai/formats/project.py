@@ -3,8 +3,11 @@
 B batch, T query, D contraction, F outputs, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hsai.formats.int4 import Int4
 from hsai.formats.int8 import Int8
@@ -15,15 +18,19 @@ from hsai.sharding import Axes, constrain
 from hsai_kernels import quantized_matmul, sparse_matmul
 
 
-def project(x: jax.Array, w: Weight, *, out_axes: Axes) -> jax.Array:
+def project(x: jax.Array, w: Weight, *, out_axes: Axes, out_dtype: DTypeLike | None = None) -> jax.Array:
     """x @ w for a dense or packed weight.
 
     Args:
       x: (..., D) activations, bfloat16 or float32.
       w: dense (D, F), or any packed format with that logical shape.
       out_axes: logical axes of the result.
-    Returns: (..., F), in x's dtype, constrained to `out_axes`.
+      out_dtype: of the result, x's by default; float32 keeps what bfloat16 products sum to, as logits need it.
+    Returns: (..., F), constrained to `out_axes`.
     """
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
+        x = x.astype(out_dtype)
     match w:
         case Int8(values, scale):
             y = quantized_matmul(x, values, scale)
@@ -36,28 +43,35 @@ def project(x: jax.Array, w: Weight, *, out_axes: Axes) -> jax.Array:
         case Packed():
             raise NotImplementedError(f"project does not know the format {type(w).__name__}")
         case _:
-            y = _multiply(x, w.astype(x.dtype))
+            y = _multiply(out_dtype, x, w)
     return constrain(y, *out_axes)
 
 
-@jax.custom_vjp
-def _multiply(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w for a dense weight, (..., D) and (D, F).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(out_dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w for a dense weight, (..., D) and (D, F), which is rounded to x's dtype first.
 
-    The gradients are jax's own, but the weight's is asked for as (D, F): jax would form it as (F, D) and turn it, for
-    which XLA on a CPU first turns the gradient of the result, and spends a fifth of a training step on that.
+    The gradients are jax's own, but for two things. The weight's is asked for as (D, F): jax would form it as (F, D)
+    and turn it, for which XLA on a CPU first turns the gradient of the result, and spends a fifth of a training step on
+    that. And it is summed, sent between devices and handed on in w's own dtype, float32 while training, not in x's.
     """
-    return x @ w
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out_dtype)
 
 
-def _multiply_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ w, (x, w)
+def _multiply_forward(
+    out_dtype: jnp.dtype, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _multiply(out_dtype, x, w), (x, w)
 
 
-def _multiply_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _multiply_backward(
+    out_dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, w = saved
+    grad = grad.astype(x.dtype)
     lead = tuple(range(x.ndim - 1))
-    return jnp.einsum("...f,df->...d", grad, w), jax.lax.dot_general(x, grad, ((lead, lead), ((), ())))
+    d_w = jax.lax.dot_general(x, grad, ((lead, lead), ((), ())), preferred_element_type=w.dtype)
+    return jnp.einsum("...f,df->...d", grad, w.astype(x.dtype)), d_w
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

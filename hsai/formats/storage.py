@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from hsai.errors import InputError
@@ -116,6 +117,8 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
     kind = record.get("format")
     if kind == "dense":
         _require(name in arrays, f"array {name!r} is missing")
+        kind = arrays[name].dtype
+        _require(jnp.issubdtype(kind, jnp.floating), f"array {name!r} is {kind}, and a dense weight is floating")
         return arrays[name], {name}
     if kind not in PACKED:
         raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(PACKED)}")
@@ -133,7 +136,7 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
     value = PACKED[kind](**values)
     try:  # the format's own arithmetic says whether its arrays fit together
         jax.eval_shape(to_dense, value)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"the arrays of {name!r} do not fit together as {kind}: {reason}") from error
     return value, names

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from hsai.errors import InputError
 
+LOWEST_TEMPERATURE = 1e-4
+"""Below it, logits that are divided by it leave float32; and a draw has long been the likeliest token."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -35,8 +38,10 @@ class SamplingConfig:
     """Of the draws; has no say at temperature 0."""
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.temperature != 0 and not (LOWEST_TEMPERATURE <= self.temperature < math.inf):
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy), or at least {LOWEST_TEMPERATURE}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k} must be at least 1, or none")
         if self.top_p is not None and not 0 < self.top_p <= 1:

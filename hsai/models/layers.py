@@ -16,6 +16,11 @@ def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, std: float) -
     return nnx.Param(value, out_sharding=axes)
 
 
+def is_matrix(param: nnx.Variable) -> bool:
+    """Whether a parameter is multiplied by (or looked up in), and no gain: two axes besides that of stacked layers."""
+    return len([axis for axis in param.get_metadata("out_sharding") if axis != "layers"]) == 2
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalization with a learned gain (1910.07467, eq. 4), computed in float32."""
 

@@ -76,13 +76,16 @@ class Checkpointer:
         """The step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
 
+    def is_due(self, step: int) -> bool:
+        """Whether `save` will save this step by itself: a multiple of `config.every`."""
+        return self._every > 0 and step % self._every == 0
+
     def save(self, step: int, state: Any, record: dict[str, Any], *, force: bool = False) -> bool:
-        """Saves in the background if `step` is a multiple of `config.every`, or `force`; returns whether it does.
+        """Saves in the background if `step` is due, or `force`; returns whether it does.
 
         `record` is what the state cannot say: the position in the data and the resolved config, as JSON.
         """
-        due = step % self._every == 0 or force
-        if not due or step == self.latest:
+        if not (self.is_due(step) or force) or step == self.latest:
             return False
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(named_arrays(state)), record=ocp.args.JsonSave(record))
         self._manager.wait_until_finished()  # `_seal` looks for the one step that is being written

@@ -29,7 +29,7 @@ from hsai.train.metrics import MetricsWriter, Throughput
 from hsai.train.optimizer import make_optimizer, make_schedule
 from hsai.train.sparsity import SparsityConfig
 from hsai.train.state import TrainState, abstract_state, init_state
-from hsai.train.step import make_train_step
+from hsai.train.step import Metrics, make_train_step
 
 if TYPE_CHECKING:
     from hsai.config import RunConfig
@@ -74,6 +74,8 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"train.seed={self.seed} must be between 0 and {2**32 - 1}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"train.batch_size={self.batch_size} does not divide into train.accumulate={self.accumulate} parts"
@@ -164,13 +166,15 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
     config = run.train
     loader = make_loader(run, corpus, mesh)
     optimizer = make_optimizer(run.optim, config.steps)
+    # Each process lists the directory for itself; a file system that is late somewhere must not part them.
+    require_same("newest checkpoint", str(checkpointer.latest))
     if checkpointer.latest is None:
         state, start = init_state(run.model, optimizer, mesh, config.seed), 0
     else:
         state, start = _resume(run, mesh, checkpointer, corpus)
         say(f"resuming {directory} at step {start} of {config.steps}")
-    if jax.process_index() == 0:
-        corpus.tokenizer.save(directory / "tokenizer.json")
+    first = jax.process_index() == 0
+    agree(lambda: corpus.tokenizer.save(directory / "tokenizer.json") if first else None)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_function = make_train_step(optimizer, make_schedule(run.optim, config.steps), config, shardings)
@@ -187,23 +191,37 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
             return evaluate(state.model, loader.evaluation_batches(config.evaluate_tokens))
 
     quality = measure() if start == config.steps else None
-    with MetricsWriter(directory, resume_step=start) as writer, ProgressBar() as progress:
-        for step, batch in enumerate(loader.iterate(start, config.steps), start + 1):
-            state, metrics = step_function(state, batch)
+    with agree(lambda: MetricsWriter(directory, resume_step=start)) as writer, ProgressBar() as progress:
+
+        def settle(step: int, metrics: Metrics, measured: bool) -> None:
+            """Waits for a step, and logs it."""
+            nonlocal quality
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
             throughput.tick(row.pop("tokens"))
             _check_finite(row, step, run, checkpointer)
-            last = step == config.steps
-            measured = step % config.evaluate_every == 0 or last
-            if step % config.log_every == 0 or measured:
-                if measured:
-                    quality = measure()
-                    row |= {"heldout_loss": quality.loss, "heldout_bits_per_byte": quality.bits_per_byte}
+            if measured:
+                quality = measure()
+                row |= {"heldout_loss": quality.loss, "heldout_bits_per_byte": quality.bits_per_byte}
+            if measured or step % config.log_every == 0:
                 writer.write(step, row | throughput.summary())
             heldout = "" if quality is None else f", held-out {quality.bits_per_byte:.3f} bits/byte"
             progress("training", step, config.steps, f"loss {row['loss']:.3f}{heldout}")
-            with throughput.paused():
-                checkpointer.save(step, state, record | {"next_step": step}, force=last)
+
+        running: tuple[int, Metrics] | None = None
+        for step, batch in enumerate(loader.iterate(start, config.steps), start + 1):
+            state, metrics = step_function(state, batch)
+            # The step before is logged while the devices work on this one; but a state that is measured or saved is
+            # that of a step which is known to have gone well.
+            if running is not None:
+                settle(*running, measured=False)
+            running = (step, metrics)
+            last = step == config.steps
+            measured = step % config.evaluate_every == 0 or last
+            if measured or checkpointer.is_due(step):
+                settle(*running, measured=measured)
+                running = None
+                with throughput.paused():
+                    checkpointer.save(step, state, record | {"next_step": step}, force=last)
     assert quality is not None  # the last step measures
     return TrainResult(state=state, quality=quality, started_at=start)
 

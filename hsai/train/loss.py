@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.formats import Weight, project
+from hsai.sharding import constrain
 
 
 def cross_entropy_sum(
@@ -25,6 +26,8 @@ def cross_entropy_sum(
       chunk: positions of a row whose logits exist together; T is padded to a multiple of it.
     Returns: a float32 scalar, in nats.
     """
+    # Collected over the axes of the batch once, not once a chunk; and so is its gradient, when all chunks are summed.
+    head = jax.tree.map(lambda leaf: constrain(leaf, None, "vocab"), head)
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
     padding = -length % chunk
@@ -36,7 +39,7 @@ def cross_entropy_sum(
     @jax.checkpoint
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden, targets, weights = part
-        logits = project(hidden, head, out_axes=("batch", "seq", "vocab")).astype(jnp.float32)
+        logits = project(hidden, head, out_axes=("batch", "seq", "vocab"), out_dtype=jnp.float32)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
 

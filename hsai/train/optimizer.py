@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from hsai.errors import InputError
+from hsai.models.layers import is_matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class OptimizerConfig:
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step for a run of `steps` steps; step 0 already moves."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    falling = max(steps - config.warmup_steps, 1)
+    falling = max(steps - config.warmup_steps - 1, 1)  # the first step after the warm-up has the peak, the last the end
     match config.schedule:
         case "cosine":
             fall = optax.cosine_decay_schedule(peak, falling, config.final_fraction)
@@ -70,11 +71,6 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return fall
     rise = optax.linear_schedule(peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([rise, fall], [config.warmup_steps])
-
-
-def is_matrix(param: nnx.Variable) -> bool:
-    """Whether a parameter multiplies activations: two axes of its own, not counting the stack of layers."""
-    return len([axis for axis in param.get_metadata("out_sharding") if axis != "layers"]) >= 2
 
 
 def matrix_mask(params: Any) -> Any:

@@ -30,7 +30,8 @@ struct Weight {
 };
 
 // Writes out[r * length + i] = sum over the contraction of x[r] times column begin + i, for r < rows.
-// x is float (rows, D), rows is 1, 2, 4 or 8; for int4 it is what prepare_int4 of ffi.cc makes of that. Unless length is a multiple of `lanes`, the columns are computed singly.
+// x is float (rows, D), rows is 1, 2, 4 or 8; for int4 it is what prepare_int4 of multiply.cc makes of that. Unless
+// length is a multiple of `lanes`, the columns are computed singly.
 using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std::int64_t begin, std::int64_t length,
                              float* out);
 

@@ -45,7 +45,11 @@ void run_tiles(std::int64_t tiles, std::int64_t threads, Schedule&& schedule, st
   state->work = std::move(work);
   state->tiles = tiles;
   for (std::int64_t helper = 1; helper < std::min(threads, tiles); ++helper) {
-    schedule([state] { state->drain(); });
+    try {
+      schedule([state] { state->drain(); });
+    } catch (...) {  // no memory for a helper, which may be running what an earlier call asked for: go on without
+      break;
+    }
   }
   state->drain();
   std::unique_lock<std::mutex> lock(state->mutex);

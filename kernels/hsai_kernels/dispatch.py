@@ -20,7 +20,14 @@ logger = logging.getLogger(__name__)
 REFERENCE = "reference"
 """The backend that every kernel has on every platform."""
 
-ORDER: Mapping[str, tuple[str, ...]] = {"cpu": ("cpu", REFERENCE)}
+CHUNKED = "chunked"
+"""Plain jax as well, in blocks, where the reference would need memory for all of them."""
+
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", CHUNKED, REFERENCE),
+    "gpu": (CHUNKED, REFERENCE),
+    "tpu": (CHUNKED, REFERENCE),
+}
 """Backends of the automatic choice by platform, fastest first; other platforms use the reference."""
 
 Backend = Callable[..., jax.Array]

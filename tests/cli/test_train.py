@@ -70,6 +70,8 @@ def test_config_files_that_cannot_be(text: str | None, names: tuple[str, ...], p
         ("--mesh.data -1 --mesh.fsdp -1", ("mesh.data", "mesh.fsdp", "-1")),
         ("--train.batch-size 12", ("train.batch_size=12", "8")),
         ("--train.accumulate 2", ("train.batch_size=8", "train.accumulate=2")),
+        ("--train.seed -1", ("train.seed=-1", "4294967295")),
+        ("--train.seed 4294967296", ("train.seed=4294967296", "4294967295")),
         ("--train.accumulate 3", ("train.batch_size=8", "train.accumulate=3")),
         ("--data.source nowhere", ("data.source 'nowhere'", "python_stdlib")),
         ("--data.source file.txt", ("data.source", "at least 2 files")),

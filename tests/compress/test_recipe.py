@@ -6,13 +6,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from hsai.compress.recipe import RecipeConfig, Rule, is_matrix, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.config_file import load_config
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import TransformerConfig
+from hsai.models.layers import is_matrix
 from hsai.models.transformer import abstract_transformer
 
 RECIPES = Path(__file__).parents[2] / "configs" / "compress"

@@ -59,6 +59,18 @@ def test_dense_is_the_masked_weight(seed: int, n: int) -> None:
     )
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, n=N)
+def test_the_mask_is_that_of_a_stable_sort(seed: int, n: int) -> None:
+    """Few distinct magnitudes, so that most groups have ties; stacked layers in front."""
+    w = np.random.default_rng(seed).integers(-2, 3, (2, 16, 3)).astype(np.float32)
+    groups = np.abs(w.reshape(2, 4, 4, 3))
+    order = np.argsort(-groups, axis=2, kind="stable")
+    wanted = np.zeros(groups.shape, bool)
+    np.put_along_axis(wanted, order[:, :, :n], True, axis=2)
+    np.testing.assert_array_equal(nm_mask(jnp.asarray(w), n, 4), wanted.reshape(w.shape))
+
+
 @settings(deadline=None, max_examples=10)
 @given(seed=SEEDS, n=N, group=st.sampled_from([32, 64, 128]))
 def test_int4_codes_of_sparse_weights_come_back_exactly(seed: int, n: int, group: int) -> None:

@@ -47,6 +47,33 @@ def test_project_answers_in_the_dtype_of_its_input(format) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_sums_can_be_kept_in_float32(format) -> None:
+    """Logits need it: of close ones, bfloat16 makes ties. What remains is the rounding of a weight to x's dtype."""
+    x, w = draw((4, 128), 1).astype(jnp.bfloat16), format.pack(draw((128, 24)))
+    got = project(x, w, out_axes=OUT, out_dtype=jnp.float32)
+    assert got.dtype == jnp.float32
+    dense = to_dense(w) if isinstance(w, Packed) else w.astype(jnp.bfloat16)
+    want = np.asarray(x, np.float64) @ np.asarray(dense, np.float64)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_the_gradients_of_a_dense_product_are_the_plain_ones() -> None:
+    """In float32 those of x @ w; of bfloat16 activations and a float32 weight, the weight's is summed in float32."""
+    x, w, pull = draw((3, 40, 64), 1), draw((64, 24)), draw((3, 40, 24), 2)
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(project(x, w, out_axes=(None, None, "mlp")).astype(jnp.float32) * pull)
+
+    want = jax.grad(lambda x, w: jnp.sum((x @ w) * pull), (0, 1))(x, w)
+    for found, wanted in zip(jax.grad(loss, (0, 1))(x, w), want, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    by_x, by_w = jax.grad(loss, (0, 1))(x.astype(jnp.bfloat16), w)
+    assert by_x.dtype == jnp.bfloat16 and by_w.dtype == jnp.float32
+    halves = [a.astype(jnp.bfloat16).astype(jnp.float32).reshape(120, -1) for a in (x, pull)]
+    np.testing.assert_allclose(by_w, halves[0].T @ halves[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_lookup_takes_columns(format) -> None:
     w, ids = format.pack(draw((128, 50))), jnp.asarray([[0, 49, 7], [7, 1, 0]])
     rows = lookup(w, ids, dtype=jnp.float32, out_axes=("batch", "seq", "embed"))

@@ -100,6 +100,14 @@ def test_what_does_not_fit_is_named(model: Transformer) -> None:
         ({"add": {"layers.mlp.down.indices": indices[:, :1]}}, "arrays of 'layers.mlp.down' do not fit together as nm"),
         ({"records": {"other": {"format": "dense"}}}, "'other' is unknown"),
         ({"records": {"embed": {"format": "int3"}}}, "'embed' has the unknown format 'int3'; known: dense, int8, int4"),
+        (
+            {"records": {"layers.mlp.down": {"format": "nm", "n": 0, "m": 4}}},
+            "'layers.mlp.down' do not fit together as nm",
+        ),
+        (
+            {"add": {"layers.attention_norm.gain": jnp.zeros((2, 64), jnp.int8)}},
+            "is int8, and a dense weight is floating",
+        ),
         ({"records": {"layers.mlp.up": {"format": "nm_int4", "n": 3}}}, "nm_int4 of 'layers.mlp.up' has no 'm'"),
     ]
     for changes, message in cases:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hsai.errors import InputError
-from hsai.infer.sampling import Sampler, SamplingConfig
+from hsai.infer.sampling import LOWEST_TEMPERATURE, Sampler, SamplingConfig
 
 VOCAB = 12
 LOGITS = np.random.default_rng(3).normal(0, 1.5, VOCAB).astype(np.float32)
@@ -94,6 +94,11 @@ def test_greedy_takes_the_likeliest_and_of_equals_the_first() -> None:
     assert set(draw(SamplingConfig(), logits, rows=3)) == {1}
 
 
+def test_the_lowest_temperature_takes_the_likeliest() -> None:
+    logits = np.r_[-30.0, 20.0, 19.9, np.zeros(VOCAB - 3)]
+    assert set(draw(SamplingConfig(temperature=LOWEST_TEMPERATURE), logits).tolist()) == {1}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
 def test_tokens_without_text_are_never_chosen(temperature: float) -> None:
     logits = np.concatenate([LOGITS, np.full(4, 50.0, np.float32)])
@@ -115,6 +120,9 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
+        ({"temperature": 1e-39}, "temperature=1e-39 must be 0"),
+        ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296 must be between 0 and"),
         ({"temperature": float("nan")}, "temperature=nan must be 0"),
         ({"temperature": float("inf")}, "temperature=inf must be 0"),
         ({"temperature": 1.0, "top_k": 0}, "top_k=0 must be at least 1"),

@@ -75,9 +75,9 @@ def test_unknown_names_are_refused_with_the_valid_ones():
         quantized_matmul(*_operands(), implementation="tpu")
     q = jnp.zeros((1, 1, 1, 8))
     at = jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(ValueError, match="'cpu' of attention: valid are reference"):
+    with pytest.raises(ValueError, match="'cpu' of attention: valid are chunked, reference"):
         attention(q, q, q, q_positions=at, kv_positions=at, implementation="cpu")
-    with pytest.raises(ValueError, match="'cuda': valid are cpu, reference"), prefer("cuda"):
+    with pytest.raises(ValueError, match="'cuda': valid are chunked, cpu, reference"), prefer("cuda"):
         pass
 
 

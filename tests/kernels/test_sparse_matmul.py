@@ -90,7 +90,11 @@ def test_gradients_match_the_oracle(kind, implementation):
     assert to_indices.dtype == jax.dtypes.float0
     if kind == "int4":
         assert to_values.dtype == jax.dtypes.float0
-        assert to_scale.shape == scale.shape and np.any(np.asarray(to_scale) != 0)
+        by_group = (scale.shape[0], -1, scale.shape[1])
+        steps = oracles.scale_rows(np.ones_like(weight), np.asarray(scale, np.float64))
+        expected = ((exact_x.T @ exact) * weight / steps).reshape(by_group).sum(axis=1)
+        magnitude = (np.abs(exact_x).T @ np.abs(exact) * np.abs(weight) / steps).reshape(by_group).sum(axis=1)
+        assert_close(to_scale, expected, magnitude, "float32")
     else:
         # The dense weight's gradient at the kept positions.
         positions = oracles.unpack(np.asarray(indices), 2)

@@ -1,5 +1,6 @@
 """Chunked cross-entropy: the plain one's numbers, without the plain one's memory."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hsai.sharding import MeshConfig, array_sharding, make_mesh, use_mesh
 from hsai.train.loss import cross_entropy_sum
 
 B, D, V = 3, 7, 50
@@ -103,3 +105,41 @@ def test_memory_follows_the_chunk_and_not_the_text() -> None:
     small, longer, larger = temporary_bytes(32, 256), temporary_bytes(32, 2048), temporary_bytes(256, 2048)
     assert longer < small + logits_of_a_chunk < 8 * logits_of_a_chunk
     assert larger > 6 * small
+
+
+def repeated(program: str) -> list[str]:
+    """The lines of a compiled program that run once a turn of some loop, in the loop's body or in what it calls."""
+    called: dict[str, set[str]] = {}
+    lines: dict[str, list[str]] = {}
+    for line in program.splitlines():
+        if line.endswith("{") and (named := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
+            name = named[1]
+            lines[name], called[name] = [], set()
+        elif line.startswith("  "):
+            lines[name].append(line)
+            called[name] |= set(re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", line))
+    reached, found = list(set(re.findall(r"body=%?([\w.-]+)", program))), set[str]()
+    while reached:
+        if (name := reached.pop()) not in found:
+            found.add(name)
+            reached += called[name]
+    return [line for name in found for line in lines[name]]
+
+
+def test_the_head_is_collected_once_and_not_once_a_chunk() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    hidden, head, targets, weights = (np.tile(x, (8, 1, 1)[: x.ndim]) for x in make_inputs(24))
+    hidden, head = np.tile(hidden, (1, 1, 8)), np.tile(head[:D], (8, 1))  # D = 56 divides over the devices
+    axes = (("batch", "seq", "embed"), ("embed", "vocab"), ("batch", "seq"), ("batch", "seq"))
+    with use_mesh(mesh):
+        placed = [
+            jax.device_put(x, array_sharding(mesh, names, x.shape))
+            for x, names in zip((hidden, head, targets, weights), axes, strict=True)
+        ]
+        grad = jax.jit(jax.grad(lambda *xs: cross_entropy_sum(*xs, chunk=4), (0, 1)), out_shardings=None)
+        text = grad.lower(*placed).compile().as_text()
+    exchange = re.compile(r"= (\S+) (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\(")
+    everywhere = [found[1] for line in text.splitlines() if (found := exchange.search(line))]
+    in_loops = [found[1] for line in repeated(text) if (found := exchange.search(line))]
+    assert any("[56,50]" in shape for shape in everywhere)
+    assert [shape for shape in in_loops if "50" in shape] == []

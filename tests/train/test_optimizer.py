@@ -32,7 +32,7 @@ def test_warm_up_is_linear_and_already_moves_at_step_0() -> None:
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_the_fall_has_its_form(warmup: int) -> None:
     steps = 25
-    progress = (np.arange(warmup, steps) - warmup) / (steps - warmup)
+    progress = (np.arange(warmup, steps) - warmup) / (steps - 1 - warmup)
     cosine = 0.1 + 0.9 * (1 + np.cos(math.pi * progress)) / 2
     linear = 1 - 0.9 * progress
     for schedule, share in (("cosine", cosine), ("linear", linear), ("constant", np.ones_like(progress))):
@@ -42,8 +42,9 @@ def test_the_fall_has_its_form(warmup: int) -> None:
 
 def test_the_fall_ends_at_its_final_fraction() -> None:
     for name in ("cosine", "linear"):
-        config = OptimizerConfig(learning_rate=PEAK, warmup_steps=3, schedule=name, final_fraction=0.25)
-        np.testing.assert_allclose(float(make_schedule(config, 50)(50)), 0.25 * PEAK, rtol=1e-6)
+        found = rates(50, warmup_steps=3, schedule=name, final_fraction=0.25)
+        np.testing.assert_allclose(found[-1], 0.25 * PEAK, rtol=1e-6)
+        assert found[3] == np.float32(PEAK) and len(rates(4, warmup_steps=3, schedule=name)) == 4
 
 
 class Toy(nnx.Module):

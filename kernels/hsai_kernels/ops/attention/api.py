@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.ops.attention.chunked import attention_chunked
 from hsai_kernels.ops.attention.reference import attention_reference
 
-BACKENDS = {"reference": attention_reference}
+BACKENDS = {"chunked": attention_chunked, "reference": attention_reference}
 
 
 def attention(
@@ -43,7 +44,8 @@ def attention(
       window: number of positions that a query sees, its own included; None for all before it.
       softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118).
       scale: factor of the scores, H**-0.5 if None.
-      implementation: "reference", or None for the platform's best.
+      implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), or None for the platform's
+        best.
 
     Returns:
       (B, T, N, H) in q's dtype. Scores and softmax are float32.

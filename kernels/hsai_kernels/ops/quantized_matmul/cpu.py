@@ -17,6 +17,8 @@ def quantized_matmul_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> j
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
     Weights are never rounded and sums are float32, also for bfloat16 activations.
+    Int4 activations must be ordinary numbers, 1e-30 to 1e35 in magnitude or 0: the kernel divides them by up to 2^24
+    and sums eight at a time, so that smaller ones lose digits, and larger ones and infinities can turn into others.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")

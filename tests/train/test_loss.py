@@ -138,8 +138,9 @@ def test_the_head_is_collected_once_and_not_once_a_chunk() -> None:
         ]
         grad = jax.jit(jax.grad(lambda *xs: cross_entropy_sum(*xs, chunk=4), (0, 1)), out_shardings=None)
         text = grad.lower(*placed).compile().as_text()
-    exchange = re.compile(r"= (\S+) (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\(")
-    everywhere = [found[1] for line in text.splitlines() if (found := exchange.search(line))]
-    in_loops = [found[1] for line in repeated(text) if (found := exchange.search(line))]
+    # Its gradient too is summed over chunks first where the compiler moves sums out of loops: on TPUs, not on CPUs.
+    gather = re.compile(r"= (\S+) all-gather(?:-start)?\(")
+    everywhere = [found[1] for line in text.splitlines() if (found := gather.search(line))]
+    in_loops = [found[1] for line in repeated(text) if (found := gather.search(line))]
     assert any("[56,50]" in shape for shape in everywhere)
     assert [shape for shape in in_loops if "50" in shape] == []

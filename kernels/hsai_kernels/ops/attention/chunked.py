@@ -55,9 +55,10 @@ def attention_chunked(
 ) -> jax.Array:
     """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated.
 
-    What fits one block is the reference's: there is nothing to save, and its backward pass computes nothing twice.
+    Where all scores are no more than those of a block (short rows; decoding, over however long a cache) they are the
+    reference's: there is nothing to save, and its backward pass computes nothing twice.
     """
-    if q.shape[1] <= block_queries and k.shape[1] <= block_keys:
+    if q.shape[1] * k.shape[1] <= block_queries * block_keys:
         at = (q_positions, kv_positions, q_segments, kv_segments)
         return attention_reference(q, k, v, *at, window=window, softcap=softcap, scale=scale)
     options = Options(window=window, softcap=softcap, scale=scale, block_queries=block_queries, block_keys=block_keys)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -155,6 +156,10 @@ def _read(option: Option, name: str, values: list[str]) -> Any:
     """The value of the option's type that is spelled by `values`."""
     if option.hint is bool and not values:
         return True
+    # Python's spelling is the one in the help; that of every other config language is taken too.
+    words = {"none": "None"} if NoneType in members(option.hint) else {}
+    words |= {"true": "True", "false": "False"} if option.hint is bool else {}
+    values = [words.get(value.lower(), value) for value in values]
     spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(option.hint, set()))
     if not isinstance(spec, PrimitiveConstructorSpec):
         raise TypeError(f"{option.path}: a command line cannot spell {describe(option.hint)}")

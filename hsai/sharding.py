@@ -27,6 +27,8 @@ Axes = tuple[str | None, ...]
 T = TypeVar("T")
 
 MESH_AXES = ("data", "fsdp", "model")
+MOST_CPU_DEVICES = 1024
+"""Each is threads of this machine: with many thousands it stands still."""
 
 # Logical axis -> the mesh axes it is split over, outermost first. A logical axis that is not named here is a typing
 # error and refused; one that maps to () is replicated on purpose. Within one array a mesh axis is used once: the first
@@ -73,8 +75,8 @@ class MeshConfig:
         inferred = [axis for axis, size in sizes.items() if size == -1]
         if len(inferred) > 1:
             raise InputError(f"mesh.{inferred[0]} and mesh.{inferred[1]} are both -1; only one size can be inferred")
-        if self.cpu_devices < 1:
-            raise InputError(f"mesh.cpu_devices={self.cpu_devices} must be at least 1")
+        if not 1 <= self.cpu_devices <= MOST_CPU_DEVICES:
+            raise InputError(f"mesh.cpu_devices={self.cpu_devices} must be between 1 and {MOST_CPU_DEVICES}")
 
     def shape(self, device_count: int) -> tuple[int, ...]:
         """The size of each axis of MESH_AXES on `device_count` devices; raises `InputError` if they do not divide."""

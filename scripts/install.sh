@@ -1,20 +1,18 @@
 #!/usr/bin/env bash
 # Makes a virtual environment and installs hsai into it, or reuses the one that is there. Sourced by the other scripts:
 #
-#   source scripts/install.sh VENV [PYTHON] [EXTRAS]
+#   source scripts/install.sh VENV PYTHON [EXTRAS]
 #
-# Afterwards VENV/bin is first on the PATH. What decides an install (the interpreter, pyproject.toml, the C++ sources) is
-# kept beside it; when that changes, it is done again.
+# Afterwards VENV/bin is first on the PATH. What decides an install (interpreter, compiler, pyproject.toml, C++ sources)
+# is kept beside it; when that changes, it is done again.
 
-venv=$1 python=${2:-python3} extras=${3:-}
+venv=$1 python=$2 extras=${3:-}
 
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-  echo "error: $python is $("$python" --version 2>&1); hsai needs Python 3.11 or later (--python PATH picks another)" >&2
-  exit 2
-}
-wanted="$("$python" -c 'import sys; print(sys.version, sys.prefix)') [$extras] $(cat pyproject.toml CMakeLists.txt \
+compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++ || echo "no C++ compiler")
+wanted="$("$python" -c 'import sys; print(sys.version, sys.prefix)') $compiler $(cat pyproject.toml CMakeLists.txt \
   $(find kernels/csrc -type f | sort) | sha256sum)"
-if [ "$(cat "$venv/.installed" 2>/dev/null)" = "$wanted" ]; then
+found=$(cat "$venv/.installed" 2>/dev/null || true)
+if [ "$found" = "$wanted $extras" ] || [ "$found" = "$wanted [dev]" ]; then  # with [dev] there is everything
   echo "reusing $venv"
 else
   echo "installing into $venv"
@@ -36,6 +34,14 @@ else
     echo "error: the installation failed; all of it is in $log" >&2
     exit 2
   fi
-  echo "$wanted" > "$venv/.installed"
+  echo "$wanted $extras" > "$venv/.installed"
 fi
+"$venv/bin/python" - "$venv" <<'END'
+import importlib.util
+import sys
+
+if importlib.util.find_spec("hsai_kernels._native") is None:
+    print(f"warning: the CPU kernels were not built ({sys.argv[1]}/install.log says why): low-bit decoding will be many "
+          "times slower; with a C++17 compiler on the PATH, run this again")
+END
 PATH=$PWD/$venv/bin:$PATH

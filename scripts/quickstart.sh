@@ -5,13 +5,8 @@
 #
 #   bash scripts/quickstart.sh [--python PATH]
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=python3
-case ${1:-} in
-  --python) python=${2:?--python needs a path} ;;
-  "") ;;
-  *) echo "error: unknown option $1; valid: --python PATH" >&2; exit 2 ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+[ $# -eq 0 ] || { echo "error: unknown option $1; valid: --python PATH" >&2; exit 2; }
 step() { printf '\n== %s\n' "$*"; }
 
 step "1/6 install"
@@ -46,7 +41,7 @@ hsai eval $(printf "$run/bundles/%s " $formats) --speed --json $run/results.json
 
 cat <<END
 
-The loss curve is $run/loss.png. Next:
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. The loss curve is $run/loss.png. Next:
   source .venv/bin/activate
   hsai generate $run/bundles/int4 "class Stack:" --temperature 0.8      # another prompt, drawn at random
   hsai train configs/quickstart_nm24.py                                # 2:4 sparse from the first step: a fork of one line

@@ -5,13 +5,10 @@
 #
 # With arguments for pytest only those tests run, without lint and types: bash scripts/test.sh tests/formats -k int4
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=python3 venv=.venv
-if [ "${1:-}" = --python ]; then
-  python=${2:?--python needs a path}
-  venv=.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-  shift 2
-fi
+venv=.venv
+[ "${1:-}" != --python ] || venv=.venv-VERSION
+source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
+venv=${venv/VERSION/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 source scripts/install.sh "$venv" "$python" "[dev]"
 if [ $# -gt 0 ]; then
   exec pytest "$@"

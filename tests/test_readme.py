@@ -22,7 +22,7 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     capsys.readouterr()
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()
-    assert (tmp_path / "bundles" / "mine" / "manifest.json").exists()
+    assert (tmp_path / "runs" / "mine" / "manifest.json").exists()
 
 
 def test_table_is_the_measured_one() -> None:

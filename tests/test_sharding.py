@@ -169,8 +169,8 @@ def test_weights_and_moments_are_split_alike(sizes: tuple[int, int, int]) -> Non
 
 
 def test_initial_weights_are_the_same_on_every_mesh() -> None:
-    """The same random bits; XLA's code for the last columns of a narrow part may round what it makes of them, by 4 units
-    in the last place."""
+    """The same random bits; XLA's code for the last columns of a narrow part may round what it makes of them in another
+    way, by 4 units in the last place."""
     wanted = jax.device_get(jax.tree.leaves(jax.jit(lambda: build_state(MODEL, OPTIMIZER, 7))()))
     for sizes in MESHES:
         for one, other in zip(wanted, jax.tree.leaves(state_on(sizes)), strict=True):

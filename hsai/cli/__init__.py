@@ -70,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(_describe(error), 2)
     except Exception as error:
         refused = _find_os_error(error)
-        if refused is None:
+        if refused is not None:
+            return _fail(_describe(refused), 2)
+        if (found := re.search(r"[Oo]ut of memory[^.\n]*", str(error))) is None:
             raise
-        return _fail(_describe(refused), 2)
+        return _fail(f"{found[0]}; take a smaller model or batch, or more devices to split it over", 2)
     except KeyboardInterrupt:
         return _fail(f"interrupted{again}", 128 + signal.SIGINT)
     except Terminated:

@@ -17,6 +17,7 @@ from hsai.data.corpus import Corpus, DataConfig
 from hsai.data.corpus_files import open_corpus
 from hsai.data.loader import Loader
 from hsai.errors import InputError
+from hsai.export.manifest import WEIGHTS
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.files import write_json_atomic
 from hsai.formats import nbytes
@@ -72,12 +73,13 @@ def _check_writable(path: Path) -> None:
 def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: bool) -> dict[str, Any]:
     """One row: what the model weighs, how well it predicts `tokens` held-out tokens, how fast it decodes."""
     quality = measure_quality(source, open_heldout(source, corpus), tokens)
-    stored = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
+    held = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
+    file = source.directory / WEIGHTS  # of a bundle; a run holds more than weights
     weights = sum(param.get_value().size for param in named_weights(source.model).values())
     row = {
         "model": source.directory.name,
-        "bytes": stored,
-        "bits_per_weight": 8 * stored / weights,
+        "bytes": file.stat().st_size if file.exists() else held,
+        "bits_per_weight": 8 * held / weights,
         "heldout_bits_per_byte": quality.bits_per_byte,
         "heldout_loss": quality.loss,
         "heldout_tokens": quality.tokens,

@@ -1,7 +1,7 @@
 """Continue a prompt with a bundle, on one device.
 
 hsai generate bundles/int4 "def main():" --max-tokens 64
-A prompt that begins with a hyphen stands behind two of them: hsai generate bundles/int4 -- -x
+A prompt that begins with a hyphen stands last, behind two of them: hsai generate bundles/int4 --max-tokens 8 -- -x
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train a config, or resume it: run the same command again.
 
-Every field of the config is an option: hsai train configs/quickstart.py --optim.learning-rate 1e-3 --mesh.model 2
+Every field of the config is an option: hsai train configs/tiny.py --optim.learning-rate 1e-3 --train.steps 50
 hsai train CONFIG --help lists them all.
 """
 

@@ -2,10 +2,12 @@
 
 The manifest is written last and read first. It is plain JSON, so that a runtime in any language can follow it: the
 model's config, the format of every weight in weights.safetensors, the tokenizer, the calling convention of every graph,
-and the size and SHA-256 of every file.
+the size and SHA-256 of every file, and, last, its own SHA-256 (see `digest`).
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 TOKENIZER = "tokenizer.json"
+DIGEST = "sha256"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,15 +152,21 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "files": {name: to_dict(record) for name, record in manifest.files.items()},
         "extra": dict(manifest.extra),
     }
-    write_json_atomic(directory / MANIFEST, content)
+    write_json_atomic(directory / MANIFEST, content | {DIGEST: digest(content)})
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a manifest, without the entry that holds it: of its JSON with sorted keys and no space between."""
+    rest = {name: value for name, value in content.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the bundle in `directory`.
 
     Raises:
-      InputError: there is no such directory or no manifest in it, it is not JSON, of another version, lacks a key or
-        has an unknown one, holds a value of another type, or names a file that is not listed or lies outside.
+      InputError: there is no such directory or no manifest in it, it is not JSON, of another version, altered, lacks a
+        key or has an unknown one, holds a value of another type, or names a file that is not listed or lies outside.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
@@ -170,6 +179,8 @@ def read_manifest(directory: Path) -> Manifest:
     version = content["format_version"]
     if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(f"{path} has format_version {version!r}; this hsai reads version {FORMAT_VERSION}")
+    if content.get(DIGEST) != (found := digest(content)):
+        raise InputError(f"{path} is altered: its SHA-256 is {found}, and it says {content.get(DIGEST)}")
     try:
         manifest = _parse(content)
         _check_names(manifest)
@@ -179,7 +190,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
-    names = [field.name for field in dataclasses.fields(Manifest)]
+    names = [*(field.name for field in dataclasses.fields(Manifest)), DIGEST]
     if odd := sorted(set(content) ^ set(names)):
         fault = "unknown" if odd[0] in content else "missing"
         raise InputError(f"{odd[0]} is {fault}; a manifest has {', '.join(names)}")

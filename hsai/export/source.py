@@ -14,8 +14,8 @@ from hsai.export.bundle import read_bundle
 from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
 from hsai.models import Transformer, TransformerConfig
-from hsai.train.checkpoint import Checkpointer
-from hsai.train.restore import is_run, read_run
+from hsai.train.checkpoint import Checkpointer, is_run
+from hsai.train.restore import read_run
 from hsai.train.seal import SEAL
 
 

@@ -6,11 +6,12 @@ killed and started again ends in the same bits as one that was not.
 
 import dataclasses
 import fcntl
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
@@ -23,7 +24,7 @@ from hsai.models import Remat
 from hsai.processes import agree, require_same
 from hsai.progress import ProgressBar, say
 from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
-from hsai.train.checkpoint import Checkpointer
+from hsai.train.checkpoint import Checkpointer, is_run
 from hsai.train.evaluate import Quality, make_evaluation
 from hsai.train.metrics import MetricsWriter, Throughput
 from hsai.train.optimizer import make_optimizer, make_schedule
@@ -120,6 +121,7 @@ def train(run: "RunConfig", directory: Path, data_directory: Path) -> TrainResul
     )
     # What can be refused without writing anything comes first; then the corpus, which has a directory of its own.
     check_batch(run, mesh)
+    agree(lambda: _check_stored(run, directory))
     with use_mesh(mesh):
         corpus = prepare_corpus(run, data_directory)
         with _exclusive(directory), Checkpointer(directory / "checkpoints", run.checkpoint) as checkpointer:
@@ -182,6 +184,7 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
     throughput = Throughput(run.model, run.data.sequence_length, mesh.devices.flat[0], mesh.devices.size)
     record = {
         "config": to_dict(run),
+        "tokenizer_sha256": hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest(),
         "corpus": corpus.meta["content_sha256"],
         "data_directory": str(corpus.directory.resolve()),
     }
@@ -231,23 +234,37 @@ def _resume(run: "RunConfig", mesh: Mesh, checkpointer: Checkpointer, corpus: Co
     optimizer = make_optimizer(run.optim, run.train.steps)
     like = abstract_state(run.model, optimizer, mesh, run.train.seed)
     record = checkpointer.read_record()
-    stored = from_dict(type(run), record["config"])
-    changes = [line for line in difference(run, stored) if not line.startswith(_FREE_TO_CHANGE)]
-    where = f"{checkpointer.directory.parent} holds a run of another config"
-    if changes:
-        raise InputError(f"{where} ({'; '.join(changes)}); give another --directory")
+    _check_config(run, record, checkpointer.directory.parent)
     if record["corpus"] != corpus.meta["content_sha256"]:
+        where = f"{checkpointer.directory.parent} holds a run of another config"
         raise InputError(f"{where}: its corpus had other text; give another --directory")
     return checkpointer.restore(like), int(record["next_step"])
 
 
+def _check_stored(run: "RunConfig", directory: Path) -> None:
+    """Refuses a directory with a run of another config before any work is done; `_resume` looks at all of it again."""
+    if not is_run(directory):
+        return
+    with Checkpointer(directory / "checkpoints", None) as checkpointer:
+        if checkpointer.latest is not None:
+            _check_config(run, checkpointer.read_record(verify=False), directory)
+
+
+def _check_config(run: "RunConfig", record: dict[str, Any], directory: Path) -> None:
+    stored = from_dict(type(run), record["config"])
+    changes = [line for line in difference(run, stored) if not line.startswith(_FREE_TO_CHANGE)]
+    if changes:
+        raise InputError(f"{directory} holds a run of another config ({'; '.join(changes)}); give another --directory")
+
+
 def _check_finite(row: dict[str, float], step: int, run: "RunConfig", checkpointer: Checkpointer) -> None:
     """Every step, so that no checkpoint is ever made of numbers that training cannot come back from."""
+    saved = "no checkpoint yet" if checkpointer.latest is None else f"checkpoint {checkpointer.latest} is the newest"
     for name in ("loss", "update_norm"):
         if not math.isfinite(row[name]):
             raise InputError(
                 f"{name} is {row[name]} at step {step} with optim.learning_rate={run.optim.learning_rate}; "
-                f"try a lower one (the newest checkpoint is of step {checkpointer.latest})"
+                f"try a lower one ({saved})"
             )
 
 

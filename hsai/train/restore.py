@@ -10,9 +10,10 @@ from hsai.config import RunConfig
 from hsai.configuration import from_dict
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
+from hsai.files import sha256
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
-from hsai.train.checkpoint import Checkpointer
+from hsai.train.checkpoint import Checkpointer, is_run
 from hsai.train.sparsity import sparsify
 
 
@@ -36,11 +37,6 @@ class TrainedModel:
     """The corpus it was trained on."""
 
 
-def is_run(directory: Path) -> bool:
-    """Whether `directory` holds the checkpoints of a training run."""
-    return (directory / "checkpoints").is_dir()
-
-
 def read_run(directory: Path) -> TrainedModel:
     """The newest checkpoint in the directory of a run; raises `InputError` if there is none or it cannot be read."""
     if not is_run(directory):
@@ -52,12 +48,15 @@ def read_run(directory: Path) -> TrainedModel:
         shapes = abstract_transformer(run.model)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
         model = checkpointer.restore(like, prefix="model.")
+    tokenizer = directory / "tokenizer.json"
+    if sha256(tokenizer) != record["tokenizer_sha256"]:
+        raise InputError(f"{tokenizer} was altered: its SHA-256 is not the one of the checkpoint's tokenizer")
     if run.train.sparsity is not None:
         model = sparsify(model, run.train.sparsity)
     return TrainedModel(
         run=run,
         model=model,
-        tokenizer=Tokenizer.load(directory / "tokenizer.json"),
+        tokenizer=Tokenizer.load(tokenizer),
         step=int(record["next_step"]),
         data_directory=Path(record["data_directory"]),
     )

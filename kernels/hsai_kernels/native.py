@@ -23,8 +23,8 @@ _TARGETS = {QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseM
 
 _REMEDY = (
     "low-bit and sparse products rebuild dense weights and are many times slower; "
-    "to mend it, put a C++17 compiler on the PATH and reinstall hsai from its source folder "
-    "(pip install --force-reinstall --no-deps .)"
+    "to mend it, put a C++17 compiler on the PATH and install hsai from its source folder again "
+    "(pip install --no-deps -e .)"
 )
 
 

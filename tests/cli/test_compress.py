@@ -73,6 +73,16 @@ def test_a_damaged_checkpoint(workshop: Workshop, place: Path, refuse: Refuse) -
     refuse("compress", "run", *words, names=("checkpoint 6", largest.name, "altered"))
 
 
+def test_an_altered_tokenizer_of_a_run(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    """Of two words that change places, no checksum of the weights would know."""
+    shutil.copytree(workshop.run, place / "run")
+    tokenizer = place / "run" / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace(": 300,", ": @,").replace(": 301,", ": 300,").replace(": @,", ": 301,"))
+    assert tokenizer.read_text() != text
+    refuse("compress", "run", "--recipe", recipe("int8"), "--out", "new", names=("run/tokenizer.json was altered",))
+
+
 def test_recipes_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse) -> None:
     same, idle, odd = (
         write_recipe(place / "mine" / "int4.py"),

@@ -10,6 +10,7 @@ import pytest
 from hsai.cli import main
 from hsai.files import sha256
 from tests.cli.conftest import RECIPES, Workshop
+from tests.export.manifests import edit
 from tests.export.tiny_models import make_tokenizer
 
 Refuse = Callable[..., str]
@@ -65,8 +66,7 @@ def test_requests_that_cannot_be(
 
 def edit_manifest(bundle: Path, **changes: object) -> None:
     """Changes entries of a manifest."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    (bundle / "manifest.json").write_text(json.dumps(manifest | changes))
+    edit(bundle / "manifest.json", lambda content: content.update(changes))
 
 
 def resign(bundle: Path, name: str) -> None:
@@ -107,6 +107,13 @@ def alter_graph(bundle: Path) -> None:
     path.write_bytes(path.read_bytes()[::-1])
 
 
+def alter_context(bundle: Path) -> None:
+    """A value that could be: read as it stands, the model would answer otherwise, or not at all."""
+    text = (bundle / "manifest.json").read_text()
+    assert '"norm_eps": 1e-05' in text
+    (bundle / "manifest.json").write_text(text.replace('"norm_eps": 1e-05', '"norm_eps": 3.0', 1))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut weights": (cut_weights, ("weights.safetensors", "truncated")),
     "altered weights": (alter_weights, ("weights.safetensors", "altered")),
@@ -116,6 +123,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "manifest is no JSON": (lambda b: (b / "manifest.json").write_text("{'"), ("manifest.json", "line 1")),
     "manifest is a list": (lambda b: (b / "manifest.json").write_text("[]"), ("manifest.json", "format_version")),
     "newer manifest": (lambda b: edit_manifest(b, format_version=99), ("format_version 99", "version 1")),
+    "altered manifest": (alter_context, ("manifest.json is altered",)),
     "unknown entry": (lambda b: edit_manifest(b, surprise=1), ("surprise",)),
     "no graph": (lambda b: (b / "graphs" / "decode.jax").unlink(), ("graphs/decode.jax", "missing")),
     "altered graph": (alter_graph, ("graphs/decode.jax", "altered")),

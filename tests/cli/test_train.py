@@ -67,6 +67,7 @@ def test_config_files_that_cannot_be(text: str | None, names: tuple[str, ...], p
         ("--train.sparsity.n 2", ("--train.sparsity.n", "train.sparsity")),
         ("--mesh.model 3", ("mesh.data", "8 devices", "3")),
         ("--mesh.data 1 --mesh.model 8", ("mesh.model=8", "model.heads=2", "1, 2")),
+        ("--mesh.cpu-devices 100000", ("mesh.cpu_devices=100000", "1024")),
         ("--mesh.data -1 --mesh.fsdp -1", ("mesh.data", "mesh.fsdp", "-1")),
         ("--train.batch-size 12", ("train.batch_size=12", "8")),
         ("--train.accumulate 2", ("train.batch_size=8", "train.accumulate=2")),
@@ -104,6 +105,20 @@ def test_a_run_of_another_config_is_kept(workshop: Workshop, refuse: Refuse) -> 
     other = ("--optim.learning-rate", "0.5")
     beside = (workshop.run, workshop.corpus)
     refuse("train", TINY, *words, *other, names=("optim.learning_rate: 0.003 -> 0.5",), beside=beside)
+
+
+def test_a_run_of_another_text_is_refused_before_that_text_is_read(workshop: Workshop, refuse: Refuse) -> None:
+    other = ("--data.vocab-size", "300")  # another corpus, which is not there and is not built
+    refuse("train", TINY, *SHORT, *other, "--directory", workshop.run, names=("data.vocab_size: 512 -> 300",))
+
+
+def test_a_model_beyond_this_machine_is_one_line(
+    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (*SHORT, "--data-directory", str(workshop.corpus), "--model.embed", "100000000000")
+    assert main(["train", TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: Out of memory allocating") and error.count("\n") == 1
 
 
 def test_a_corpus_of_other_settings_is_kept(workshop: Workshop, refuse: Refuse) -> None:

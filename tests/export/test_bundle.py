@@ -1,6 +1,5 @@
 """Bundles: what is written is read back, nothing is half written, and no damage is believed."""
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hsai.formats import DenseConfig
 from hsai.formats.storage import describe, named_arrays, named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
+from tests.export.manifests import edit
 from tests.export.tiny_models import FORMATS, make_model, snapshot
 
 WEIGHTS = "weights.safetensors"
@@ -51,10 +51,9 @@ def change_weights(directory: Path, change: Callable[[dict[str, np.ndarray]], An
 
 
 def relist(directory: Path, name: str) -> None:
-    manifest = json.loads((directory / "manifest.json").read_text())
     path = directory / name
-    manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    record = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    edit(directory / "manifest.json", lambda content: content["files"].update({name: record}))
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -229,17 +228,12 @@ def test_weights_that_are_no_safetensors_are_refused(copy: Path) -> None:
 
 
 def test_record_of_another_format_is_refused(copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["weights"]["embed"]["format"] = "int3"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    edit(copy / "manifest.json", lambda content: content["weights"]["embed"].update(format="int3"))
     assert "'embed' has the unknown format 'int3'; known: dense, int8" in refusal(copy)
-    del manifest["weights"]["embed"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    edit(copy / "manifest.json", lambda content: content["weights"].pop("embed"))
     assert "'embed' is missing" in refusal(copy)
 
 
 def test_tokenizer_of_another_model_is_refused(copy: Path) -> None:
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["tokenizer"]["end_of_text"] = "</s>"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    edit(copy / "manifest.json", lambda content: content["tokenizer"].update(end_of_text="</s>"))
     assert "has no token '</s>'" in refusal(copy)

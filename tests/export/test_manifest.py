@@ -8,6 +8,7 @@ import pytest
 
 from hsai.errors import InputError
 from hsai.export.manifest import read_manifest, write_manifest
+from tests.export.manifests import edit
 
 KEYS = ("created_by", "model", "weights", "tokenizer", "graphs", "files", "extra")
 GOOD_RECORD = {"bytes": 1, "sha256": "0" * 64}
@@ -16,9 +17,7 @@ GOOD_RECORD = {"bytes": 1, "sha256": "0" * 64}
 def refuse(directory: Path, change: Any) -> str:
     """The line that refuses the manifest of `directory` after `change(content)`."""
     path = directory / "manifest.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+    edit(path, change)
     with pytest.raises(InputError) as caught:
         read_manifest(directory)
     line = str(caught.value)
@@ -90,3 +89,46 @@ def test_model_that_cannot_be_is_refused(copy: Path) -> None:
 def test_file_record_that_cannot_be_is_refused(field: str, value: Any, copy: Path) -> None:
     line = refuse(copy, lambda content: content["files"]["tokenizer.json"].update({field: value}))
     assert f"files.tokenizer.json: {field}=" in line or f"files.tokenizer.json.{field}: expected" in line
+
+
+def scalars(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every number, word and truth value of a JSON tree stands."""
+    if isinstance(content, dict | list):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        return [place for key, value in items for place in scalars(value, (*path, key))]
+    return [path]
+
+
+def test_any_value_that_was_altered_is_noticed(copy: Path) -> None:
+    """Also one that is as good a value as the one before: it would make another model of the same weights."""
+    path = copy / "manifest.json"
+    text = path.read_text()
+    places = scalars(json.loads(text))
+    assert (
+        len(places) >= 40 and ("model", "norm_eps") in places and ("files", "weights.safetensors", "sha256") in places
+    )
+    for place in places:
+        content = json.loads(text)
+        holder = content
+        for key in place[:-1]:
+            holder = holder[key]
+        old = holder[place[-1]]
+        holder[place[-1]] = not old if isinstance(old, bool) else old * 2 if isinstance(old, float) else f"{old}0"
+        if isinstance(old, int) and not isinstance(old, bool):
+            holder[place[-1]] = old + 1
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError) as caught:
+            read_manifest(copy)
+        fault = "format_version 2" if place == ("format_version",) else "is altered"
+        assert fault in str(caught.value) and "\n" not in str(caught.value), place
+    path.write_text(json.dumps(json.loads(text), indent=7, sort_keys=True))  # the same content in another form
+    read_manifest(copy)
+
+
+def test_a_manifest_without_its_digest_is_refused(copy: Path) -> None:
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="is altered: its SHA-256 is [0-9a-f]{64}, and it says None"):
+        read_manifest(copy)

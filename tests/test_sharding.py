@@ -84,7 +84,7 @@ def test_a_mesh_that_does_not_divide_says_so(sizes: dict[str, int], message: str
         ({"model": 0}, "mesh.model=0 must be a positive size, or -1 to infer it"),
         ({"fsdp": -2}, "mesh.fsdp=-2 must be a positive size"),
         ({"fsdp": -1}, "mesh.data and mesh.fsdp are both -1; only one size can be inferred"),
-        ({"cpu_devices": 0}, "mesh.cpu_devices=0 must be at least 1"),
+        ({"cpu_devices": 0}, "mesh.cpu_devices=0 must be between 1 and 1024"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], message: str) -> None:

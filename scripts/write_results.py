@@ -29,14 +29,20 @@ def write_table(results: dict[str, Any]) -> str:
             f"| {row['model']} | {row['bytes'] / 1e6:.2f} MB | {row['bits_per_weight']:.2f} "
             f"| {row['heldout_bits_per_byte']:.4f} "
             f"| {row['heldout_bits_per_byte'] / rows[0]['heldout_bits_per_byte']:.3f} "
-            f"| {row['bytes'] / rows[0]['bytes']:.3f} | {row['decode_tokens_per_second']:.0f} |"
+            f"| {row['bytes'] / rows[0]['bytes']:.3f} | {write_speed(row)} |"
         )
     return "\n".join(lines) + (
         f"\n\n{rows[0]['parameters'] / 1e6:.2f}M parameters, {rows[0]['heldout_tokens']} held-out tokens; ratio and "
-        f"size are to {rows[0]['model']}.\nMachine: {machine['processor']}, {machine['cores']} cores, "
+        f"size are to {rows[0]['model']}; speed is the median (slowest to fastest) of nine runs of 64 tokens.\nMachine: {machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, CPU kernels {machine['cpu_kernels']}, Python {machine['python']}, "
         f"jax {machine['jax']}, {machine['date']}.\nCommand: `bash scripts/quickstart.sh`.\n"
     )
+
+
+def write_speed(row: dict[str, Any]) -> str:
+    """Decoded tokens a second: the median, and the slowest and the fastest repeat."""
+    slowest, fastest = row["decode_spread"]
+    return f"{row['decode_tokens_per_second']:.0f} ({slowest:.0f} to {fastest:.0f})"
 
 
 def replace_between(text: str, content: str) -> str:

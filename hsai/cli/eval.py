@@ -5,6 +5,7 @@ The first model named is the one that the others are compared with.
 """
 
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: boo
         "arrays": len(named_arrays(source.model)),
     }
     if speed:
-        row["decode_tokens_per_second"] = Engine.trace(source.model, source.tokenizer).decode_speed()
+        speeds = Engine.trace(source.model, source.tokenizer).decode_speeds()
+        row["decode_tokens_per_second"] = statistics.median(speeds)
+        row["decode_spread"] = [speeds[0], speeds[-1]]
     return row
 
 

@@ -6,7 +6,6 @@ weights a token). Compilation is no part of either; it happens once, before the 
 
 import dataclasses
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -160,8 +159,8 @@ class Engine:
             decode_steps=len(times) - 2,
         )
 
-    def decode_speed(self, tokens: int = 64, repeats: int = 5) -> float:
-        """Tokens a second of greedy decoding from an empty prompt: the median of `repeats`, after a warm-up.
+    def decode_speeds(self, tokens: int = 64, repeats: int = 9) -> list[float]:
+        """Tokens a second of greedy decoding from an empty prompt, `repeats` times after a warm-up, slowest first.
 
         Every repeat makes `tokens` tokens beyond the first, whatever they are, and waits for each of them.
 
@@ -184,7 +183,7 @@ class Engine:
                 next(made)
             if repeat > 0:  # the first one warms caches and threads
                 speeds.append(tokens / (time.perf_counter() - start))
-        return statistics.median(speeds)
+        return sorted(speeds)
 
     def _continue(self, prompt: np.ndarray, sampler: Sampler) -> Iterator[int]:
         """New tokens until the cache is full; the last one is made from a full cache and never read."""

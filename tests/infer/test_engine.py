@@ -92,9 +92,10 @@ def test_times_are_counted(engine: Engine) -> None:
     assert done.tokens_per_second == 3 / done.seconds_decode
 
 
-def test_decode_speed_is_a_rate(engine: Engine) -> None:
-    speed = engine.decode_speed(tokens=8, repeats=3)
-    assert speed > 0 and math.isfinite(speed)
+def test_decode_speeds_are_rates(engine: Engine) -> None:
+    speeds = engine.decode_speeds(tokens=8, repeats=3)
+    assert len(speeds) == 3 and speeds == sorted(speeds)
+    assert speeds[0] > 0 and math.isfinite(speeds[-1])
 
 
 @pytest.mark.parametrize(
@@ -125,11 +126,11 @@ def test_prompt_beyond_the_context_is_refused(engine: Engine, tokenizer: Tokeniz
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": 0}, "tokens=0 and repeats=5 must be at least 1"),
+        ({"tokens": 0}, "tokens=0 and repeats=9 must be at least 1"),
         ({"repeats": 0}, "tokens=64 and repeats=0 must be at least 1"),
         ({"tokens": 48}, "tokens=48 do not fit the context of 48"),
     ],
 )
 def test_speed_that_cannot_be_measured_is_refused(options: dict[str, int], message: str, engine: Engine) -> None:
     with pytest.raises(InputError, match=message):
-        engine.decode_speed(**options)
+        engine.decode_speeds(**options)

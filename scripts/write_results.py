@@ -33,9 +33,10 @@ def write_table(results: dict[str, Any]) -> str:
         )
     return "\n".join(lines) + (
         f"\n\n{rows[0]['parameters'] / 1e6:.2f}M parameters, {rows[0]['heldout_tokens']} held-out tokens; ratio and "
-        f"size are to {rows[0]['model']}; speed is the median (slowest to fastest) of nine runs of 64 tokens.\nMachine: {machine['processor']}, {machine['cores']} cores, "
-        f"{machine['memory_gib']} GiB, CPU kernels {machine['cpu_kernels']}, Python {machine['python']}, "
-        f"jax {machine['jax']}, {machine['date']}.\nCommand: `bash scripts/quickstart.sh`.\n"
+        f"size are to {rows[0]['model']}.\nSpeed is the median (slowest to fastest) of nine runs of 64 tokens.\n"
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"CPU kernels {machine['cpu_kernels']}, Python {machine['python']}, jax {machine['jax']}, {machine['date']}.\n"
+        "Command: `bash scripts/quickstart.sh`.\n"
     )
 
 

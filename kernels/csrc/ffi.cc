@@ -31,21 +31,26 @@ std::int64_t height(const AnyBuffer& buffer) { return buffer.dimensions()[0]; }
 
 std::int64_t width(const AnyBuffer& buffer) { return buffer.dimensions()[1]; }
 
-// Checks x (R, D) and out (R, F) of one floating type and fills in `activations`.
-ffi::Error read_activations(const AnyBuffer& x, const AnyBuffer& out, std::int64_t columns,
-                            hsai::Activations& activations) {
+// Checks x (R, D) and out (R, F) of one floating type and fills in `activations`; `bits` is 8 for dynamic int8, else 0.
+ffi::Error read_activations(const AnyBuffer& x, const AnyBuffer& out, std::int64_t columns, Format format,
+                            std::int64_t bits, hsai::Activations& activations) {
   if (x.element_type() != DataType::F32 && x.element_type() != DataType::BF16) {
     return invalid("x must be float32 or bfloat16");
   }
   if (out.element_type() != x.element_type()) return invalid("the result must have x's type");
-  if (height(x) < 1 || height(x) > hsai::kMaxRows) {
-    return invalid("x has shape " + describe(x) + ", needs 1 to 8 rows");
+  const bool integer = hsai::is_integer(format);
+  const std::int64_t most = integer ? hsai::kMaxIntegerRows : hsai::kMaxRows;
+  if (height(x) < 1 || height(x) > most) {
+    return invalid("x has shape " + describe(x) + ", needs 1 to " + std::to_string(most) + " rows");
+  }
+  if (bits != 0 && (bits != 8 || !integer)) {
+    return invalid("activations of " + std::to_string(bits) + " bits are not supported for this weight");
   }
   if (height(out) != height(x) || width(out) != columns) {
     return invalid("the result has shape " + describe(out) + " for x " + describe(x) + " and " +
                    std::to_string(columns) + " columns");
   }
-  activations = {x.untyped_data(), out.untyped_data(), x.element_type() == DataType::BF16, height(x)};
+  activations = {x.untyped_data(), out.untyped_data(), x.element_type() == DataType::BF16, height(x), bits == 8};
   return ffi::Error::Success();
 }
 
@@ -80,30 +85,37 @@ ffi::Error run(ffi::ThreadPool& pool, Format format, const hsai::Weight& weight,
   return ffi::Error::Success();
 }
 
-// values: int8 (D, F), or int4 words (D/8, F); scale (D/g, F).
+// values: int8 (D, F), or words of int4 (D/8, F) or int2 (D/16, F), which `bits` tells apart; scale (D/g, F).
 ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer scale,
-                            ffi::Result<AnyBuffer> out) {
+                            ffi::Result<AnyBuffer> out, std::int64_t bits, std::int64_t activation_bits) {
   if (!is_matrix(x) || !is_matrix(values) || !is_matrix(scale) || !is_matrix(*out)) {
     return invalid("quantized_matmul takes matrices");
   }
   const bool packed = values.element_type() == DataType::U32;
   if (!packed && values.element_type() != DataType::S8) return invalid("values must be int8 or uint32");
+  if (packed ? bits != 2 && bits != 4 : bits != 8) {
+    return invalid("values of " + std::to_string(bits) + " bits do not stand in such an array");
+  }
+  const Format format = bits == 8 ? Format::kInt8 : bits == 4 ? Format::kInt4 : Format::kInt2;
+  const std::int64_t per_word = packed ? 32 / bits : 1;
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
-  weight.dense = weight.stored = height(values) * (packed ? 8 : 1);
+  weight.dense = weight.stored = height(values) * per_word;
   if (weight.dense < 1 || width(x) != weight.dense) {
     return invalid("x has shape " + describe(x) + ", the weight contracts over " + std::to_string(weight.dense));
   }
   hsai::Activations activations;
-  if (auto error = read_activations(x, *out, weight.columns, activations); error.failure()) return error;
-  if (auto error = read_scale(scale, packed ? 8 : 1, weight); error.failure()) return error;
-  return run(pool, packed ? Format::kInt4 : Format::kInt8, weight, activations);
+  if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
+    return error;
+  }
+  if (auto error = read_scale(scale, per_word, weight); error.failure()) return error;
+  return run(pool, format, weight, activations);
 }
 
 // values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F); scale (D/g, F), or (0, F) for none.
 ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
-                         ffi::Result<AnyBuffer> out, std::int64_t n) {
+                         ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t activation_bits) {
   if (!is_matrix(x) || !is_matrix(values) || !is_matrix(indices) || !is_matrix(scale) || !is_matrix(*out)) {
     return invalid("sparse_matmul takes matrices");
   }
@@ -138,7 +150,9 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
   }
   weight.indices = static_cast<const std::uint32_t*>(indices.untyped_data());
   hsai::Activations activations;
-  if (auto error = read_activations(x, *out, weight.columns, activations); error.failure()) return error;
+  if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
+    return error;
+  }
   if (packed) {
     if (auto error = read_scale(scale, 8, weight); error.failure()) return error;
   } else {
@@ -159,7 +173,14 @@ HSAI_EXPORT XLA_FFI_Error* HsaiSparseMatmul(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     HsaiQuantizedMatmul, quantized_matmul,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().Arg<AnyBuffer>().Ret<AnyBuffer>());
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<AnyBuffer>()
+        .Arg<AnyBuffer>()
+        .Arg<AnyBuffer>()
+        .Ret<AnyBuffer>()
+        .Attr<std::int64_t>("bits")
+        .Attr<std::int64_t>("activation_bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
                               ffi::Ffi::Bind()
@@ -169,7 +190,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
-                                  .Attr<std::int64_t>("n"));
+                                  .Attr<std::int64_t>("n")
+                                  .Attr<std::int64_t>("activation_bits"));
 
 // The instruction set that the kernels use, "avx512", "avx2" or "baseline", and the choice of another; 0 if it has none.
 HSAI_EXPORT const char* HsaiInstructionSet() { return hsai::current_products().name; }

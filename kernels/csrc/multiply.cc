@@ -14,6 +14,9 @@ namespace {
 // Most columns of a tile: long runs of the weight, while the sums of 8 rows (64 KiB) stay in the second-level cache.
 constexpr std::int64_t kMostColumns = 2048;
 
+// Bytes of weights that a tile of many rows may walk over again for every few of them: half a second-level cache.
+constexpr std::int64_t kCachedBytes = 1 << 19;
+
 // Tiles start at multiples of this: whole cache lines of every format.
 constexpr std::int64_t kAlignment = 64;
 
@@ -50,19 +53,6 @@ std::vector<float> widen_activations(const Activations& a, std::int64_t dense, i
   return x;
 }
 
-// Int4 of products.cc wants element d times 2^(-8 * (d % 4)), and behind all rows, for each row and word of 8 elements,
-// 8 times their sum: what storing value + 8 adds.
-void prepare_int4(std::vector<float>& x) {
-  const std::size_t count = x.size();
-  x.reserve(count + count / 8);
-  for (std::size_t word = 0; word < count; word += 8) {
-    float sum = 0;
-    for (std::size_t e = 0; e < 8; ++e) sum += x[word + e];
-    x.push_back(8 * sum);
-    for (std::size_t e = 0; e < 8; ++e) x[word + e] /= static_cast<float>(1 << (8 * (e % 4)));
-  }
-}
-
 // Where every stored element's group of 4 starts.
 std::vector<std::int32_t> list_quads(const Weight& weight) {
   const std::int64_t kept = weight.stored / (weight.dense / 4);
@@ -80,12 +70,12 @@ struct Tile {
 
 // Columns in tiles of whole vectors, enough of them for every thread. The last columns are covered by one vector more,
 // which overlaps the others; where there is not even one vector, columns go singly.
-std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threads) {
+std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threads, std::int64_t most) {
   if (columns < lanes) return {{0, columns, 0}};
   std::vector<Tile> tiles;
   const std::int64_t whole = columns / lanes * lanes;
   const std::int64_t share = (whole / threads / kAlignment + 1) * kAlignment;
-  const std::int64_t size = std::min(kMostColumns, share);
+  const std::int64_t size = std::clamp(most / kAlignment * kAlignment, kAlignment, share);
   for (std::int64_t begin = 0; begin < whole; begin += size) {
     tiles.push_back({begin, std::min(size, whole - begin), begin});
   }
@@ -94,19 +84,13 @@ std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threa
 }
 
 ProductTile choose_kernel(const Products& products, Format format) {
-  switch (format) {
-    case Format::kInt8:
-      return products.int8;
-    case Format::kInt4:
-      return products.int4;
-    case Format::kSparseFloat32:
-      return products.sparse_float32;
-    case Format::kSparseBfloat16:
-      return products.sparse_bfloat16;
-    case Format::kSparseInt4:
-      break;
-  }
-  return products.sparse_int4;
+  if (format == Format::kInt8) return products.int8;
+  return format == Format::kSparseFloat32 ? products.sparse_float32 : products.sparse_bfloat16;
+}
+
+IntegerTile choose_integer_kernel(const Products& products, Format format) {
+  if (format == Format::kInt4) return products.int4;
+  return format == Format::kInt2 ? products.int2 : products.sparse_int4;
 }
 
 // Copies the tile's columns from `sums` (rows, length) to the result.
@@ -123,33 +107,106 @@ void write_tile(const Tile& tile, const float* sums, const Activations& a, std::
   }
 }
 
+std::vector<Slot> list_slots(const Weight& weight) {
+  const std::int64_t kept = weight.stored / (weight.dense / 4);
+  std::vector<Slot> slots(static_cast<std::size_t>(weight.stored / 4));
+  std::int64_t element = 0;
+  for (Slot& slot : slots) {
+    const std::int64_t first = element / kept;
+    slot = {static_cast<std::int32_t>(4 * first), 0};
+    for (int byte = 0; byte < 4; ++byte, ++element) {
+      slot.offsets |= static_cast<std::uint32_t>(4 * (element / kept - first)) << (8 * byte);
+    }
+  }
+  return slots;
+}
+
+// Stored elements of a block of activations: the most that the kernels take, of whole words and whole groups of 4, and
+// so many that blocks fill a group of the weight.
+std::int64_t choose_block(const Weight& weight, Format format, std::int64_t most) {
+  std::int64_t unit = format == Format::kInt2 ? 16 : 8;
+  if (weight.indices != nullptr && weight.stored / (weight.dense / 4) == 3) unit = 24;
+  std::int64_t block = unit;
+  for (std::int64_t size = unit; size <= most; size += unit) {
+    if (weight.group % size == 0) block = size;
+  }
+  return block;
+}
+
+// What a product needs beside weight and activations, made before any tile starts.
+struct Plan {
+  std::vector<float> x;
+  std::vector<std::int32_t> quads;
+  std::vector<Slot> slots;
+  std::vector<std::uint8_t> digits;
+  std::vector<float> scale;
+  std::vector<std::int32_t> sum;
+  Planes planes = {};
+};
+
+void plan_planes(Format format, const Weight& weight, const Activations& a, const Products& products, Plan& plan) {
+  Planes& planes = plan.planes;
+  planes.planes = a.int8 ? 1 : a.bfloat16 ? 2 : 3;
+  planes.biased = weight.indices != nullptr;
+  planes.rows = static_cast<int>(a.rows);
+  planes.stride = weight.dense + kPlanePadding;
+  planes.block = choose_block(weight, format, products.most_block);
+  planes.blocks = weight.stored / planes.block;
+  planes.span = weight.dense / planes.blocks;
+  planes.shared = a.int8 ? weight.group / planes.block : 1;
+  plan.digits.resize(static_cast<std::size_t>(planes.planes * planes.rows * planes.stride));
+  plan.scale.resize(static_cast<std::size_t>(planes.rows * planes.blocks));
+  plan.sum.resize(static_cast<std::size_t>(planes.planes * planes.rows * planes.blocks));
+  planes.digits = plan.digits.data();
+  planes.scale = plan.scale.data();
+  planes.sum = plan.sum.data();
+}
+
 }  // namespace
+
+bool is_integer(Format format) {
+  return format == Format::kInt4 || format == Format::kInt2 || format == Format::kSparseInt4;
+}
 
 void multiply_packed(Format format, const Weight& weight, const Activations& activations, std::int64_t threads,
                      const Schedule& schedule) {
   const Products& products = current_products();
-  const ProductTile kernel = choose_kernel(products, format);
-  const int rows = round_rows(activations.rows);
-  std::vector<float> x = widen_activations(activations, weight.dense, rows);
-  if (format == Format::kInt4) prepare_int4(x);
+  const bool integer = is_integer(format);
+  const int rows = integer ? static_cast<int>(activations.rows) : round_rows(activations.rows);
+  if (weight.stored * weight.columns * rows < kAlone || threads < 1) threads = 1;
 
+  Plan plan;
   Weight prepared = weight;
-  std::vector<std::int32_t> quads;
-  if (weight.indices != nullptr) {
-    quads = list_quads(weight);
-    prepared.quads = quads.data();
+  plan.x = widen_activations(activations, weight.dense, rows);
+  if (integer) {
+    plan_planes(format, weight, activations, products, plan);
+    if (weight.indices != nullptr) plan.slots = list_slots(weight);
+    prepared.slots = plan.slots.data();
+  } else if (weight.indices != nullptr) {
+    plan.quads = list_quads(weight);
+    prepared.quads = plan.quads.data();
   }
-
-  if (weight.stored * weight.columns < kAlone || threads < 1) threads = 1;
-  const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads);
+  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / 2);
+  const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads, most);
   std::vector<std::vector<float>> sums;
   sums.reserve(tiles.size());
   for (const Tile& tile : tiles) sums.emplace_back(static_cast<std::size_t>(rows * tile.length));
 
+  if (integer) {
+    run_tiles(rows, rows > kMaxRows ? threads : 1, schedule, [&](std::int64_t row) {
+      products.fill_planes(plan.planes, static_cast<int>(row), plan.x.data() + row * weight.dense);
+    });
+  }
+  const ProductTile floats = choose_kernel(products, format);
+  const IntegerTile integers = choose_integer_kernel(products, format);
   run_tiles(static_cast<std::int64_t>(tiles.size()), threads, schedule, [&](std::int64_t i) {
     const Tile& tile = tiles[static_cast<std::size_t>(i)];
     float* out = sums[static_cast<std::size_t>(i)].data();
-    kernel(prepared, x.data(), rows, tile.begin, tile.length, out);
+    if (integer) {
+      integers(prepared, plan.planes, tile.begin, tile.length, out);
+    } else {
+      floats(prepared, plan.x.data(), rows, tile.begin, tile.length, out);
+    }
     write_tile(tile, out, activations, weight.columns);
   });
 }

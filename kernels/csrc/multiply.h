@@ -9,14 +9,18 @@
 
 namespace hsai {
 
-enum class Format { kInt8, kInt4, kSparseFloat32, kSparseBfloat16, kSparseInt4 };
+enum class Format { kInt8, kInt4, kInt2, kSparseFloat32, kSparseBfloat16, kSparseInt4 };
 
 struct Activations {
   const void* x;         // (rows, D)
   void* out;             // (rows, F), of the same type
   bool bfloat16;         // else float
-  std::int64_t rows;     // 1 to kMaxRows
+  std::int64_t rows;     // 1 to kMaxRows for floating products, any number for integer ones
+  bool int8;             // rounds every group of positions that shares a scale of the weight to int8 first
 };
+
+// Whether a format's products are made of integers (integer_products.h); the others are made of floats.
+bool is_integer(Format format);
 
 using Schedule = std::function<void(std::function<void()>)>;
 

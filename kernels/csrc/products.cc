@@ -1,205 +1,30 @@
 // The kernels of products.h: lanes are columns, activations are broadcast.
 //
-// A tile of columns is walked in blocks of up to kBlock stored elements: within a block the sums stay in registers, and
-// between blocks they rest, scaled, in the tile's output buffer, which fits a near cache. So the weight is read in runs
-// of the tile's width, few enough at a time for the prefetcher, each byte of it once, whatever the number of rows.
+// A tile of columns is walked in blocks of few stored elements: within a block the sums stay in registers, and between
+// blocks they rest, scaled, in the tile's output buffer, which fits a near cache. So the weight is read in runs of the
+// tile's width, few enough at a time for the prefetcher, each byte of it once, whatever the number of rows.
 //
 // Compiled once an instruction set with HSAI_PRODUCTS (the table's symbol) and HSAI_PRODUCTS_NAME.
 
 #include "products.h"
 
-#include "lanes.h"
+#include "fill_planes.h"
+#include "float_products.h"
+#include "integer_products.h"
 
 namespace hsai {
-namespace {
-
-template <int L, int R, int U>
-struct Sums {
-  typename Lanes<L>::Float at[R][U] = {};
-};
-
-// Each format has kStep, the stored elements a call of `add` handles, kBlock, a multiple of it, and
-//   add<L, R, U>(weight, x, element, column, sums): adds `kStep` elements from `element` on, of U * L columns.
-
-struct Int8 {
-  static constexpr int kStep = 1;
-  static constexpr int kBlock = 8;
-
-  template <int L, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const float* x, std::int64_t element, std::int64_t column,
-                              Sums<L, R, U>& sums) {
-    const auto* row = static_cast<const std::int8_t*>(w.values) + element * w.columns + column;
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const auto value = __builtin_convertvector(load_int8<L>(row + u.value * L), typename Lanes<L>::Float);
-      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums.at[r.value][u.value] += value * x[r.value * w.dense + element]; });
-    });
-  }
-};
-
-// The nibble of element e is masked where it stands, which leaves it multiplied by 2^(8 * (e % 4)); x brings the inverse
-// of that power of two, so that the product is exact. Storing value + 8 adds 8 times the sum of a word's activations,
-// which stands ready behind the activations and is taken off once a word.
-struct Int4 {
-  static constexpr int kStep = 8;
-  static constexpr int kBlock = 32;
-
-  template <int L, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const float* x, std::int64_t element, std::int64_t column,
-                              Sums<L, R, U>& sums) {
-    using Types = Lanes<L>;
-    const auto* row = static_cast<const std::uint32_t*>(w.values) + element / 8 * w.columns + column;
-    const float* excess = x + R * w.dense + element / 8;
-    unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { sums.at[r.value][u.value] -= excess[r.value * (w.dense / 8)]; });
-    });
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const auto words = load<typename Types::Word>(row + u.value * L);
-      const auto upper = words >> 4;
-      unroll<8>([&](auto e) HSAI_INLINE_LAMBDA {
-        constexpr std::uint32_t mask = 15u << (8 * (e.value % 4));
-        const auto bits = (typename Types::Int)((e.value < 4 ? words : upper) & mask);
-        const auto value = __builtin_convertvector(bits, typename Types::Float);
-        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums.at[r.value][u.value] += value * x[r.value * w.dense + element + e.value]; });
-      });
-    });
-  }
-};
-
-// Adds kept element `element + E` of U * L columns: every lane picks its own of the 4 activations of its group.
-template <int L, int R, int U>
-HSAI_INLINE void add_picked(const Weight& w, const float* x, std::int64_t element, int u,
-                            const typename Lanes<L>::Float& value, const typename Lanes<L>::Word& index,
-                            Sums<L, R, U>& sums) {
-  const float* quad = x + w.quads[element];
-  unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums.at[r.value][u] += value * pick<L>(quad + r.value * w.dense, index); });
-}
-
-template <bool kBfloat16>
-struct SparseFloat {
-  static constexpr int kStep = 16;
-  static constexpr int kBlock = 16;
-
-  template <int L, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const float* x, std::int64_t element, std::int64_t column,
-                              Sums<L, R, U>& sums) {
-    using Types = Lanes<L>;
-    constexpr int kBytes = kBfloat16 ? 2 : 4;
-    const auto* rows = static_cast<const char*>(w.values) + (element * w.columns + column) * kBytes;
-    const auto* index_row = w.indices + element / 16 * w.columns + column;
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const auto index = load<typename Types::Word>(index_row + u.value * L);
-      unroll<16>([&](auto e) HSAI_INLINE_LAMBDA {
-        constexpr int shift = 8 * (e.value % 4) + 2 * (e.value / 4);
-        const char* from = rows + (e.value * w.columns + u.value * L) * kBytes;
-        typename Types::Float value;
-        if constexpr (kBfloat16) {
-          value = load_bfloat16<L>(from);
-        } else {
-          value = load<typename Types::Float>(from);
-        }
-        add_picked<L, R, U>(w, x, element + e.value, u.value, value, index >> shift, sums);
-      });
-    });
-  }
-};
-
-// 8 kept elements a step: one word of values and half a word of indices. Flipping the top bit of every nibble turns
-// value + 8 into two's complement, so that shifting it up and back extends its sign.
-struct SparseInt4 {
-  static constexpr int kStep = 8;
-  static constexpr int kBlock = 32;
-
-  template <int L, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const float* x, std::int64_t element, std::int64_t column,
-                              Sums<L, R, U>& sums) {
-    using Types = Lanes<L>;
-    const auto* row = static_cast<const std::uint32_t*>(w.values) + element / 8 * w.columns + column;
-    const auto* index_row = w.indices + element / 16 * w.columns + column;
-    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
-    const int half = static_cast<int>(element / 8 % 2) * 4;
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const auto words = load<typename Types::Word>(row + u.value * L) ^ 0x88888888u;
-      const auto index = load<typename Types::Word>(index_row + u.value * L) >> half;
-      unroll<8>([&](auto e) HSAI_INLINE_LAMBDA {
-        constexpr int bit = 8 * (e.value % 4) + 4 * (e.value / 4);
-        constexpr int shift = 8 * (e.value % 4) + 2 * (e.value / 4);
-        const auto integer = (typename Types::Int)(words << (28 - bit)) >> 28;
-        const auto value = __builtin_convertvector(integer, typename Types::Float);
-        add_picked<L, R, U>(w, x, element + e.value, u.value, value, index >> shift, sums);
-      });
-    });
-  }
-};
-
-template <int L>
-HSAI_INLINE typename Lanes<L>::Float load_scale(const Weight& w, std::int64_t at) {
-  if (w.scale_type == ScaleType::kBfloat16) return load_bfloat16<L>(static_cast<const std::uint16_t*>(w.scale) + at);
-  return load<typename Lanes<L>::Float>(static_cast<const float*>(w.scale) + at);
-}
-
-// out[r][column...] += scale * (elements [first, last) of U * L columns), where `scales` is the scales' row times F.
-template <class Format, int L, int R, int U>
-HSAI_INLINE void add_block(const Weight& w, const float* x, std::int64_t first, std::int64_t last, std::int64_t scales,
-                           std::int64_t column, float* out, std::int64_t length) {
-  using Float = typename Lanes<L>::Float;
-  Sums<L, R, U> sums;
-  for (std::int64_t element = first; element < last; element += Format::kStep) {
-    Format::template add<L, R, U>(w, x, element, column, sums);
-  }
-  unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-    if (w.scale_type != ScaleType::kNone) {
-      const Float scale = load_scale<L>(w, scales + column + u.value * L);
-      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums.at[r.value][u.value] *= scale; });
-    }
-    unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-      float* to = out + r.value * length + u.value * L;
-      store(to, load<Float>(to) + sums.at[r.value][u.value]);
-    });
-  });
-}
-
-template <class Format, int L, int R>
-void multiply_rows(const Weight& w, const float* x, std::int64_t begin, std::int64_t length, float* out) {
-  // Independent sums hide the latency of the multiply-adds; many rows have enough of them already.
-  constexpr int U = R >= 4 ? 1 : 4 / R;
-  for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
-  for (std::int64_t group = 0; group < w.stored; group += w.group) {
-    const std::int64_t end = group + w.group;
-    const std::int64_t scales = group / w.group * w.columns;
-    for (std::int64_t first = group; first < end; first += Format::kBlock) {
-      const std::int64_t last = first + Format::kBlock < end ? first + Format::kBlock : end;
-      std::int64_t i = 0;
-      for (; i + U * L <= length; i += U * L) {
-        add_block<Format, L, R, U>(w, x, first, last, scales, begin + i, out + i, length);
-      }
-      for (; i < length; i += L) {
-        add_block<Format, L, R, 1>(w, x, first, last, scales, begin + i, out + i, length);
-      }
-    }
-  }
-}
-
-template <class Format, int L>
-void multiply_lanes(const Weight& w, const float* x, int rows, std::int64_t begin, std::int64_t length, float* out) {
-  if (rows == 1) return multiply_rows<Format, L, 1>(w, x, begin, length, out);
-  if (rows == 2) return multiply_rows<Format, L, 2>(w, x, begin, length, out);
-  if (rows == 4) return multiply_rows<Format, L, 4>(w, x, begin, length, out);
-  return multiply_rows<Format, L, 8>(w, x, begin, length, out);
-}
-
-template <class Format>
-void multiply(const Weight& w, const float* x, int rows, std::int64_t begin, std::int64_t length, float* out) {
-  if (length % kLanes == 0) return multiply_lanes<Format, kLanes>(w, x, rows, begin, length, out);
-  return multiply_lanes<Format, 1>(w, x, rows, begin, length, out);
-}
-
-}  // namespace
 
 const Products HSAI_PRODUCTS = {
-    HSAI_PRODUCTS_NAME,       kLanes,
-    multiply<Int8>,           multiply<Int4>,
-    multiply<SparseFloat<0>>, multiply<SparseFloat<1>>,
-    multiply<SparseInt4>,
+    HSAI_PRODUCTS_NAME,
+    kLanes,
+    4 * kMostDots,
+    multiply<Int8>,
+    multiply<SparseFloat<0>>,
+    multiply<SparseFloat<1>>,
+    multiply_integer<Codes<4>>,
+    multiply_integer<Codes<2>>,
+    multiply_integer<SparseCodes>,
+    fill_planes,
 };
 
 }  // namespace hsai

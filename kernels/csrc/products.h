@@ -1,4 +1,4 @@
-// Decode-shaped products (1 to 8 rows) with packed weights: the interface between the FFI handlers and the kernels.
+// Products with packed weights: the interface between the FFI handlers and the kernels.
 //
 // products.cc is compiled once for every instruction set; each compilation exports one `Products` table, and
 // select.cc picks the best that this machine runs. This header holds plain data only: no inline function may be
@@ -10,19 +10,29 @@
 
 #include <cstdint>
 
+#include "planes.h"
+
 namespace hsai {
 
-constexpr int kMaxRows = 8;
+constexpr int kMaxRows = 8;                // of a floating product
+constexpr int kMaxIntegerRows = 1 << 16;  // of an integer one
 
 enum class ScaleType { kNone, kFloat32, kBfloat16 };
 
+// Where 4 consecutive kept elements of an N:4 weight look for their activations.
+struct Slot {
+  std::int32_t first;      // dense position where the group of the first of them begins
+  std::uint32_t offsets;   // byte j: the begin of the group of element j, counted from `first`; at most 12
+};
+
 // A packed weight; every array is row-major with F columns. Layouts are those of packing.py and the reference.py files.
 struct Weight {
-  const void* values;         // int8 (C, F), float or bfloat16 (C, F), or int4 words (C/8, F)
+  const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of int4 (C/8, F) or int2 (C/16, F)
   const std::uint32_t* indices;  // (C/16, F) for N:4 weights, else null
   const void* scale;          // (C/group, F), null for kNone
   ScaleType scale_type;
-  const std::int32_t* quads;  // N:4: for each stored element, the dense position where its group of 4 starts
+  const std::int32_t* quads;  // N:4 floats: for each stored element, the dense position where its group of 4 starts
+  const Slot* slots;          // N:4 codes: for every 4 stored elements
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale
@@ -30,19 +40,26 @@ struct Weight {
 };
 
 // Writes out[r * length + i] = sum over the contraction of x[r] times column begin + i, for r < rows.
-// x is float (rows, D), rows is 1, 2, 4 or 8; for int4 it is what prepare_int4 of multiply.cc makes of that. Unless
-// length is a multiple of `lanes`, the columns are computed singly.
+// x is float (rows, D), rows is 1, 2, 4 or 8. Unless length is a multiple of `lanes`, columns are computed singly.
 using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std::int64_t begin, std::int64_t length,
+                             float* out);
+
+// The same for activations in planes, any number of rows.
+using IntegerTile = void (*)(const Weight& weight, const Planes& x, std::int64_t begin, std::int64_t length,
                              float* out);
 
 struct Products {
   const char* name;
-  int lanes;  // columns a vector register holds
+  int lanes;       // columns a vector register holds
+  int most_block;  // most stored elements of a block of activations
   ProductTile int8;
-  ProductTile int4;
   ProductTile sparse_float32;
   ProductTile sparse_bfloat16;
-  ProductTile sparse_int4;
+  IntegerTile int4;
+  IntegerTile int2;
+  IntegerTile sparse_int4;
+  // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
+  void (*fill_planes)(const Planes& planes, int row, const float* x);
 };
 
 extern const Products kBaselineProducts;

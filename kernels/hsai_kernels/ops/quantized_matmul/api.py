@@ -18,17 +18,24 @@ def quantized_matmul(
     values: jax.Array,
     scale: jax.Array,
     *,
+    bits: int = 4,
+    activation_bits: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x @ w, where w = values * scale for int8 values, and w = (nibble - 8) * scale for int4 words.
+    """x @ w, where w = values * scale for int8 values, and w = (code - 2**(bits - 1)) * scale for packed words:
+    4-bit codes stand for -8..7, 2-bit codes for -2..1. Ternary weights are the 2-bit codes 1, 2 and 3 of -1, 0 and 1.
 
     Differentiable in x and scale by reverse mode; the values are integers, and have no gradient.
 
     Args:
       x: (..., D), float32 or bfloat16.
-      values: int8 (D, F), or uint32 (D/8, F) holding 4-bit integers as packing.py says.
+      values: int8 (D, F), or uint32 (D * bits / 32, F) holding codes as packing.py says.
       scale: (D/g, F), float32 or bfloat16; (1, F) is one scale a column.
-      implementation: "reference", "cpu" (native, up to 8 rows), or None for the platform's best.
+      bits: of a code in uint32 words, 4 or 2; int8 values have no choice.
+      activation_bits: None takes activations as they are. 8 rounds them first, every row's group of positions that
+        shares a scale of the weight with a step of its own (`round_activations`): products are then of integers. The
+        gradient is that of the product without rounding.
+      implementation: "reference", "cpu" (native), or None for the platform's best.
 
     Returns:
       (..., F) in x's dtype, accumulated in float32.
@@ -43,13 +50,23 @@ def quantized_matmul(
     if values.dtype == jnp.int8:
         contraction = values.shape[0]
     elif values.dtype == jnp.uint32:
-        contraction = values.shape[0] * 8
+        if bits not in (2, 4):
+            raise ValueError(f"quantized_matmul has words of 4-bit or 2-bit codes, not of {bits} bits")
+        contraction = values.shape[0] * 32 // bits
     else:
         raise ValueError(f"quantized_matmul has values of int8, or of uint32 (int4 words), not of {values.dtype}")
     if x.shape[-1] != contraction:
         raise ValueError(f"x contracts over {x.shape[-1]}, the weight over {contraction} ({values.dtype})")
     check_scale(scale, contraction, values.shape[1])
-    return run_kernel("quantized_matmul", BACKENDS, implementation, x, values, scale)
+    check_activation_bits(activation_bits)
+    options = {"bits": bits, "activation_bits": activation_bits}
+    return run_kernel("quantized_matmul", BACKENDS, implementation, x, values, scale, **options)
+
+
+def check_activation_bits(bits: int | None) -> None:
+    """Raises ValueError unless activations are to stay as they are, or to be rounded to int8."""
+    if bits not in (None, 8):
+        raise ValueError(f"activation_bits={bits} is not supported: valid are 8 and None")
 
 
 def check_activations(kernel: str, x: jax.Array) -> None:

@@ -1,8 +1,9 @@
-"""Native CPU backend of quantized_matmul: up to 8 rows, reading the packed weight once (kernels/csrc).
+"""Native CPU backend of quantized_matmul, reading the packed weight once for every 8 rows (kernels/csrc).
 
 Dimensions: D contraction, F output, R rows: the product of x's leading dimensions.
 """
 
+import functools
 import math
 
 import jax
@@ -12,28 +13,34 @@ from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 
+Operands = tuple[jax.Array, jax.Array, jax.Array]
 
-def quantized_matmul_cpu(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+
+def quantized_matmul_cpu(
+    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int, activation_bits: int | None
+) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Weights are never rounded and sums are float32, also for bfloat16 activations.
-    Int4 activations must be ordinary numbers, 1e-30 to 1e35 in magnitude or 0: the kernel divides them by up to 2^24
-    and sums eight at a time, so that smaller ones lose digits, and larger ones and infinities can turn into others.
+    Weights are never rounded and sums are float32, also for bfloat16 activations. With packed codes, activations are
+    integers that share a power of two in blocks of at most 64: 23 bits below the largest of the block for float32, 15
+    for bfloat16; an infinity or a NaN makes the row's results NaN.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
-    native.check_rows(math.prod(x.shape[:-1]))
+    packed = values.dtype == jnp.uint32
+    native.check_rows(math.prod(x.shape[:-1]), packed=packed)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
-    group = x.shape[-1] // scale.shape[0]
-    if values.dtype == jnp.uint32 and group % 8:
-        raise NotImplementedError("has int4 groups of whole words (multiples of 8)")
+    if packed and x.shape[-1] // scale.shape[0] % (32 // bits):
+        raise NotImplementedError(f"has groups of whole words (multiples of {32 // bits} codes of {bits} bits)")
+    if activation_bits is not None and not packed:
+        raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
-    return _multiply(x, values, scale)
+    return _multiply(bits if packed else 8, activation_bits, x, values, scale)
 
 
-@jax.custom_vjp
-def _multiply(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
     rows = x.reshape(-1, contraction)
@@ -42,17 +49,18 @@ def _multiply(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
         jax.ShapeDtypeStruct((rows.shape[0], columns), x.dtype),
         vmap_method="sequential",
     )
-    return call(rows, values, scale).reshape(*lead, columns)
+    result = call(rows, values, scale, bits=bits, activation_bits=activation_bits or 0)
+    return result.reshape(*lead, columns)
 
 
 def _multiply_forward(
-    x: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _multiply(x, values, scale), (x, values, scale)
+    bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, Operands]:
+    return _multiply(bits, activation_bits, x, values, scale), (x, values, scale)
 
 
-def _multiply_backward(residual: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array) -> tuple:
-    return jax.vjp(quantized_matmul_reference, *residual)[1](cotangent)
+def _multiply_backward(bits: int, activation_bits: int | None, residual: Operands, cotangent: jax.Array) -> tuple:
+    return jax.vjp(functools.partial(quantized_matmul_reference, bits=bits), *residual)[1](cotangent)
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

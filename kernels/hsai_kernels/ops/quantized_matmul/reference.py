@@ -10,9 +10,6 @@ import jax.numpy as jnp
 
 from hsai_kernels.packing import unpack_words
 
-INT4_ZERO = 8
-"""int4 is stored in offset binary: the nibble is the value plus this, so that -8..7 is stored as 0..15."""
-
 
 def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 (..., D, F) from int8 values (..., D, F) and scale (..., D/g, F); one scale a column is D/g = 1."""
@@ -21,12 +18,15 @@ def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
 
 def dequantize_int4(words: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 (..., D, F) from uint32 words (..., D/8, F), packed as in packing.py, and scale (..., D/g, F)."""
-    return scale_groups(decode_int4(words), scale)
+    return scale_groups(decode_words(words, 4).astype(jnp.float32), scale)
 
 
-def decode_int4(words: jax.Array) -> jax.Array:
-    """float32 (..., D, F): the integers -8..7 that uint32 words (..., D/8, F) hold, without scale."""
-    return unpack_words(words, 4).astype(jnp.float32) - INT4_ZERO
+def decode_words(words: jax.Array, bits: int) -> jax.Array:
+    """int8 (..., D, F): the integers that uint32 words (..., D * bits / 32, F) hold, without scale.
+
+    Codes are in offset binary, the integer plus 2**(bits - 1): 4-bit ones stand for -8..7, 2-bit ones for -2..1.
+    """
+    return unpack_words(words, bits).astype(jnp.int8) - jnp.int8(1 << (bits - 1))
 
 
 def scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
@@ -40,11 +40,41 @@ def scale_groups(integers: jax.Array, scale: jax.Array) -> jax.Array:
     return scaled.reshape(*lead, rows, columns)
 
 
-def quantized_matmul_reference(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def round_activations(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Activations as int8 codes, with a step for each of `groups` groups of every row.
+
+    Args:
+      x: (..., D).
+    Returns: codes int8 (..., groups, D/groups) in [-127, 127], step float32 (..., groups) = max|x| / 127 of the group.
+    """
+    split = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
+    step = jnp.max(jnp.abs(split), axis=-1) / 127.0
+    codes = jnp.round(split / jnp.where(step > 0.0, step, jnp.inf)[..., None])
+    return codes.astype(jnp.int8), step
+
+
+def multiply_codes(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    """(..., F): x (..., D), rounded to int8 a group, times int8 codes (D, F) with scale (D/g, F), in x's dtype."""
+    groups, columns = scale.shape
+    rounded, step = round_activations(x, groups)
+    products = jnp.einsum(
+        "...gk,gkf->...gf", rounded, codes.reshape(groups, -1, columns), preferred_element_type=jnp.int32
+    )
+    scaled = products.astype(jnp.float32) * step[..., None] * scale.astype(jnp.float32)
+    return jnp.sum(scaled, axis=-2).astype(x.dtype)
+
+
+def quantized_matmul_reference(
+    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int = 4, activation_bits: int | None = None
+) -> jax.Array:
     """(..., F) = x (..., D) @ dequantized weight; arguments as in api.py, already validated.
 
     The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
     """
-    dequantize = dequantize_int8 if values.dtype == jnp.int8 else dequantize_int4
-    weight = dequantize(values, scale).astype(x.dtype)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    codes = values if values.dtype == jnp.int8 else decode_words(values, bits)
+    weight = scale_groups(codes.astype(jnp.float32), scale).astype(x.dtype)
+    product = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    if activation_bits is None:
+        return product
+    rounded = multiply_codes(*jax.lax.stop_gradient((x, codes.astype(jnp.int8), scale)))
+    return rounded + (product - jax.lax.stop_gradient(product))  # which adds zero, and has the product's gradient

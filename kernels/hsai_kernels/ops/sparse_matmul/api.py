@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import run_kernel
-from hsai_kernels.ops.quantized_matmul.api import check_activations, check_scale
+from hsai_kernels.ops.quantized_matmul.api import check_activation_bits, check_activations, check_scale
 from hsai_kernels.ops.sparse_matmul.cpu import sparse_matmul_cpu
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
 
@@ -22,6 +22,7 @@ def sparse_matmul(
     *,
     n: int,
     m: int,
+    activation_bits: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """x @ w, where w keeps n of every m consecutive elements of a column (N:M sparsity, Mishra et al. 2104.08378).
@@ -36,7 +37,8 @@ def sparse_matmul(
       scale: (D/g, F) float32 or bfloat16 for int4 words, where g counts dense positions and is a multiple of m;
         None for floating values.
       n, m: kept elements and positions a group: m = 4, n = 1, 2 or 3.
-      implementation: "reference", "cpu" (native, up to 8 rows), or None for the platform's best.
+      activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for int4 words.
+      implementation: "reference", "cpu" (native), or None for the platform's best.
 
     Returns:
       (..., F) in x's dtype, accumulated in float32.
@@ -72,4 +74,8 @@ def sparse_matmul(
         check_scale(scale, x.shape[-1], values.shape[1])
         if x.shape[-1] // scale.shape[0] % m:
             raise ValueError(f"scale groups of {x.shape[-1] // scale.shape[0]} positions are no multiple of m={m}")
-    return run_kernel("sparse_matmul", BACKENDS, implementation, x, values, indices, scale, n=n, m=m)
+    check_activation_bits(activation_bits)
+    if activation_bits is not None and not packed:
+        raise ValueError(f"activation_bits={activation_bits} is for int4 words, not for values of {values.dtype}")
+    options = {"n": n, "m": m, "activation_bits": activation_bits}
+    return run_kernel("sparse_matmul", BACKENDS, implementation, x, values, indices, scale, **options)

@@ -1,4 +1,4 @@
-"""Native CPU backend of sparse_matmul: N:4, up to 8 rows, reading the packed weight once (kernels/csrc).
+"""Native CPU backend of sparse_matmul: N:4, reading the packed weight once for every 8 rows (kernels/csrc).
 
 Dimensions: D contraction, F output, C kept elements a column, R rows: the product of x's leading dimensions.
 """
@@ -24,25 +24,35 @@ def sparse_matmul_cpu(
     *,
     n: int,
     m: int,
+    activation_bits: int | None,
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Weights are never rounded and sums are float32, also for bfloat16 activations.
+    Weights are never rounded and sums are float32, also for bfloat16 activations. With int4 words activations are
+    integers, as quantized_matmul's are.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
-    native.check_rows(math.prod(x.shape[:-1]))
+    native.check_rows(math.prod(x.shape[:-1]), packed=scale is not None)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
     if scale is not None and x.shape[-1] // scale.shape[0] * n // m % 8:
         raise NotImplementedError("has int4 groups of whole words (multiples of 8 kept elements)")
+    if activation_bits is not None and scale is None:
+        raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
-    return _multiply(n, m, x, values, indices, scale)
+    return _multiply(n, m, activation_bits, x, values, indices, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+    n: int,
+    m: int,
+    activation_bits: int | None,
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
 ) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
@@ -54,16 +64,23 @@ def _multiply(
     )
     # The target has a fixed number of operands: no scale is a scale of no rows.
     given = jnp.zeros((0, columns), jnp.float32) if scale is None else scale
-    return call(rows, values, indices, given, n=n).reshape(*lead, columns)
+    result = call(rows, values, indices, given, n=n, activation_bits=activation_bits or 0)
+    return result.reshape(*lead, columns)
 
 
 def _multiply_forward(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+    n: int,
+    m: int,
+    activation_bits: int | None,
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
 ) -> tuple[jax.Array, Operands]:
-    return _multiply(n, m, x, values, indices, scale), (x, values, indices, scale)
+    return _multiply(n, m, activation_bits, x, values, indices, scale), (x, values, indices, scale)
 
 
-def _multiply_backward(n: int, m: int, residual: Operands, cotangent: jax.Array) -> tuple:
+def _multiply_backward(n: int, m: int, activation_bits: int | None, residual: Operands, cotangent: jax.Array) -> tuple:
     return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
 
 

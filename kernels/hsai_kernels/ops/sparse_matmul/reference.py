@@ -9,7 +9,7 @@ g dense positions that share a scale.
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.ops.quantized_matmul.reference import decode_int4, scale_groups
+from hsai_kernels.ops.quantized_matmul.reference import decode_words, multiply_codes, scale_groups
 from hsai_kernels.packing import unpack_words
 
 
@@ -34,7 +34,7 @@ def densify_nm(
       ValueError: the kept count is not size * n / m.
     """
     packed = values.dtype == jnp.uint32
-    kept = decode_int4(values) if packed else values.astype(jnp.float32)
+    kept = (decode_words(values, 4) if packed else values).astype(jnp.float32)
     *lead, count, columns = kept.shape
     if count * m != size * n:
         raise ValueError(f"{count} kept elements do not make {n}:{m} of {size}")
@@ -55,10 +55,16 @@ def sparse_matmul_reference(
     *,
     n: int,
     m: int,
+    activation_bits: int | None = None,
 ) -> jax.Array:
     """(..., F) = x (..., D) @ rebuilt weight; arguments as in api.py, already validated.
 
     The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
     """
     weight = densify_nm(values, indices, scale, n, m, x.shape[-1]).astype(x.dtype)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    product = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    if activation_bits is None or scale is None:
+        return product
+    codes = densify_nm(values, indices, None, n, m, x.shape[-1]).astype(jnp.int8)
+    rounded = multiply_codes(*jax.lax.stop_gradient((x, codes, scale)))
+    return rounded + (product - jax.lax.stop_gradient(product))  # which adds zero, and has the product's gradient

@@ -1,0 +1,95 @@
+// Products of bytes, four to a 32-bit lane: what the integer kernels are made of. Included by products.cc only.
+#ifndef HSAI_KERNELS_DOTS_H_
+#define HSAI_KERNELS_DOTS_H_
+
+#include "lanes.h"
+
+namespace hsai {
+namespace {
+
+// Most calls of Dots::add before `finish`. Without VNNI, pairs of products are summed in 16 bits, and 8 times 2 products
+// of a digit (255) and a 4-bit value (8), or of a digit (128) and a 4-bit code (15), is what they hold.
+#if defined(__AVX512VNNI__)
+constexpr int kMostDots = 16;
+#else
+constexpr int kMostDots = 8;
+#endif
+
+// In every lane, the sum of the products of 4 bytes of `a`, unsigned, with those of `b`, signed.
+template <int L>
+struct Dots {
+  typename Lanes<L>::Int sum = {};
+
+  HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
+    using Int = typename Lanes<L>::Int;
+    unroll<4>([&](auto byte) HSAI_INLINE_LAMBDA {
+      const Int left = (Int)((a >> (8 * byte.value)) & 0xffu);
+      const Int right = (Int)(b << (24 - 8 * byte.value)) >> 24;
+      sum += left * right;
+    });
+  }
+
+  HSAI_INLINE typename Lanes<L>::Int finish() const { return sum; }
+};
+
+#if defined(__AVX512VNNI__)
+template <>
+struct Dots<16> {
+  __m512i sum = {};
+
+  HSAI_INLINE void add(const Lanes<16>::Word& a, const Lanes<16>::Word& b) {
+    sum = _mm512_dpbusd_epi32(sum, (__m512i)a, (__m512i)b);
+  }
+
+  HSAI_INLINE Lanes<16>::Int finish() const { return (Lanes<16>::Int)sum; }
+};
+#elif defined(__AVX2__)
+template <>
+struct Dots<8> {
+  __m256i sum = {};
+
+  HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+  }
+
+  HSAI_INLINE Lanes<8>::Int finish() const {
+    return (Lanes<8>::Int)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  }
+};
+#endif
+
+// Byte by byte, without borrowing from the neighbours.
+template <int L>
+HSAI_INLINE typename Lanes<L>::Word subtract_bytes(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(4 * L)));
+  return (typename Lanes<L>::Word)((Bytes)a - (Bytes)b);
+}
+
+// In every byte, the one of table[0..15] that `places` names; all of them are below 16.
+template <int L>
+HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const typename Lanes<L>::Word& places) {
+  using Word = typename Lanes<L>::Word;
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {
+    const __m512i sixteen = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)table));
+    return (Word)_mm512_shuffle_epi8(sixteen, (__m512i)places);
+  }
+#elif defined(__AVX2__)
+  if constexpr (L == 8) {
+    const __m256i sixteen = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+    return (Word)_mm256_shuffle_epi8(sixteen, (__m256i)places);
+  }
+#endif
+  Word picked = {};
+  for (int lane = 0; lane < L; ++lane) {
+    std::uint32_t word = 0;
+    for (int byte = 0; byte < 4; ++byte) word |= std::uint32_t{table[places[lane] >> (8 * byte) & 15]} << (8 * byte);
+    picked[lane] = word;
+  }
+  return picked;
+}
+
+}  // namespace
+}  // namespace hsai
+
+#endif  // HSAI_KERNELS_DOTS_H_

@@ -1,0 +1,196 @@
+// Products of weights of a few bits, in integers: activations are digits of one byte (planes.h), four at a time are
+// multiplied by the four weights that a 32-bit lane holds, and only a block's sum becomes a float.
+//
+// Included by products.cc only. Lanes are columns. R rows, P planes, U vectors of L columns at once.
+#ifndef HSAI_KERNELS_INTEGER_PRODUCTS_H_
+#define HSAI_KERNELS_INTEGER_PRODUCTS_H_
+
+#include "dots.h"
+#include "lanes.h"
+#include "planes.h"
+#include "products.h"
+#include "scales.h"
+
+namespace hsai {
+namespace {
+
+template <int L, int P, int R, int U>
+struct DotSums {
+  Dots<L> at[P][R][U] = {};
+};
+
+HSAI_INLINE const std::uint8_t* find_digits(const Planes& x, int plane, int row) {
+  return x.digits + (plane * x.rows + row) * x.stride;
+}
+
+// Reads 4 bytes as one word.
+HSAI_INLINE std::uint32_t load_word(const std::uint8_t* from) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, from, sizeof(word));
+  return word;
+}
+
+// Codes of kBits bits, laid out by packing.py, in offset binary. A block's sum is that of the codes; what the zero point
+// adds to it, kZeroPoint times the sum of the digits, is taken off at the block's end.
+template <int kBits>
+struct Codes {
+  static constexpr int kStep = 32 / kBits;  // elements a word
+  static constexpr bool kSparse = false;
+  static constexpr int kZeroPoint = 1 << (kBits - 1);
+
+  template <int L, int P, int R, int U>
+  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
+                              DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>&) {
+    using Word = typename Lanes<L>::Word;
+    constexpr std::uint32_t mask = ((1u << kBits) - 1) * 0x01010101u;
+    const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * w.columns + column;
+    // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
+    Word packed[U];
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { packed[u.value] = load<Word>(words + u.value * L); });
+    unroll<8 / kBits>([&](auto slot) HSAI_INLINE_LAMBDA {
+      Word codes[U];
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { codes[u.value] = (packed[u.value] >> (kBits * slot.value)) & mask; });
+      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+          const auto* from = find_digits(x, p.value, row + r.value) + element + 4 * slot.value;
+          const Word digits = Word{} + load_word(from);
+          unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+            sums.at[p.value][r.value][u.value].add(codes[u.value], digits);
+          });
+        });
+      });
+    });
+  }
+};
+
+// N of 4, 4-bit codes in offset binary. 4 kept elements of a lane pick their 4 digits out of the 16 that begin with the
+// first one's group (Slot in products.h). Digits are biased to be unsigned (planes.h); what the bias adds, 128 times the
+// sum of the values, is kept in `excess`.
+struct SparseCodes {
+  static constexpr int kStep = 8;  // one word of values, half a word of indices
+  static constexpr bool kSparse = true;
+  static constexpr int kZeroPoint = 0;
+
+  template <int L, int P, int R, int U>
+  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
+                              DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
+    using Word = typename Lanes<L>::Word;
+    const auto* words = static_cast<const std::uint32_t*>(w.values) + element / 8 * w.columns + column;
+    const auto* indices = w.indices + element / 16 * w.columns + column;
+    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
+    const int half = static_cast<int>(element / 8 % 2) * 4;
+    unroll<2>([&](auto part) HSAI_INLINE_LAMBDA {
+      const Slot& slot = w.slots[element / 4 + part.value];
+      Word values[U], places[U];
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+        const auto codes = (load<Word>(words + u.value * L) >> (4 * part.value)) & 0x0f0f0f0fu;
+        const auto index = load<Word>(indices + u.value * L) >> (half + 2 * part.value);
+        values[u.value] = subtract_bytes<L>(codes, Word{} + 0x08080808u);
+        places[u.value] = (index & 0x03030303u) | slot.offsets;
+        excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
+      });
+      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+          const std::uint8_t* table = find_digits(x, p.value, row + r.value) + slot.first;
+          unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+            sums.at[p.value][r.value][u.value].add(pick_bytes<L>(table, places[u.value]), values[u.value]);
+          });
+        });
+      });
+    });
+  }
+};
+
+// A block's sum as a float: planes are digits of base 256, the last the most significant.
+template <int L, int P>
+HSAI_INLINE typename Lanes<L>::Float combine_planes(const typename Lanes<L>::Int (&sum)[P]) {
+  using Float = typename Lanes<L>::Float;
+  if constexpr (P == 1) return __builtin_convertvector(sum[0], Float);
+  // Two planes: at most 255 * 128 * 256 * kMostBlock < 2^31.
+  const Float low = __builtin_convertvector(sum[0] + (sum[1] << 8), Float);
+  if constexpr (P == 2) return low;
+  if constexpr (P == 3) return low + __builtin_convertvector(sum[P - 1], Float) * 65536.0f;
+}
+
+// out[r][column...] += scales * the sum over elements [first, last) of U * L columns, which are block `block`.
+template <class Format, int L, int P, int R, int U>
+HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t first,
+                                   std::int64_t last, std::int64_t scales, std::int64_t column, float* out,
+                                   std::int64_t length) {
+  using Float = typename Lanes<L>::Float;
+  using Int = typename Lanes<L>::Int;
+  DotSums<L, P, R, U> sums;
+  DotSums<L, 1, 1, U> excess;
+  for (std::int64_t element = first; element < last; element += Format::kStep) {
+    Format::template add<L, P, R, U>(w, x, row, element, column, sums, excess);
+  }
+  unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+    const Float scale = load_scale<L>(w, scales + column + u.value * L);
+    unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+      Int sum[P];
+      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+        sum[p.value] = sums.at[p.value][r.value][u.value].finish();
+        if constexpr (Format::kSparse) {
+          if constexpr (p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
+        } else {
+          sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
+        }
+      });
+      float* to = out + r.value * length + u.value * L;
+      const Float step = scale * x.scale[(row + r.value) * x.blocks + block];
+      store(to, load<Float>(to) + combine_planes<L, P>(sum) * step);
+    });
+  });
+}
+
+template <class Format, int L, int P, int R>
+void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, std::int64_t begin, std::int64_t length,
+                           float* out) {
+  // Copies, which nothing that is written to `out` can change, so that their fields stay in registers.
+  const Weight w = weight;
+  const Planes x = planes;
+  // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there.
+  constexpr int U = P * R >= kMostSums ? 1 : kMostSums / (P * R) >= 4 ? 4 : kMostSums / (P * R);
+  for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
+  for (std::int64_t block = 0; block < x.blocks; ++block) {
+    const std::int64_t first = block * x.block, last = first + x.block;
+    const std::int64_t scales = first / w.group * w.columns;
+    std::int64_t i = 0;
+    for (; i + U * L <= length; i += U * L) {
+      add_integer_block<Format, L, P, R, U>(w, x, row, block, first, last, scales, begin + i, out + i, length);
+    }
+    for (; i < length; i += L) {
+      add_integer_block<Format, L, P, R, 1>(w, x, row, block, first, last, scales, begin + i, out + i, length);
+    }
+  }
+}
+
+// R rows at a time while there are so many and their sums fit, then half as many.
+template <class Format, int L, int P, int R>
+void multiply_integer_planes(const Weight& w, const Planes& x, int row, std::int64_t begin, std::int64_t length,
+                             float* out) {
+  if constexpr (R == 1 || (L > 1 && R * P <= kMostSums)) {
+    for (; row + R <= x.rows; row += R) {
+      multiply_integer_rows<Format, L, P, R>(w, x, row, begin, length, out + row * length);
+    }
+  }
+  if constexpr (R > 1) multiply_integer_planes<Format, L, P, R / 2>(w, x, row, begin, length, out);
+}
+
+template <class Format, int L>
+void multiply_integer_lanes(const Weight& w, const Planes& x, std::int64_t begin, std::int64_t length, float* out) {
+  if (x.planes == 1) return multiply_integer_planes<Format, L, 1, 8>(w, x, 0, begin, length, out);
+  if (x.planes == 2) return multiply_integer_planes<Format, L, 2, 8>(w, x, 0, begin, length, out);
+  return multiply_integer_planes<Format, L, 3, 8>(w, x, 0, begin, length, out);
+}
+
+template <class Format>
+void multiply_integer(const Weight& w, const Planes& x, std::int64_t begin, std::int64_t length, float* out) {
+  if (length % kLanes == 0) return multiply_integer_lanes<Format, kLanes>(w, x, begin, length, out);
+  return multiply_integer_lanes<Format, 1>(w, x, begin, length, out);
+}
+
+}  // namespace
+}  // namespace hsai
+
+#endif  // HSAI_KERNELS_INTEGER_PRODUCTS_H_

@@ -1,0 +1,35 @@
+// Activations as integers: block floating point, every number of a block in digits of base 256, one plane a digit.
+//
+// A block of the contraction shares a scale. A number x is scale * q with an integer q of P digits; three digits hold what a float32 holds of the block's largest number, two more than a bfloat16. Then a
+// product with small integers is exact, and four of its terms are one instruction.
+//
+// Plain data only, see products.h.
+#ifndef HSAI_KERNELS_PLANES_H_
+#define HSAI_KERNELS_PLANES_H_
+
+#include <cstdint>
+
+namespace hsai {
+
+constexpr int kMostPlanes = 3;
+
+// Bytes behind the digits of a row that a kernel may read: a sparse one takes 16 from any group's start on.
+constexpr std::int64_t kPlanePadding = 16;
+
+struct Planes {
+  int planes;             // P, the digits of a number
+  bool biased;            // digits are those of q + 128 * 256^(P-1), unsigned; else from -128 to 127
+  int rows;               // R
+  std::int64_t stride;    // bytes a row of a plane: the contraction and the padding
+  std::int64_t blocks;    // blocks a row
+  std::int64_t block;     // stored elements of the weight a block
+  std::int64_t span;      // positions of the contraction a block
+  std::int64_t shared;    // blocks that share a scale: 1, or for dynamic int8 all those of a group of the weight
+  std::uint8_t* digits;   // (P, R, stride), the least significant plane first
+  float* scale;           // (R, blocks)
+  std::int32_t* sum;      // (P, R, blocks): the sum of a block's digits, unless they are biased
+};
+
+}  // namespace hsai
+
+#endif  // HSAI_KERNELS_PLANES_H_

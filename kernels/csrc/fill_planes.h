@@ -78,7 +78,7 @@ void fill_planes(const Planes& planes, int row, const float* x) {
     if (block % planes.shared == 0) {
       scale = choose_scale(find_largest(x, planes.span * planes.shared), planes.planes);
     }
-    planes.scale[row * planes.blocks + block] = scale;
+    planes.scale[row * planes.blocks + block] = scale * static_cast<float>(1 << (8 * (planes.planes - 1)));
     std::uint8_t* to = planes.digits + row * planes.stride + block * planes.span;
     std::int32_t sum[kMostPlanes] = {};
     if (!(scale > 0)) {  // all zeros, or no numbers: whatever the digits are, their product with the scale is right

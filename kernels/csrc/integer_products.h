@@ -101,15 +101,16 @@ struct SparseCodes {
   }
 };
 
-// A block's sum as a float: planes are digits of base 256, the last the most significant.
+// A block's sum as a float, in units of the most significant digit, which is the last: so the scale that it is multiplied
+// with stays far from the smallest floats, which threads of XLA take for zero.
 template <int L, int P>
 HSAI_INLINE typename Lanes<L>::Float combine_planes(const typename Lanes<L>::Int (&sum)[P]) {
   using Float = typename Lanes<L>::Float;
   if constexpr (P == 1) return __builtin_convertvector(sum[0], Float);
   // Two planes: at most 255 * 128 * 256 * kMostBlock < 2^31.
   const Float low = __builtin_convertvector(sum[0] + (sum[1] << 8), Float);
-  if constexpr (P == 2) return low;
-  if constexpr (P == 3) return low + __builtin_convertvector(sum[P - 1], Float) * 65536.0f;
+  if constexpr (P == 2) return low * 0x1p-8f;
+  if constexpr (P == 3) return low * 0x1p-16f + __builtin_convertvector(sum[P - 1], Float);
 }
 
 // out[r][column...] += scales * the sum over elements [first, last) of U * L columns, which are block `block`.

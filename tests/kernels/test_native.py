@@ -36,7 +36,7 @@ def _draw(rows, contraction, columns):
 
 
 @pytest.mark.parametrize("columns", [1, 3, 4, 7, 8, 15, 16, 17, 64, 100, 257, 4133])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 13])
 def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns):
     x, codes, positions, scale = _draw(rows, 64, columns)
     exact = x.astype(np.float64)
@@ -45,13 +45,18 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     words = oracles.pack(codes + 8, 4)
     out = quantized_matmul(x, words, scale, implementation="cpu")
     assert_close(out, exact @ dense, largest, "float32")
-    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
-    assert_close(out, exact @ dense, largest, "float32")
+    pairs = oracles.pack((codes & 3), 2)
+    out = quantized_matmul(x, pairs, scale, bits=2, implementation="cpu")
+    assert_close(out, exact @ oracles.scale_rows((codes & 3) - 2, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
     sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
     out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
     assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
+    if rows > native.MAX_ROWS:
+        return
+    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ dense, largest, "float32")
     plain = oracles.densify(kept, positions, 2)
     for dtype in (jnp.float32, jnp.bfloat16):
         out = sparse_matmul(x, jnp.asarray(kept, dtype), indices, n=2, m=4, implementation="cpu")
@@ -82,6 +87,68 @@ def test_rows_do_not_influence_each_other():
     spoilt = quantized_matmul(x, words, scale, implementation="cpu")
     np.testing.assert_array_equal(spoilt[0], together[0])
     assert np.all(np.isnan(spoilt[1:]))
+
+
+def _draw_magnitudes(name):
+    """Activations (1, 64) that are hard to hold in integers."""
+    x = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    match name:
+        case "tiny":
+            return x * np.float32(1e-30)
+        case "huge":
+            return x * np.float32(1e36)
+        case "spike":
+            x[0, 17] = 1e6
+            return x
+        case "zero":
+            return x * 0
+        case "one":  # the largest of its block is as near to the next power of two as a float comes
+            return np.full_like(x, np.nextafter(np.float32(1), np.float32(0)))
+        case "below":  # numbers without a full mantissa
+            return x * np.float32(1e-39)
+
+
+@pytest.mark.parametrize("name", ["tiny", "huge", "spike", "zero", "one", "below"])
+def test_magnitudes(instruction_set, name):
+    x = _draw_magnitudes(name)
+    _, codes, positions, scale = _draw(1, 64, 33)
+    exact = x.astype(np.float64)
+    out = quantized_matmul(x, oracles.pack(codes + 8, 4), scale, implementation="cpu")
+    # Below 2^-126 there are fewer digits: what a block's step of at most 2^-126 rounds off.
+    floor = 64 * 15 * 0.1 * 2.0**-127 / 2.0**-20
+    magnitude = np.abs(exact) @ oracles.scale_rows(np.full(codes.shape, 15), scale) + floor
+    assert_close(out, exact @ oracles.scale_rows(codes, scale), magnitude, "float32")
+    kept = codes[:32]
+    sparse = oracles.scale_rows(oracles.densify(kept, positions, 2), scale)
+    args = (oracles.pack(kept + 8, 4), oracles.pack(positions, 2), scale)
+    out = sparse_matmul(x, *args, n=2, m=4, implementation="cpu")
+    assert_close(out, exact @ sparse, magnitude, "float32")
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_a_row_that_holds_no_number_gives_none(instruction_set, value):
+    x, codes, positions, scale = _draw(2, 64, 33)
+    x[1, 40] = value
+    words = oracles.pack(codes + 8, 4)
+    out = quantized_matmul(x, words, scale, implementation="cpu")
+    assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
+    out = sparse_matmul(x, words[:4], oracles.pack(positions, 2), scale, n=2, m=4, implementation="cpu")
+    assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 11])
+def test_dynamic_int8_is_the_references(instruction_set, rows):
+    """Both round the same way, and their integers are exact: only the sum over groups may differ."""
+    x, codes, positions, scale = _draw(rows, 128, 100)
+    magnitude = np.abs(x).astype(np.float64) @ oracles.scale_rows(np.full(codes.shape, 15), scale)
+    operands = (x, oracles.pack(codes + 8, 4), scale)
+    expected = quantized_matmul(*operands, activation_bits=8, implementation="reference")
+    out = quantized_matmul(*operands, activation_bits=8, implementation="cpu")
+    assert_close(out, np.asarray(expected, np.float64), magnitude, "float32")
+    operands = (x, operands[1][:8], oracles.pack(positions, 2), scale)
+    expected = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="reference")
+    out = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="cpu")
+    assert_close(out, np.asarray(expected, np.float64), magnitude, "float32")
 
 
 def _call(target, operands, shape, dtype=jnp.float32, **attributes):
@@ -117,13 +184,24 @@ HALF_WORDS = np.zeros((4, 5), np.uint32)
         ((X, WORDS, SCALE.astype(np.float16)), (2, 5), jnp.float32),
         ((X, WORDS.astype(np.int32), SCALE), (2, 5), jnp.float32),
         ((X.astype(np.float16), WORDS, SCALE), (2, 5), jnp.float16),
-        ((np.ones((9, 64), np.float32), WORDS, SCALE), (9, 5), jnp.float32),  # too many rows
+        ((np.ones((9, 64), np.float32), BYTES, SCALE), (9, 5), jnp.float32),  # too many rows
         ((np.ones((2, 0), np.float32), WORDS[:0], SCALE), (2, 5), jnp.float32),  # nothing to contract
     ],
 )
 def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
+    bits = 8 if operands[1].dtype == np.int8 else 4
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.QUANTIZED_MATMUL, operands, shape, dtype)
+        _call(native.QUANTIZED_MATMUL, operands, shape, dtype, bits=np.int64(bits), activation_bits=np.int64(0))
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "activation_bits"),
+    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 8), (WORDS, 4, 7), (WORDS, 4, -8)],
+)
+def test_wrong_bits_give_an_error(values, bits, activation_bits):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        attributes = {"bits": np.int64(bits), "activation_bits": np.int64(activation_bits)}
+        _call(native.QUANTIZED_MATMUL, (X, values, SCALE), (2, 5), **attributes)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +225,7 @@ def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
 )
 def test_wrong_sparse_calls_give_an_error(operands, n):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n))
+        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n), activation_bits=np.int64(0))
 
 
 def test_a_call_with_an_operand_missing_gives_an_error():
@@ -159,4 +237,5 @@ def test_a_call_with_an_operand_missing_gives_an_error():
 
 def test_a_weight_without_columns_is_no_work():
     empty = np.zeros((8, 0), np.uint32)
-    assert _call(native.QUANTIZED_MATMUL, (X, empty, np.ones((2, 0), np.float32)), (2, 0)).shape == (2, 0)
+    attributes = {"bits": np.int64(4), "activation_bits": np.int64(0)}
+    assert _call(native.QUANTIZED_MATMUL, (X, empty, np.ones((2, 0), np.float32)), (2, 0), **attributes).shape == (2, 0)

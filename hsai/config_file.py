@@ -151,14 +151,14 @@ def _blamed(file: Path, root: Path) -> Iterator[None]:
     except SyntaxError as error:
         place = f"{error.filename or file} line {error.lineno}"
         raise InputError(f"{place}: {type(error).__name__}: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = " ".join(str(error).split())
         if not isinstance(error, InputError):
             message = f"{type(error).__name__}: {message}"
         raise InputError(f"{_place(error, file, root)}: {message}") from error
 
 
-def _place(error: Exception, file: Path, root: Path) -> str:
+def _place(error: BaseException, file: Path, root: Path) -> str:
     """The innermost line of the traceback that stands below `root`: in the file itself or in a parent of it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if root in Path(frame.filename).parents]
     if not frames:

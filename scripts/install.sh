@@ -3,13 +3,13 @@
 #
 #   source scripts/install.sh VENV PYTHON [EXTRAS]
 #
-# Afterwards VENV/bin is first on the PATH. What decides an install (interpreter, compiler, pyproject.toml, C++ sources)
+# Afterwards VENV/bin is first on the PATH. What decides an install (interpreter, place, compiler, pyproject.toml, C++ sources)
 # is kept beside it; when that changes, it is done again.
 
 venv=$1 python=$2 extras=${3:-}
 
 compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++ || echo "no C++ compiler")
-wanted="$("$python" -c 'import sys; print(sys.version, sys.prefix)') $compiler $(cat pyproject.toml CMakeLists.txt \
+wanted="$("$python" -c 'import sys; print(sys.version, sys.prefix)') $PWD $compiler $(cat pyproject.toml CMakeLists.txt \
   $(find kernels/csrc -type f | sort) | sha256sum)"
 found=$(cat "$venv/.installed" 2>/dev/null || true)
 if [ "$found" = "$wanted $extras" ] || [ "$found" = "$wanted [dev]" ]; then  # with [dev] there is everything

@@ -57,6 +57,13 @@ def nothing_is_left_behind() -> Iterator[None]:
     assert "hsai_config_file" not in sys.modules
 
 
+def test_a_file_that_exits_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "leaves.py"
+    file.write_text("import sys\n\nsys.exit(3)\n")
+    with pytest.raises(InputError, match="leaves.py line 3: SystemExit: 3"):
+        load_config(file, Run)
+
+
 def test_a_config_without_a_parent(configs: Path) -> None:
     assert load_config(configs / "base.py", Run) == Loaded(config=Run(name="base"))
 

@@ -14,8 +14,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from hsai.cli.parser import Parser
 from hsai.configuration import suggest
@@ -79,6 +79,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"interrupted{again}", 128 + signal.SIGINT)
     except Terminated:
         return _fail(f"terminated{again}", 128 + signal.SIGTERM)
+
+
+def run() -> NoReturn:
+    """The `hsai` script: `main`, and out.
+
+    Where a signal ended it, at once: threads of XLA that still compile outlive the interpreter's own end badly.
+    """
+    status = main()
+    if status > 128:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _dispatch(words: list[str]) -> None:

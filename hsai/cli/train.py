@@ -24,6 +24,7 @@ from hsai.files import write_json_atomic
 from hsai.overrides import list_options, parse_overrides
 from hsai.processes import agree
 from hsai.progress import say
+from hsai.train.checkpoint import LOCK, RUN_FILES
 from hsai.train.loop import train
 from hsai.train.plot import plot_loss
 
@@ -82,6 +83,10 @@ def _check_directory(directory: Path, data_directory: Path) -> None:
     for name, kind in (("manifest.json", "a bundle"), ("meta.json", "a corpus")):
         if (directory / name).exists():
             raise InputError(f"--directory {directory} holds {kind}; give a new directory, or one of the same run")
+    if not (directory / LOCK).exists():  # every run makes it first, and leaves it
+        for name in RUN_FILES:
+            if (directory / name).exists():
+                raise InputError(f"--directory {directory} holds a {name} that no run made; give a new directory")
     if directory.resolve() == data_directory.resolve():
         raise InputError(f"--directory and --data-directory are both {directory}; give each one of its own")
 

@@ -201,12 +201,15 @@ def _read_sample(files: Sequence[SourceFile], max_bytes: int, report: Progress) 
     """Texts from the beginning of `files` (a random order, so a fair sample) until `max_bytes` are passed."""
     total = min(max_bytes, sum(file.size for file in files))
     done = 0
-    for document in read_documents(files, Skipped(), set()):
+    skipped = Skipped()
+    for document in read_documents(files, skipped, set()):
         yield document.text
         done += document.size
         report("learning the vocabulary", min(done, total), total)
         if done >= max_bytes:
             return
+    if done == 0:
+        raise InputError(f"no file of data.source is UTF-8 text, {skipped.undecodable[0]} among them")
     report("learning the vocabulary", total, total)
 
 

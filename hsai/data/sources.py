@@ -135,6 +135,9 @@ def choose_files(files: Iterable[SourceFile], max_bytes: int | None, seed: int) 
     Raises:
       InputError: not even the smallest file fits.
     """
+    files = tuple(file for file in files if file.size > 0)
+    if not files:
+        raise InputError("data.source holds only empty files; give at least 2 files of text")
     ordered = _shuffle("order", files, seed)
     if max_bytes is None:
         return tuple(ordered)

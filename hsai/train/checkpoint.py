@@ -39,6 +39,13 @@ class CheckpointConfig:
                 raise InputError(f"checkpoint.{name}={getattr(self, name)} must be at least 1")
 
 
+LOCK = ".lock"
+"""The file of a run's directory that a training process holds; the first that a run makes, and never removed."""
+
+RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "loss.png", "result.json")
+"""What a run writes beside its checkpoints, over whatever has those names."""
+
+
 def is_run(directory: Path) -> bool:
     """Whether `directory` holds the checkpoints of a training run."""
     return (directory / "checkpoints").is_dir()

@@ -24,9 +24,9 @@ from hsai.models import Remat
 from hsai.processes import agree, require_same
 from hsai.progress import ProgressBar, say
 from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
-from hsai.train.checkpoint import Checkpointer, is_run
+from hsai.train.checkpoint import LOCK, Checkpointer, is_run
 from hsai.train.evaluate import Quality, make_evaluation
-from hsai.train.metrics import MetricsWriter, Throughput
+from hsai.train.metrics import MetricsWriter, Throughput, describe_step
 from hsai.train.optimizer import make_optimizer, make_schedule
 from hsai.train.sparsity import SparsityConfig
 from hsai.train.state import TrainState, abstract_state, init_state
@@ -195,10 +195,11 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
 
     quality = measure() if start == config.steps else None
     with agree(lambda: MetricsWriter(directory, resume_step=start)) as writer, ProgressBar() as progress:
+        logged: dict[str, float] = {}
 
         def settle(step: int, metrics: Metrics, measured: bool) -> None:
             """Waits for a step, and logs it."""
-            nonlocal quality
+            nonlocal quality, logged
             row = {name: float(value) for name, value in jax.device_get(metrics).items()}
             throughput.tick(row.pop("tokens"))
             _check_finite(row, step, run, checkpointer)
@@ -206,9 +207,10 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
                 quality = measure()
                 row |= {"heldout_loss": quality.loss, "heldout_bits_per_byte": quality.bits_per_byte}
             if measured or step % config.log_every == 0:
-                writer.write(step, row | throughput.summary())
+                logged = row | throughput.summary()
+                writer.write(step, logged)
             heldout = "" if quality is None else f", held-out {quality.bits_per_byte:.3f} bits/byte"
-            progress("training", step, config.steps, f"loss {row['loss']:.3f}{heldout}")
+            progress("training", step, config.steps, f"{describe_step(row, logged)}{heldout}")
 
         running: tuple[int, Metrics] | None = None
         for step, batch in enumerate(loader.iterate(start, config.steps), start + 1):
@@ -280,7 +282,7 @@ def _lock(directory: Path, stack: ExitStack) -> None:
     """Makes the directory if need be, and locks it until `stack` is left or the process ends, however it does."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(open(directory / ".lock", "a"))
+        lock = stack.enter_context(open(directory / LOCK, "a"))
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror}; give another --directory") from error
     try:

@@ -189,3 +189,13 @@ class Throughput:
         if self._peak is not None:
             summary["mfu"] = pace * self._flops / self._peak
         return summary
+
+
+def describe_step(row: Mapping[str, float], logged: Mapping[str, float]) -> str:
+    """The console's words on a step: its own loss and norms, and the pace that was logged last."""
+    text = f"loss {row['loss']:.3f}, |gradient| {row['grad_norm']:.2f}, |update| {row['update_norm']:.2g}"
+    if "tokens_per_second" in logged:
+        text += f", {logged['tokens_per_second']:,.0f} tokens/s, {logged['step_seconds']:.3g} s a step"
+    if "mfu" in logged:
+        text += f", {100 * logged['mfu']:.1f} % of peak"
+    return text

@@ -49,6 +49,27 @@ def test_a_reader_that_has_enough(workshop: Workshop) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_while_the_step_compiles(workshop: Workshop, place: Path) -> None:
+    """XLA's threads must not outlive the interpreter: that ended in a segmentation fault."""
+    command = [*HSAI, "train", TINY, *SHORT, "--directory", "run", "--data-directory", str(workshop.corpus)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**ONE_DEVICE, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "reusing corpus" in line:
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (130, f"interrupted; {AGAIN}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )

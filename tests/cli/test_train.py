@@ -100,6 +100,14 @@ def test_a_bundle_or_a_corpus_is_no_run(workshop: Workshop, refuse: Refuse) -> N
     refuse("train", TINY, "--directory", workshop.corpus, names=("a corpus",), beside=(workshop.corpus,))
 
 
+def test_a_strangers_directory_is_no_run(place: Path, refuse: Refuse) -> None:
+    (place / "hf").mkdir()
+    (place / "hf" / "tokenizer.json").write_text("precious")
+    refuse(
+        "train", TINY, "--directory", "hf", names=("hf", "a tokenizer.json that no run made"), beside=(place / "hf",)
+    )
+
+
 def test_a_run_of_another_config_is_kept(workshop: Workshop, refuse: Refuse) -> None:
     words = (*SHORT, "--directory", workshop.run, "--data-directory", workshop.corpus)
     other = ("--optim.learning-rate", "0.5")

@@ -205,6 +205,16 @@ def test_copies_never_cross_the_split_and_bad_files_are_reported(texts: Path, co
     assert not set(documents(built, built.train)) & set(documents(built, built.heldout))
 
 
+def test_a_source_without_text_is_refused(config: DataConfig, tmp_path: Path):
+    source = tmp_path / "texts"
+    source.mkdir()
+    for index in range(3):
+        (source / f"{index}").write_bytes(b"\xff\xfe" * (index + 1))
+    with pytest.raises(InputError, match="no file of data.source is UTF-8 text, . among them"):
+        build_corpus(dataclasses.replace(config, source=str(source)), tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_a_split_without_any_text_is_refused(config: DataConfig, tmp_path: Path):
     source = tmp_path / "texts"
     source.mkdir()

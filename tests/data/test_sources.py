@@ -110,6 +110,14 @@ def test_one_large_file_does_not_end_the_sample():
         assert sorted(names(choose_files([huge, *make_files(5)], 50, seed))) == names(tuple(make_files(5)))
 
 
+def test_empty_files_are_no_text():
+    empty = SourceFile(name="empty", path=Path("empty"), size=0)
+    for cap in (None, 100):
+        assert names(choose_files([empty, *make_files(3)], cap, 0)) == names(choose_files(make_files(3), cap, 0))
+        with pytest.raises(InputError, match="holds only empty files"):
+            choose_files([empty], cap, 0)
+
+
 def test_a_cap_below_every_file_is_refused():
     with pytest.raises(InputError, match="max_bytes=9 .* 10 bytes"):
         choose_files(make_files(3), 9, 0)

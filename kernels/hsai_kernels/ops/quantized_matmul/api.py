@@ -6,11 +6,11 @@ Dimensions: D contraction, F output, g contraction positions that share a scale.
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.quantized_matmul.cpu import quantized_matmul_cpu
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 
-BACKENDS = {"cpu": quantized_matmul_cpu, "reference": quantized_matmul_reference}
+BACKENDS: dict[str, Backend] = {"cpu": quantized_matmul_cpu, "reference": quantized_matmul_reference}
 
 
 def quantized_matmul(

@@ -6,12 +6,12 @@ Dimensions: D contraction, F output, C = D*n/m kept elements a column, g dense p
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.quantized_matmul.api import check_activation_bits, check_activations, check_scale
 from hsai_kernels.ops.sparse_matmul.cpu import sparse_matmul_cpu
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
 
-BACKENDS = {"cpu": sparse_matmul_cpu, "reference": sparse_matmul_reference}
+BACKENDS: dict[str, Backend] = {"cpu": sparse_matmul_cpu, "reference": sparse_matmul_reference}
 
 
 def sparse_matmul(

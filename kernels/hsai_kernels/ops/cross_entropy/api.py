@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import run_kernel
 from hsai_kernels.ops.cross_entropy.chunked import cross_entropy_chunked
 from hsai_kernels.ops.cross_entropy.reference import cross_entropy_reference
+from hsai_kernels.ops.cross_entropy.tpu import cross_entropy_tpu
 
-BACKENDS = {"chunked": cross_entropy_chunked, "reference": cross_entropy_reference}
+BACKENDS = {"tpu": cross_entropy_tpu, "chunked": cross_entropy_chunked, "reference": cross_entropy_reference}
 
 
 def cross_entropy(
@@ -40,8 +41,8 @@ def cross_entropy(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2408.00118).
       z_loss: this many times log(sum(exp(logits)))**2 is added, which keeps logits near 0 (PaLM, 2204.02311, sec. 5).
       chunk: tokens of axis T whose logits exist together in the chunked backend; None for its own choice.
-      implementation: "reference", "chunked" (memory linear in T and in V, its gradient's too), or None for the
-        platform's best.
+      implementation: "reference", "chunked" (memory linear in T and in V, its gradient's too), "tpu" (Pallas), or
+        None for the platform's best.
 
     Returns:
       (..., T) float32.

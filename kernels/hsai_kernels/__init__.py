@@ -7,7 +7,7 @@ the only branch on the platform, `native.py` the door to the C++ kernels.
 
 from hsai_kernels.dispatch import prefer
 from hsai_kernels.ops.attention.api import attention
-from hsai_kernels.ops.cross_entropy.api import cross_entropy
+from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int4, dequantize_int8
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
@@ -17,6 +17,7 @@ from hsai_kernels.packing import pack_words, unpack_words
 __all__ = [
     "attention",
     "cross_entropy",
+    "cross_entropy_sum",
     "densify_nm",
     "dequantize_int4",
     "dequantize_int8",

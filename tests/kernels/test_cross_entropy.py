@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai_kernels import cross_entropy
+from hsai_kernels import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.cross_entropy.chunked import cross_entropy_chunked
 from hsai_kernels.ops.cross_entropy.reference import cross_entropy_reference
 from hsai_kernels.ops.cross_entropy.shapes import SHAPES, CrossEntropyShape
@@ -81,6 +81,43 @@ def test_a_target_outside_of_the_vocabulary_is_a_nan_of_its_own(implementation: 
     assert np.isnan(found[0, 0, 2]) and np.isnan(found[1, 0, 3])
     found[0, 0, 2], found[1, 0, 3] = right[0, 0, 2], right[1, 0, 3]
     np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0, "z_loss": 0.1, "chunk": 4}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_and_their_gradients_match_the_oracle(shape: CrossEntropyShape, options: dict[str, Any]) -> None:
+    """Half of the tokens weigh nothing, and what comes from behind is not one."""
+    others = {name: value for name, value in options.items() if name != "chunk"}
+    for dtype, implementation in (("float32", "chunked"), ("bfloat16", "chunked"), ("float32", "reference")):
+        x, w, targets, weights = draw(shape, dtype)
+        weights = jnp.where(jnp.arange(shape.tokens) % 2 == 0, weights, 0.0)
+        targets = jnp.where(weights == 0.0, -100, targets)
+        total = functools.partial(cross_entropy_sum, **options, implementation=implementation)
+        run = jax.value_and_grad(lambda x, w, t, g, total=total: -3.0 * total(x, w, t, g), (0, 1, 3))
+        found, (d_x, d_w, d_weights) = jax.jit(run)(x, w, targets, weights)
+        rows = [np.asarray(a, np.float64) for a in (x.reshape(-1, x.shape[-1]), w)]
+        flat = np.asarray(weights, np.float64).ravel()
+        (loss, *wanted), (near, *magnitudes) = oracles.lose(*rows, np.asarray(targets).ravel().clip(0), flat, **others)
+        assert_close(found, -3.0 * flat @ loss, 3.0 * np.abs(flat) @ near, dtype)
+        assert_close(d_weights.ravel(), -3.0 * loss, 3.0 * near, dtype)
+        for array, expected, magnitude in zip((d_x, d_w), wanted, magnitudes, strict=True):
+            assert_close(array.reshape(expected.shape), -3.0 * expected, 3.0 * magnitude, dtype)
+        assert (d_x.dtype, d_w.dtype, d_weights.dtype) == (x.dtype, w.dtype, jnp.float32)
+
+
+def test_a_weighed_target_outside_of_the_vocabulary_makes_the_sum_nan() -> None:
+    x, w, targets, weights = draw(SHAPES[2], "float32")
+    wrong = targets.at[0, 0, 2].set(50)
+    assert np.isnan(cross_entropy_sum(x, w, wrong, weights))
+    weights = weights.at[0, 0, 2].set(0.0)
+    np.testing.assert_array_equal(cross_entropy_sum(x, w, wrong, weights), cross_entropy_sum(x, w, targets, weights))
+
+
+def test_a_sum_makes_three_products_and_without_a_gradient_one() -> None:
+    x, w, targets, weights = draw(SHAPES[3], "float32")
+    total = functools.partial(cross_entropy_sum, implementation="chunked")
+    for run, products in ((total, 1), (jax.grad(total, (0, 1)), 3)):
+        assert str(jax.make_jaxpr(run)(x, w, targets, weights)).count(" dot_general[") == products
 
 
 def temporary_bytes(tokens: int, vocab: int, loss: Any) -> int:
@@ -156,5 +193,13 @@ def test_refusals_name_both_values(changes: dict[str, Any], message: str) -> Non
         cross_entropy(**arguments)
 
 
+def test_weights_must_be_those_of_the_targets() -> None:
+    with pytest.raises(ValueError, match=r"weights are float32 \(3,\), must be float32 \(2, 3\)"):
+        cross_entropy_sum(X, W, TARGETS, jnp.ones(3))
+    with pytest.raises(ValueError, match="weights are int32"):
+        cross_entropy_sum(X, W, TARGETS, TARGETS)
+
+
 def test_no_tokens_give_no_losses() -> None:
     assert cross_entropy(X[:, :0], W, TARGETS[:, :0]).shape == (2, 0)
+    assert cross_entropy_sum(X[:, :0], W, TARGETS[:, :0], jnp.ones((2, 0))) == 0.0

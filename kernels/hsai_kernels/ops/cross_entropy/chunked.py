@@ -84,8 +84,10 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
         log_sum = largest + jnp.log(total)
         return None, (log_sum - picked + options.z_loss * jnp.square(log_sum), log_sum)
 
-    _, (loss, log_sum) = jax.lax.scan(read_tokens, None, (_split(options, x), _split(options, targets)))
-    return _join(loss, x), (x, w, targets, log_sum)
+    _, (loss, log_sum) = jax.lax.scan(
+        read_tokens, None, (split_tokens(x, options.block_tokens), split_tokens(targets, options.block_tokens))
+    )
+    return join_tokens(loss, x), (x, w, targets, log_sum)
 
 
 def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
@@ -114,9 +116,14 @@ def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Arra
         (d_hidden, d_w), _ = jax.lax.scan(add, sums, _list_starts(options, w))
         return d_w, d_hidden.astype(x.dtype)
 
-    blocks = (_split(options, x), _split(options, targets), log_sum, _split(options, grad))
+    blocks = (
+        split_tokens(x, options.block_tokens),
+        split_tokens(targets, options.block_tokens),
+        log_sum,
+        split_tokens(grad, options.block_tokens),
+    )
     d_w, d_x = jax.lax.scan(read_tokens, jnp.zeros(w.shape, jnp.float32), blocks)
-    return _join(d_x, x), d_w.astype(w.dtype), None
+    return join_tokens(d_x, x), d_w.astype(w.dtype), None
 
 
 _compute.defvjp(_forward, _backward)
@@ -152,14 +159,14 @@ def _make_logits(options: Options, hidden: jax.Array, w: jax.Array, start: jax.A
     return logits, jnp.where(columns >= start, columns, -1)
 
 
-def _split(options: Options, x: jax.Array) -> jax.Array:
+def split_tokens(x: jax.Array, block: int) -> jax.Array:
     """(B, T, ...) -> (blocks, B, C, ...), zeros behind T: padded tokens have a gradient of zero, and are cut off."""
     batch, tokens, *rest = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -tokens % options.block_tokens), *[(0, 0)] * len(rest)])
-    return jnp.moveaxis(x.reshape(batch, -1, options.block_tokens, *rest), 1, 0)
+    x = jnp.pad(x, [(0, 0), (0, -tokens % block), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(x.reshape(batch, -1, block, *rest), 1, 0)
 
 
-def _join(x: jax.Array, like: jax.Array) -> jax.Array:
+def join_tokens(x: jax.Array, like: jax.Array) -> jax.Array:
     """(blocks, B, C, ...) -> (B, T, ...)."""
     batch, tokens, *_ = like.shape
     return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens]

@@ -20,3 +20,17 @@ def cross_entropy_reference(
     log_sum = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return log_sum - picked + z_loss * jnp.square(log_sum)
+
+
+def cross_entropy_sum_reference(
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    softcap: float | None,
+    z_loss: float,
+    chunk: int | None,
+) -> jax.Array:
+    """float32 scalar: the losses, weighted and summed."""
+    return jnp.sum(weights * cross_entropy_reference(x, w, targets, softcap=softcap, z_loss=z_loss, chunk=chunk))

@@ -105,3 +105,25 @@ def lose(
         near_x[row] = np.abs(w) @ terms
         near_w += np.outer(np.abs(x[row]), terms)
     return [loss, d_x, d_w], [near, near_x, near_w]
+
+
+def normalize_and_multiply(x: np.ndarray, gain: np.ndarray, w: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """RMS normalization of rows (R, D) and their product with (D, F): values, and the magnitudes of their terms."""
+    rows = np.stack([row / np.sqrt(np.sum(row**2) / len(row) + eps) * gain for row in x])
+    return rows @ w, np.abs(rows) @ np.abs(w)
+
+
+def feed_forward(
+    x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, activation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gated block of rows (R, D): values, and the magnitudes of their terms, inner products' terms included."""
+
+    def activate(a: np.ndarray) -> np.ndarray:
+        if activation == "silu":
+            return a / (1.0 + np.exp(-a))
+        return 0.5 * a * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (a + 0.044715 * a**3)))
+
+    hidden = activate(x @ gate) * (x @ up)
+    # Neither activation exceeds its argument, nor is it steeper than 1.13: what gate and up may be off by reaches on.
+    terms = np.abs(x) @ np.abs(gate) * (np.abs(x) @ np.abs(up))
+    return hidden @ down, 2.0 * terms @ np.abs(down)

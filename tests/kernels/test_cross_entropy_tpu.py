@@ -11,8 +11,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels import cross_entropy
+from hsai_kernels.mosaic import FAST_MEMORY
 from hsai_kernels.ops.cross_entropy.shapes import SHAPES, CrossEntropyShape
-from hsai_kernels.ops.cross_entropy.tpu import FAST_MEMORY, choose_blocks, lose_in_blocks
+from hsai_kernels.ops.cross_entropy.tpu import choose_blocks, lose_in_blocks
 from tests.kernels.test_cross_entropy import check, draw
 
 # Memory that nobody wrote is NaN: what a ragged block reads behind the vocabulary must reach no result.

@@ -85,14 +85,15 @@ def cross_entropy_sum(
       chunk: logits of this many tokens of axis T exist together, over the whole vocabulary.
 
     Returns:
-      A float32 scalar; NaN if a token of another weight than 0 has a target outside of [0, V).
+      A float32 scalar; NaN, with gradients of NaN, if a token that counts has a target outside of [0, V).
     """
     targets, valid = _check(x, w, targets, softcap, z_loss, chunk)
     if weights.shape != targets.shape or weights.dtype != jnp.float32:
         raise ValueError(f"weights are {weights.dtype} {weights.shape}, must be float32 {targets.shape}")
     options = {"softcap": softcap, "z_loss": float(z_loss), "chunk": chunk}
-    total = run_kernel("cross_entropy_sum", SUM_BACKENDS, implementation, x, w, targets, weights, **options)
-    return jnp.where(jnp.all(valid | (weights == 0.0)), total, jnp.nan)
+    # By way of the weights, since a question about all tokens would be one more exchange between devices.
+    weights = jnp.where(valid | (weights == 0.0), weights, jnp.nan)
+    return run_kernel("cross_entropy_sum", SUM_BACKENDS, implementation, x, w, targets, weights, **options)
 
 
 def _check(

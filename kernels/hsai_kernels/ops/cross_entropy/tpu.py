@@ -26,16 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
 
 Blocks = tuple[int, int]
 """C and E."""
 FORWARD_BLOCKS: tuple[Blocks, ...] = ((1024, 512), (512, 512), (256, 512), (256, 256), (128, 128))
 BACKWARD_BLOCKS: tuple[Blocks, ...] = ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
 """The first that fits is used: forward many tokens save traffic, backward many words."""
-FAST_MEMORY = 48 * 2**20
-"""Bytes of VMEM that blocks may fill; 7x, which has least, has 64 MiB."""
-LIMIT = 60 * 2**20
-LANES = 128
 SUM_EMBED = 2048
 Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
@@ -127,7 +124,7 @@ def lose_in_blocks(
         return jnp.zeros(targets.shape, jnp.float32)
 
     def shrink(blocks: Blocks) -> Blocks:
-        return min(blocks[0], -(-rows // 16) * 16), min(blocks[1], vocab)
+        return min(blocks[0], round_rows(rows)), min(blocks[1], vocab)
 
     options = Options(softcap=softcap, z_loss=z_loss, forward=shrink(forward), backward=shrink(backward))
     return _compute(options, x.reshape(rows, embed), w, targets.reshape(rows)).reshape(lead)
@@ -141,7 +138,7 @@ def _compute(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
 def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -> tuple[jax.Array, Saved]:
     """The loss of each token, and what the backward pass needs."""
     tokens, words = options.forward
-    padded, rounded, vocab = _pad(x, tokens), w.astype(x.dtype), w.shape[1]
+    padded, rounded, vocab = pad_rows(x, tokens), w.astype(x.dtype), w.shape[1]
     length, embed = padded.shape
     grid = (length // tokens, pl.cdiv(vocab, words))
     column = pl.BlockSpec((tokens, 1), lambda t, v: (t, 0))
@@ -157,14 +154,16 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
         out_specs=[column, column],
         out_shape=[result, result],
         scratch_shapes=[pltpu.VMEM((tokens, 1), jnp.float32)] * 3,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * length * embed * vocab,
             transcendentals=length * vocab * (1 if options.softcap is None else 2),
             bytes_accessed=padded.nbytes + grid[0] * rounded.nbytes + 12 * length,
         ),
         name="cross_entropy_forward",
-    )(padded, rounded, _pad(targets[:, None], tokens))
+    )(padded, rounded, pad_rows(targets[:, None], tokens))
     return loss[: x.shape[0], 0], (x, w, targets, log_sum[: x.shape[0], 0])
 
 
@@ -206,7 +205,7 @@ def _read_vocabulary(
 def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x, w, targets, log_sum = saved
     tokens, words = options.backward
-    padded, rounded, vocab = _pad(x, tokens), w.astype(x.dtype), w.shape[1]
+    padded, rounded, vocab = pad_rows(x, tokens), w.astype(x.dtype), w.shape[1]
     length, embed = padded.shape
     grid = (pl.cdiv(vocab, words), length // tokens)
     column = pl.BlockSpec((tokens, 1), lambda v, t: (t, 0))
@@ -229,14 +228,16 @@ def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Arra
             pltpu.SemaphoreType.DMA,
         ],
         # Steps follow one another: each adds to what an earlier one has left in HBM.
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(
             flops=6 * length * embed * vocab,
             transcendentals=length * vocab * (1 if options.softcap is None else 2),
             bytes_accessed=grid[0] * length * embed * (x.dtype.itemsize + 8) + rounded.nbytes + 4 * embed * vocab,
         ),
         name="cross_entropy_backward",
-    )(padded, rounded, *(_pad(column[:, None], tokens) for column in (targets, log_sum, grad)))
+    )(padded, rounded, *(pad_rows(column[:, None], tokens) for column in (targets, log_sum, grad)))
     return d_x[: x.shape[0]].astype(x.dtype), d_w.astype(w.dtype), None
 
 
@@ -322,8 +323,3 @@ def _make_logits(options: Options, x: jax.Array, w: jax.Array, v: jax.Array) -> 
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + v * w.shape[1]
     return logits, columns
-
-
-def _pad(x: jax.Array, block: int) -> jax.Array:
-    """(T, ...) with zeros behind it, up to whole blocks: padded tokens have a gradient of zero, and are cut off."""
-    return jnp.pad(x, ((0, -x.shape[0] % block), (0, 0)))

@@ -3,9 +3,10 @@
 
     python scripts/bench_kernels.py [--quick] [--ops decode attention] [--json FILE]
 
-Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA's own float32 product, the kernel's reference, for sparse
-formats our int4, and ONNX Runtime's int4 and int8 products where `onnxruntime` and `onnx` are installed. Ours and peers
-take turns, and a ratio above 1 means that ours is faster; scripts/bench/timing.py says what a row holds.
+Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the
+kernel's reference, for sparse formats our int4, and ONNX Runtime's int4 and int8 products where `onnxruntime` and
+`onnx` are installed. Ours and peers take turns, and a ratio above 1 means that ours is faster; scripts/bench/timing.py
+says what a row holds.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def _make_product(config: Any, weight: Weight, dense: jax.Array, rows: int) -> C
 
 
 def _count_copies(size: int, rows: int) -> int:
-    """How many weights of `size` bytes fill the last-level cache twice; for many rows, which wait for no memory, few."""
+    """How many weights of `size` bytes fill the last-level cache twice; few for many rows, which wait for no memory."""
     copies = -(-2 * find_cache_size() // size)
     return copies if rows <= DECODE_ROWS else min(copies, 2)
 

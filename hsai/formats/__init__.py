@@ -9,7 +9,7 @@ from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
-from hsai.formats.project import lookup, project
+from hsai.formats.project import dense_operands, lookup, project
 
 FormatConfig = DenseConfig | Int8Config | Int4Config | NMConfig | NMInt4Config
 
@@ -28,6 +28,7 @@ __all__ = [
     "Packed",
     "Weight",
     "bits_per_weight",
+    "dense_operands",
     "lookup",
     "nbytes",
     "nm_mask",

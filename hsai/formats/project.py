@@ -1,4 +1,4 @@
-"""`project`: x @ w for a dense or packed weight, the only place in hsai that asks what format a weight has.
+"""`project`: x @ w for a dense or packed weight; only this file asks what format a weight has.
 
 B batch, T query, D contraction, F outputs, V vocabulary.
 """
@@ -76,6 +76,14 @@ def _multiply_backward(
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def dense_operands(x: jax.Array, w: Weight) -> tuple[jax.Array, jax.Array]:
+    """x and w for a kernel that multiplies by dense weights only, and rounds them to the dtype of x.
+
+    A packed weight is rebuilt, and x then float32: as in `project`, what was rounded to few bits is not rounded again.
+    """
+    return (x.astype(jnp.float32), w.dense()) if isinstance(w, Packed) else (x, w)
 
 
 def lookup(w: Weight, ids: jax.Array, *, dtype: jnp.dtype, out_axes: Axes) -> jax.Array:

@@ -4,10 +4,10 @@ B batch, T query, D embed, V vocabulary, C positions in a chunk.
 """
 
 import jax
-import jax.numpy as jnp
 
-from hsai.formats import Weight, project
+from hsai.formats import Weight, dense_operands
 from hsai.sharding import constrain
+from hsai_kernels import cross_entropy_sum as sum_losses
 
 
 def cross_entropy_sum(
@@ -15,8 +15,8 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """The weighted sum of -log p(target) over all positions.
 
-    Logits are made for C = `chunk` positions of every row at a time and made again in the backward pass, so memory
-    holds (B, C, V) of them instead of (B, T, V).
+    Logits are made for C = `chunk` positions of every row at a time, and their gradient with them, so memory holds
+    (B, C, V) of them instead of (B, T, V).
 
     Args:
       hidden: (B, T, D) normalized hidden states, bfloat16 or float32.
@@ -24,24 +24,9 @@ def cross_entropy_sum(
       targets: (B, T) int32 in [0, V).
       weights: (B, T) float32; 0 leaves a position out.
       chunk: positions of a row whose logits exist together; T is padded to a multiple of it.
-    Returns: a float32 scalar, in nats.
+    Returns: a float32 scalar, in nats; NaN if a position that counts has a target outside of the vocabulary.
     """
     # Collected over the axes of the batch once, not once a chunk; and so is its gradient, when all chunks are summed.
     head = jax.tree.map(lambda leaf: constrain(leaf, None, "vocab"), head)
-    batch, length, _ = hidden.shape
-    chunk = min(chunk, length)
-    padding = -length % chunk
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, -1, chunk, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def add(total: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        hidden, targets, weights = part
-        logits = project(hidden, head, out_axes=("batch", "seq", "vocab"), out_dtype=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
-
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
-    return total
+    hidden, dense = dense_operands(constrain(hidden, "batch", "seq", "embed"), head)
+    return sum_losses(hidden, dense, targets, weights, chunk=chunk)

@@ -1,4 +1,4 @@
-"""hsai_kernels: matrix products over packed weights, and attention, one signature each with several backends.
+"""hsai_kernels: attention, products with packed weights, fused layers: one signature each, several backends.
 
 It takes raw arrays, imports nothing from hsai, and can be used alone. `ops/` has a folder a kernel (api, reference,
 backends, the shapes its tests run over), `packing.py` the one rule of how small integers share a word, `dispatch.py`
@@ -7,6 +7,9 @@ the only branch on the platform, `native.py` the door to the C++ kernels.
 
 from hsai_kernels.dispatch import prefer
 from hsai_kernels.ops.attention.api import attention
+from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
+from hsai_kernels.ops.gated_mlp.api import gated_mlp
+from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int4, dequantize_int8
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
@@ -15,9 +18,13 @@ from hsai_kernels.packing import pack_words, unpack_words
 
 __all__ = [
     "attention",
+    "cross_entropy",
+    "cross_entropy_sum",
     "densify_nm",
     "dequantize_int4",
     "dequantize_int8",
+    "gated_mlp",
+    "norm_matmul",
     "pack_words",
     "prefer",
     "quantized_matmul",

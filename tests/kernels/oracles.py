@@ -71,3 +71,59 @@ def attend(
         weights = np.exp(scores - scores.max())
         out[b, t, head] = weights @ v[b, seen, kv_head] / weights.sum()
     return out
+
+
+def lose(
+    x: np.ndarray,
+    w: np.ndarray,
+    targets: np.ndarray,
+    pull: np.ndarray,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Cross-entropy of tokens (R, D) against (D, V), and the gradients to x and w for `pull` (R,): values, magnitudes.
+
+    A magnitude is the sum of those of a result's terms, where each logit is off by what its own terms allow.
+    """
+    loss, d_x, d_w = np.zeros(len(x)), np.zeros(x.shape), np.zeros(w.shape)
+    near, near_x, near_w = np.zeros(len(x)), np.zeros(x.shape), np.zeros(w.shape)
+    for row, target in enumerate(targets):
+        logits, largest = x[row] @ w, (np.abs(x[row]) @ np.abs(w)).max()
+        slope = np.ones(len(logits))
+        if softcap is not None:
+            slope = 1.0 - np.tanh(logits / softcap) ** 2
+            logits = softcap * np.tanh(logits / softcap)
+        log_sum = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+        loss[row] = log_sum - logits[target] + z_loss * log_sum**2
+        chance = np.exp(logits - log_sum) * (1.0 + 2.0 * z_loss * log_sum)
+        hit = np.arange(len(logits)) == target
+        by_logit = pull[row] * (chance - hit) * slope
+        d_x[row] = w @ by_logit
+        d_w += np.outer(x[row], by_logit)
+        near[row] = (1.0 + 2.0 * z_loss * abs(log_sum)) * (2.0 * largest + np.log(len(logits)) + 1.0)
+        terms = abs(pull[row]) * (np.abs(chance) * (1.0 + 2.0 * largest) + hit)
+        near_x[row] = np.abs(w) @ terms
+        near_w += np.outer(np.abs(x[row]), terms)
+    return [loss, d_x, d_w], [near, near_x, near_w]
+
+
+def normalize_and_multiply(x: np.ndarray, gain: np.ndarray, w: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """RMS normalization of rows (R, D) and their product with (D, F): values, and the magnitudes of their terms."""
+    rows = np.stack([row / np.sqrt(np.sum(row**2) / len(row) + eps) * gain for row in x])
+    return rows @ w, np.abs(rows) @ np.abs(w)
+
+
+def feed_forward(
+    x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, activation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gated block of rows (R, D): values, and the magnitudes of their terms, inner products' terms included."""
+
+    def activate(a: np.ndarray) -> np.ndarray:
+        if activation == "silu":
+            return a / (1.0 + np.exp(-a))
+        return 0.5 * a * (1.0 + np.tanh(np.sqrt(2.0 / np.pi) * (a + 0.044715 * a**3)))
+
+    hidden = activate(x @ gate) * (x @ up)
+    # Neither activation exceeds its argument, nor is it steeper than 1.13: what gate and up may be off by reaches on.
+    terms = np.abs(x) @ np.abs(gate) * (np.abs(x) @ np.abs(up))
+    return hidden @ down, 2.0 * terms @ np.abs(down)

@@ -1,0 +1,29 @@
+"""What the TPU kernels (Pallas, Mosaic) share: the sizes of a chip that blocks are cut to, and rows of whole tiles.
+
+Dimensions: R rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+"""Elements of a tile's last dimension."""
+
+TILE_ROWS = 16
+"""Rows of a bfloat16 tile, and of two float32 ones."""
+
+FAST_MEMORY = 48 * 2**20
+"""Bytes of VMEM that blocks may fill; 7x, which has least of the chips since v5e, has 64 MiB."""
+
+MEMORY_LIMIT = 60 * 2**20
+"""What the compiler may use, with its own temporaries."""
+
+
+def round_rows(rows: int) -> int:
+    """`rows` up to whole tiles."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS
+
+
+def pad_rows(x: jax.Array, block: int) -> jax.Array:
+    """(R, F) with rows of zeros behind it, up to whole blocks."""
+    return jnp.pad(x, ((0, -x.shape[0] % block), (0, 0)))

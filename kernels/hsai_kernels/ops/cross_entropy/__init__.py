@@ -1,0 +1,1 @@
+"""Linear projection and cross-entropy over a vocabulary in one; see api.py."""

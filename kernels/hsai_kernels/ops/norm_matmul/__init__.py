@@ -1,0 +1,1 @@
+"""RMS normalization and a projection in one; see api.py."""

@@ -1,0 +1,161 @@
+"""The cases: products in every weight format, attention, and the training loss, at shapes of models of 1 to 8 billion.
+
+Weights come in as many copies as fill the last-level cache twice, and are taken in turn, so that none is ever read from
+the cache: as while decoding, where each layer has its own. All copies are multiplied by in one compiled program, whose
+products depend on one another, so that neither calls from Python nor products side by side blur the time.
+
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim, D contraction, F outputs, V vocabulary.
+"""
+
+import functools
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import peers
+from bench.ceilings import find_cache_size
+from bench.timing import Case, Runner
+from hsai.formats import FormatConfig, Int4Config, Weight, nbytes, project
+from hsai_kernels import attention, cross_entropy_sum, prefer
+
+FORMATS = [config() for config in typing.get_args(FormatConfig)]
+"""Each weight format as it is by default."""
+
+SHAPES = ((2048, 5632), (4096, 4096), (4096, 14336))
+"""(D, F)."""
+
+INT4 = "int4"
+DECODE_ROWS = 8
+"""Up to here a product waits for its weight; beyond, for arithmetic."""
+
+
+def make_products(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
+    """x (R, D) @ w (D, F) in all formats: bound by reading the weight for few rows, by arithmetic for many."""
+    for contraction, columns in SHAPES[:1] if quick else SHAPES:
+        draw = np.random.default_rng(0).standard_normal((contraction, columns), np.float32)
+        dense = jnp.asarray(draw * contraction**-0.5)
+        for config in FORMATS:
+            weight = config.pack(dense)
+            for count in rows:
+                yield _make_product(config, weight, dense, count)
+
+
+def _make_product(config: Any, weight: Weight, dense: jax.Array, rows: int) -> Case:
+    contraction, columns = dense.shape
+    ours = _chain("ours", rows, weight)
+    others = [_chain("xla float32", rows, dense)]
+    if config.format != "dense":
+        with prefer("reference"):
+            others.append(_chain("reference", rows, weight, most=1))
+    # The peer of every packed format: its own width's if there is one, else 4 bits.
+    if config.format not in ("dense", "int8", INT4):
+        others.append(_chain("our int4", rows, Int4Config().pack(dense)))
+    if config.format != "dense" and peers.find_absent() is None:
+        make, width = (peers.make_int8_peer, 8) if config.format == "int8" else (peers.make_int4_peer, 4)
+        others.append(make(rows, contraction, columns, _count_copies(contraction * columns * width // 8, rows)))
+    return Case(
+        name=f"{config.format} {rows}x{contraction}x{columns}",
+        nbytes=nbytes(weight),
+        flops=2 * rows * contraction * columns,
+        metric="GB/s" if rows <= DECODE_ROWS else "GFLOP/s",
+        ours=ours,
+        peers=others,
+    )
+
+
+def _count_copies(size: int, rows: int) -> int:
+    """How many weights of `size` bytes fill the last-level cache twice; few for many rows, which wait for no memory."""
+    copies = -(-2 * find_cache_size() // size)
+    return copies if rows <= DECODE_ROWS else min(copies, 2)
+
+
+def _chain(name: str, rows: int, weight: Weight, *, most: int | None = None) -> Runner:
+    """x times each of the copies of a weight; a little of each result is added to the next product's x."""
+    copies = most or _count_copies(nbytes(weight), rows)
+    weights = [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)]
+    contraction = weight.shape[0]
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, contraction)), jnp.float32)
+
+    @jax.jit
+    def program(x: jax.Array, weights: list[Weight]) -> jax.Array:
+        for weight in weights:
+            x += 1e-30 * project(x, weight, out_axes=(None, None))[:, :1]
+        return x
+
+    compiled = program.lower(x, weights).compile()
+    return Runner(name=name, run=lambda: compiled(x, weights).block_until_ready(), times=copies)
+
+
+def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[jax.Array]) -> Runner:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return Runner(name=name, run=lambda: jax.block_until_ready(compiled(*arguments)))
+
+
+def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(2)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+def make_attention(*, quick: bool) -> Iterator[Case]:
+    """Training on rows of 2048 tokens, forward and backward, and decoding one token over a cache of 4096."""
+    heads, kv_heads, head_dim = (4, 2, 64) if quick else (16, 4, 64)
+    length = 1024 if quick else 2048
+    operands = _draw((1, length, heads, head_dim), *[(1, length, kv_heads, head_dim)] * 2)
+    at = jnp.arange(length, dtype=jnp.int32)[None]
+
+    def train(implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            out = attention(q, k, v, q_positions=at, kv_positions=at, implementation=implementation)
+            return jnp.sum(jnp.square(out))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    yield Case(
+        name=f"attention train {length} tokens {heads}/{kv_heads} heads",
+        nbytes=sum(array.nbytes for array in operands),
+        # 2 products forward and 5 backward (FlashAttention-2, 2307.08691, section 4.1), of which causality halves each.
+        flops=7 * heads * length**2 * head_dim,
+        metric="GFLOP/s",
+        ours=_make_runner("ours", functools.partial(train, None), operands),
+        peers=[_make_runner("reference", functools.partial(train, "reference"), operands)],
+    )
+
+    batch, slots, heads, kv_heads, head_dim = 4, 4096, 32, 8, 128
+    operands = _draw((batch, 1, heads, head_dim), *[(batch, slots, kv_heads, head_dim)] * 2)
+    last, places = jnp.full((batch, 1), slots - 1), jnp.tile(jnp.arange(slots), (batch, 1))
+
+    def decode(implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, q_positions=last, kv_positions=places, implementation=implementation)
+
+    yield Case(
+        name=f"attention decode {batch}x{slots} slots {heads}/{kv_heads} heads",
+        nbytes=sum(array.nbytes for array in operands[1:]),
+        flops=4 * batch * heads * slots * head_dim,
+        metric="GB/s",
+        ours=_make_runner("ours", functools.partial(decode, None), operands),
+        peers=[_make_runner("reference", functools.partial(decode, "reference"), operands)],
+    )
+
+
+def make_cross_entropy(*, quick: bool) -> Iterator[Case]:
+    """The training loss and its gradients: 3 products of tokens, embedding and vocabulary."""
+    tokens, embed, vocab = (512, 256, 8192) if quick else (1024, 576, 49152)
+    x, w, weights = _draw((tokens, embed), (embed, vocab), (tokens,))
+    targets = jnp.asarray(np.random.default_rng(3).integers(0, vocab, tokens), jnp.int32)
+
+    def lose(implementation: str | None, x: jax.Array, w: jax.Array) -> Any:
+        loss = functools.partial(cross_entropy_sum, targets=targets, weights=weights, implementation=implementation)
+        return jax.value_and_grad(loss, (0, 1))(x, w)
+
+    yield Case(
+        name=f"cross_entropy {tokens} tokens {embed}x{vocab}",
+        nbytes=2 * (x.nbytes + w.nbytes),
+        flops=6 * tokens * embed * vocab,
+        metric="GFLOP/s",
+        ours=_make_runner("ours", functools.partial(lose, None), (x, w * embed**-0.5)),
+        peers=[_make_runner("reference", functools.partial(lose, "reference"), (x, w * embed**-0.5))],
+    )

@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Measures the kernels: time, rates, percent of what this machine can do, and the ratio to the reference and to peers.
+
+    python scripts/bench_kernels.py [--quick] [--ops decode attention] [--json FILE]
+
+Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the
+kernel's reference, for sparse formats our int4, and ONNX Runtime's int4 and int8 products where `onnxruntime` and
+`onnx` are installed. Ours and peers take turns, and a ratio above 1 means that ours is faster; scripts/bench/timing.py
+says what a row holds.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from bench import cases, peers
+from bench.ceilings import measure_ceilings
+from bench.timing import Case, measure, write_line
+
+from hsai.files import write_json_atomic
+from hsai.machine import describe_machine
+
+OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "decode": lambda quick: cases.make_products((1,) if quick else (1, 4, 8), quick=quick),
+    "prefill": lambda quick: cases.make_products((128,) if quick else (128, 512), quick=quick),
+    "attention": lambda quick: cases.make_attention(quick=quick),
+    "cross_entropy": lambda quick: cases.make_cross_entropy(quick=quick),
+}
+
+
+def main() -> None:
+    """Parses the command line, measures, prints, and writes the file that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure (default: everything)"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: under a minute")
+    parser.add_argument("--json", type=Path, help="writes machine, ceilings and rows to this file")
+    arguments = parser.parse_args()
+
+    machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    absent = peers.find_absent()
+    print("peers: xla, reference, " + ("onnxruntime" if absent is None else f"onnxruntime is absent ({absent})"))
+    rounds, seconds = (5, 0.5) if arguments.quick else (15, 5.0)
+
+    ceilings, rows = None, []
+    for op in arguments.ops:
+        # Again before each: what else runs on the machine changes, and the best of all is nearest to the truth.
+        ceilings = measure_ceilings(ceilings)
+        print(
+            f"ceilings: reading {ceilings.read:.1f} GB/s, float32 products {ceilings.multiply:.0f} GFLOP/s", flush=True
+        )
+        for case in OPS[op](arguments.quick):
+            measured = measure(case, ceilings, rounds=rounds, seconds=seconds)
+            print(write_line(case, measured, ceilings), flush=True)
+            rows += measured
+    if arguments.json is not None:
+        write_json_atomic(arguments.json, {"machine": machine, "rows": rows})
+
+
+if __name__ == "__main__":
+    with jax.default_matmul_precision("float32"):
+        main()

@@ -26,7 +26,7 @@ CHUNKED = "chunked"
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", CHUNKED, REFERENCE),
     "gpu": (CHUNKED, REFERENCE),
-    "tpu": (CHUNKED, REFERENCE),
+    "tpu": ("tpu", CHUNKED, REFERENCE),
 }
 """Backends of the automatic choice by platform, fastest first; other platforms use the reference."""
 
@@ -34,6 +34,8 @@ Backend = Callable[..., jax.Array]
 
 # A user context is part of the key of jit's caches: a function that was traced before `prefer` is traced again in it.
 _preferred = jax.make_user_context(default_value=None)
+
+_target = jax.make_user_context(default_value=None)
 
 _reported: set[tuple[str, str]] = set()
 
@@ -57,9 +59,28 @@ def prefer(implementation: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """Chooses the backends of `platform` for everything that is traced inside, though jax's default may be another.
+
+    For programs that are lowered for devices that are not there (jax.experimental.topologies), and, with the interpreter
+    of its kernels (interpret.py), for tests. Raises ValueError for a platform that has no backends.
+    """
+    if platform not in ORDER:
+        raise ValueError(f"unknown platform {platform!r}: valid are {', '.join(sorted(ORDER))}")
+    with _target(platform):
+        yield
+
+
+def find_platform() -> str:
+    """The platform that programs traced here are for: that of `compile_for`, else jax's default."""
+    target: str | None = _target.value
+    return jax.default_backend() if target is None else target
+
+
 def check_platform(platform: str) -> None:
     """For backends: raises NotImplementedError unless programs go to one device of `platform` by default."""
-    actual = jax.default_backend()
+    actual = find_platform()
     if actual != platform:
         raise NotImplementedError(f"runs on the {platform} platform only, and jax's default platform here is {actual}")
     devices = jax.sharding.get_abstract_mesh().size
@@ -105,7 +126,7 @@ def _list_candidates() -> tuple[str, ...]:
     preferred: str | None = _preferred.value
     if preferred is not None:
         return (preferred,)
-    return ORDER.get(jax.default_backend(), (REFERENCE,))
+    return ORDER.get(find_platform(), (REFERENCE,))
 
 
 def _report_fallback(kernel: str, name: str, error: NotImplementedError) -> None:

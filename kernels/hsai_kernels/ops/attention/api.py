@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import run_kernel
 from hsai_kernels.ops.attention.chunked import attention_chunked
 from hsai_kernels.ops.attention.reference import attention_reference
+from hsai_kernels.ops.attention.tpu import attention_tpu
 
-BACKENDS = {"chunked": attention_chunked, "reference": attention_reference}
+BACKENDS = {"chunked": attention_chunked, "reference": attention_reference, "tpu": attention_tpu}
 
 
 def attention(

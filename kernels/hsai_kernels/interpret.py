@@ -12,13 +12,14 @@ from hsai_kernels.dispatch import compile_for
 
 
 @contextmanager
-def interpret_tpu(*, detect_races: bool = True) -> Iterator[None]:
+def interpret_tpu(*, cores: int = 1) -> Iterator[None]:
     """Makes TPU backends available for everything that is traced inside, in the interpreter.
 
     The automatic choice then takes them first, as on a TPU. Memory that a kernel did not write reads as NaN, and
-    whatever lies outside an array is an error: a kernel that depends on either cannot pass. With `detect_races` so do
-    two cores, or a core and a copy, that touch the same memory unordered; jax prints what they did.
+    whatever lies outside an array is an error: a kernel that depends on either cannot pass. Where a core and a copy
+    touch the same memory unordered, or two of `cores` that share the parallel axes of a grid, jax prints RACE DETECTED.
+    An exception in a kernel leaves the interpreter as it was then: pltpu.reset_tpu_interpret_mode_state() clears it.
     """
-    params = pltpu.InterpretParams(detect_races=detect_races, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores, uninitialized_memory="nan")
     with compile_for("tpu"), pltpu.force_tpu_interpret_mode(params):
         yield

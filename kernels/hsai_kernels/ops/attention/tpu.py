@@ -44,14 +44,12 @@ def attention_tpu(
     Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
-    if q.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"has operands of float32 or bfloat16, not of {q.dtype}")
     if 0 in q.shape or 0 in k.shape:
         raise NotImplementedError(f"has operands that are not empty, not q {q.shape} and k {k.shape}")
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    forward, backward = choose_blocks(queries * group, keys, head_dim)
+    forward, backward = choose_blocks(queries * group, keys, head_dim, q.dtype)
     options = Options(window=window, softcap=softcap, scale=scale, forward=forward, backward=backward, keys=keys)
 
     rows = q.reshape(batch, queries, kv_heads, group, head_dim).swapaxes(1, 2)

@@ -24,11 +24,14 @@ LIMIT = 60 * 2**20
 """Bytes of VMEM that a kernel may use; the smallest of the chips (7x) has 64 MiB."""
 
 LARGEST_BLOCKS = {
-    # Head dims up to: (rows, keys) forward, (rows, keys) backward.
-    128: ((512, 1024), (512, 512)),
-    256: ((512, 512), (512, 512)),
+    # (bytes of an element, head dims up to): (rows, keys) forward, (rows, keys) backward.
+    (2, 128): ((512, 1024), (512, 512)),
+    (2, 256): ((512, 512), (512, 512)),
+    (4, 128): ((256, 512), (256, 256)),
+    (4, 256): ((256, 256), (256, 256)),
 }
-"""A block of scores and what is computed from it (5 values of 4 bytes a score) stays below a sixth of the limit."""
+"""A block of scores and what is computed from it (5 values of 4 bytes a score) stays below a sixth of the limit. With
+float32 the matrix unit makes six passes, so that smaller blocks hide their traffic as well, and compile in a third."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,13 +49,21 @@ class Options:
     """S before padding: keys from here on are none."""
 
 
-def choose_blocks(rows: int, keys: int, head_dim: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and keys a block in the forward and the backward pass; NotImplementedError if the head dim has none."""
-    for largest, blocks in LARGEST_BLOCKS.items():
-        if head_dim <= largest:
+def choose_blocks(
+    rows: int, keys: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and keys a block in the forward and the backward pass.
+
+    Raises NotImplementedError for a dtype or a head dim that has none.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"has operands of float32 or bfloat16, not of {dtype}")
+    for (itemsize, largest), blocks in LARGEST_BLOCKS.items():
+        if itemsize == dtype.itemsize and head_dim <= largest:
             forward, backward = ((_fit(rows, r, SUBLANES), _fit(keys, s, LANES)) for r, s in blocks)
             return forward, backward
-    raise NotImplementedError(f"has head dims up to {max(LARGEST_BLOCKS)}, not {head_dim}")
+    raise NotImplementedError(f"has head dims up to {max(largest for _, largest in LARGEST_BLOCKS)}, not {head_dim}")
 
 
 def _fit(length: int, largest: int, tile: int) -> int:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that must be green: format, lint, types, tests. Installs what it needs into a virtual environment of its own.
+# All that must be green: format, lint, types, tests. Installs what it needs into a virtual environment of its own, and
+# the compilers of absent accelerators beside it (.aot; without them the tests that compile for chips are skipped).
 #
 #   bash scripts/test.sh [--python PATH] [PYTEST ARGUMENTS ...]
 #
@@ -10,6 +11,7 @@ venv=.venv
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 venv=${venv/VERSION/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
 source scripts/install.sh "$venv" "$python" "[dev]"
+bash scripts/install_aot.sh "$venv/bin/python"
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi

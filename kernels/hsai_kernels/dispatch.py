@@ -63,8 +63,8 @@ def prefer(implementation: str) -> Iterator[None]:
 def compile_for(platform: str) -> Iterator[None]:
     """Chooses the backends of `platform` for everything that is traced inside, though jax's default may be another.
 
-    For programs that are lowered for devices that are not there (jax.experimental.topologies), and, with the interpreter
-    of its kernels (interpret.py), for tests. Raises ValueError for a platform that has no backends.
+    For programs that are lowered for devices that are not there (jax.experimental.topologies), and, with the
+    interpreter of its kernels (interpret.py), for tests. Raises ValueError for a platform that has no backends.
     """
     if platform not in ORDER:
         raise ValueError(f"unknown platform {platform!r}: valid are {', '.join(sorted(ORDER))}")

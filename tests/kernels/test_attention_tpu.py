@@ -154,7 +154,9 @@ def test_gradients_are_the_references(small_blocks, shape, dtype, options):
 
 def test_what_nobody_sees_is_not_computed(small_blocks):
     """Keys after all queries, before all windows, and of other documents, in blocks of their own, hold NaN."""
-    (q, k, v), at = draw(AttentionShape(batch=1, queries=3, keys=640, heads=2, kv_heads=1, head_dim=8), "float32", False)
+    (q, k, v), at = draw(
+        AttentionShape(batch=1, queries=3, keys=640, heads=2, kv_heads=1, head_dim=8), "float32", False
+    )
     at["q_positions"] = jnp.asarray([[300, 310, 320]], jnp.int32)
     at["q_segments"] = jnp.full((1, 3), 1, jnp.int32)
     at["kv_segments"] = jnp.where(jnp.arange(640) < 256, 0, 1)[None]
@@ -195,7 +197,15 @@ def test_blocks_fill_whole_tiles_and_waste_less_than_one():
     ],
 )
 def test_refusals_say_what_is_supported(changes, message):
-    sizes = {"batch": 1, "queries": 2, "keys": 3, "heads": 1, "kv_heads": 1, "head_dim": 8, "dtype": "float32"} | changes
+    sizes = {
+        "batch": 1,
+        "queries": 2,
+        "keys": 3,
+        "heads": 1,
+        "kv_heads": 1,
+        "head_dim": 8,
+        "dtype": "float32",
+    } | changes
     dtype = sizes.pop("dtype")
     operands, at = draw(AttentionShape(**sizes), dtype, False)
     with interpret_tpu(), pytest.raises(NotImplementedError, match=message):

@@ -128,9 +128,7 @@ def _sum_over_keys(
         statistics[0] = turn_row(log_sum[0, 0])
         statistics[1] = turn_row(pull[0, 0])
 
-    needed = is_needed(
-        options, row_bounds, key_bounds, b * pl.num_programs(2) + i, b * pl.num_programs(3) + j, marks
-    )
+    needed = is_needed(options, row_bounds, key_bounds, b * pl.num_programs(2) + i, b * pl.num_programs(3) + j, marks)
 
     @pl.when(needed)
     def _() -> None:
@@ -177,9 +175,7 @@ def differentiate_keys(
         (1, 1, rows, head_dim), lambda b, h, j, i, first, last, *_: (b, h, fetched(b, j, i, first, last), 0)
     )
     others = pl.BlockSpec((1, 1, keys, head_dim), lambda b, h, j, i, *_: (b, h, j, 0))
-    row = pl.BlockSpec(
-        (1, 1, 1, wide), lambda b, h, j, i, first, last, *_: (b, h, 0, fetched(b, j, i, first, last))
-    )
+    row = pl.BlockSpec((1, 1, 1, wide), lambda b, h, j, i, first, last, *_: (b, h, 0, fetched(b, j, i, first, last)))
     return pl.pallas_call(
         functools.partial(_sum_over_rows, options, marks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -247,9 +243,7 @@ def _sum_over_rows(
         for m in range(marks):
             columns[m] = turn_row(at_keys[0, m : m + 1, :])
 
-    needed = is_needed(
-        options, row_bounds, key_bounds, b * pl.num_programs(3) + i, b * pl.num_programs(2) + j, marks
-    )
+    needed = is_needed(options, row_bounds, key_bounds, b * pl.num_programs(3) + i, b * pl.num_programs(2) + j, marks)
 
     @pl.when(needed)
     def _() -> None:

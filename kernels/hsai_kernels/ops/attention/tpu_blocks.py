@@ -99,7 +99,9 @@ class Bounds:
     last: jax.Array
 
 
-def find_bounds(options: Options, at_rows: jax.Array, at_keys: jax.Array, rows: int, keys: int, by_keys: bool) -> Bounds:
+def find_bounds(
+    options: Options, at_rows: jax.Array, at_keys: jax.Array, rows: int, keys: int, by_keys: bool
+) -> Bounds:
     """The bounds of blocks of `rows` rows and `keys` keys, from padded marks; `by_keys`: ranges are those of keys."""
     low_rows, high_rows = _find_extremes(at_rows, max(rows, LANES))
     low_keys, high_keys = _find_extremes(at_keys, keys)

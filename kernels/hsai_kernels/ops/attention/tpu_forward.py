@@ -121,9 +121,7 @@ def _attend_block(
         for m in range(marks):
             columns[m] = turn_row(at_rows[0, m : m + 1, :])
 
-    needed = is_needed(
-        options, row_bounds, key_bounds, b * pl.num_programs(2) + i, b * pl.num_programs(3) + j, marks
-    )
+    needed = is_needed(options, row_bounds, key_bounds, b * pl.num_programs(2) + i, b * pl.num_programs(3) + j, marks)
 
     @pl.when(needed)
     def _() -> None:

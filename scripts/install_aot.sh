@@ -6,14 +6,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$1
+tag=$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
 
 # install NAME REQUIREMENT...: puts packages, without what they depend on, into .aot/NAME unless just those are there.
 install() {
-  local folder=.aot/$1 wanted=${*:2}
+  local folder=.aot/$1 wanted="$tag ${*:2}"
   if [ "$(cat "$folder/.installed" 2>/dev/null)" = "$wanted" ]; then
     return
   fi
-  echo "installing $wanted into $folder"
+  echo "installing ${*:2} into $folder"
   rm -rf "$folder"
   "$python" -m pip install --disable-pip-version-check --progress-bar off --quiet --root-user-action ignore \
     --no-deps --target "$folder" "${@:2}"
@@ -25,3 +26,8 @@ install tpu "$("$python" -c '
 import importlib.metadata
 pins = [line for line in importlib.metadata.requires("jax") if line.startswith("libtpu") and "tpu" in line]
 print(pins[0].split(";")[0].strip())')"
+
+# GPU: XLA's CUDA compiler of this jaxlib and NVIDIA's assembler, about 600 MB; the libraries that run programs are not
+# needed.
+version=$("$python" -c 'import importlib.metadata as m; print(m.version("jaxlib"))')
+install gpu "jax-cuda12-plugin==$version" "jax-cuda12-pjrt==$version" "nvidia-cuda-nvcc-cu12==12.9.86"

@@ -83,7 +83,7 @@ def compile_case(case: Case, chip: str, device: jax.Device) -> Row:
     outcome, reason, temporary = "compiles", None, None
     try:
         with compile_for("tpu"):
-            compiled = jax.jit(case.function).lower(*operands).compile()
+            compiled: Any = jax.jit(case.function).lower(*operands).compile()
         if "tpu_custom_call" not in compiled.as_text():
             raise RuntimeError(f"{row} compiled to a program without a kernel")
         temporary = compiled.memory_analysis().temp_size_in_bytes

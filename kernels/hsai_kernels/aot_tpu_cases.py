@@ -81,7 +81,8 @@ def _list_attention() -> Iterator[Case]:
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:
     names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
-    return attention(q, k, v, **dict(zip(names, marks, strict=False)), **options, implementation="tpu")
+    given: dict[str, Any] = dict(zip(names, marks, strict=False))
+    return attention(q, k, v, **given, **options, implementation="tpu")
 
 
 def _pull_back(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> Any:

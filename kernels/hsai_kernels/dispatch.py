@@ -25,7 +25,7 @@ CHUNKED = "chunked"
 
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", CHUNKED, REFERENCE),
-    "gpu": (CHUNKED, REFERENCE),
+    "gpu": ("gpu", CHUNKED, REFERENCE),
     "tpu": ("tpu", CHUNKED, REFERENCE),
 }
 """Backends of the automatic choice by platform, fastest first; other platforms use the reference."""

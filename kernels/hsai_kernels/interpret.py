@@ -1,4 +1,4 @@
-"""Runs TPU kernels in Pallas' interpreter, on any platform: for tests of their numbers, and for nothing else.
+"""Runs TPU and GPU kernels in Pallas' interpreters, on any platform: for tests of their numbers, and nothing else.
 
 The interpreter shows what a kernel computes; that it compiles for a chip, and how fast it is there, it does not show.
 """
@@ -6,9 +6,13 @@ The interpreter shows what a kernel computes; that it compiles for a chip, and h
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import compile_for
+
+# A user context is part of the key of jit's caches, so that no program traced here is used elsewhere.
+_interpreting_gpu = jax.make_user_context(default_value=False)
 
 
 @contextmanager
@@ -23,3 +27,18 @@ def interpret_tpu(*, cores: int = 1) -> Iterator[None]:
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores, uninitialized_memory="nan")
     with compile_for("tpu"), pltpu.force_tpu_interpret_mode(params):
         yield
+
+
+@contextmanager
+def interpret_gpu() -> Iterator[None]:
+    """Makes GPU backends available for everything that is traced inside, in the interpreter.
+
+    The automatic choice then takes them first, as on a GPU. A gradient is interpreted iff its forward pass was.
+    """
+    with compile_for("gpu"), _interpreting_gpu(True):
+        yield
+
+
+def is_interpreting_gpu() -> bool:
+    """Whether GPU kernels that are traced now go to the interpreter."""
+    return bool(_interpreting_gpu.value)

@@ -8,6 +8,8 @@ TPU or GPU columns stay in 32-bit lanes, and no element straddles a lane.
 Dimensions: C elements along the contraction, E elements a word, F columns.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +25,14 @@ def count_elements(bits: int) -> int:
     return 32 // bits
 
 
+def find_shift(element: Any, bits: int) -> Any:
+    """Bit offset of element 0 to E - 1 of a word: of an integer, or of an array of them."""
+    return 8 * (element & 3) + bits * (element >> 2)
+
+
 def _list_shifts(bits: int) -> np.ndarray:
     """Bit offset of every element of a word, shape (E, 1) uint32: broadcasts against (..., E, F)."""
-    element = np.arange(32 // bits, dtype=np.uint32)
-    return (8 * (element % 4) + bits * (element // 4))[:, None].astype(np.uint32)
+    return find_shift(np.arange(32 // bits, dtype=np.uint32), bits)[:, None].astype(np.uint32)
 
 
 def pack_words(x: jax.Array | np.ndarray, bits: int) -> jax.Array:

@@ -34,7 +34,8 @@ def test_every_kernel_compiles(chip):
 def test_what_the_compiler_refuses_is_a_row_with_its_reason():
     """More fast memory than a kernel may use: that all cases compile is an answer, and not a constant."""
     script = (
-        "import json; from hsai_kernels import aot_tpu, aot_tpu_cases; from hsai_kernels.ops.attention import tpu_blocks;"
+        "import json; from hsai_kernels import aot_tpu, aot_tpu_cases;"
+        "from hsai_kernels.ops.attention import tpu_blocks;"
         "tpu_blocks.LIMIT = 2**17; case = next(aot_tpu_cases.list_cases('attention', quick=True));"
         "print(json.dumps(aot_tpu.compile_case(case, 'v5e', aot_tpu.find_device('v5e'))))"
     )

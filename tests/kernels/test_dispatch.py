@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import attention, dispatch, native, prefer, quantized_matmul
-from hsai_kernels.dispatch import BackendMissing, check_platform, run_kernel
+from hsai_kernels.dispatch import BackendMissing, check_platform, compile_for, run_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +71,13 @@ def test_other_errors_of_a_backend_are_not_hidden():
 
 
 def test_unknown_names_are_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="'tpu' of quantized_matmul: valid are cpu, reference"):
+    with pytest.raises(ValueError, match="'tpu' of quantized_matmul: valid are cpu, gpu, reference"):
         quantized_matmul(*_operands(), implementation="tpu")
     q = jnp.zeros((1, 1, 1, 8))
     at = jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(ValueError, match="'cpu' of attention: valid are chunked, reference"):
+    with pytest.raises(ValueError, match="'cpu' of attention: valid are chunked, gpu, reference"):
         attention(q, q, q, q_positions=at, kv_positions=at, implementation="cpu")
-    with pytest.raises(ValueError, match="'cuda': valid are chunked, cpu, reference"), prefer("cuda"):
+    with pytest.raises(ValueError, match="'cuda': valid are chunked, cpu, gpu, reference"), prefer("cuda"):
         pass
 
 
@@ -109,6 +109,20 @@ def test_a_mesh_of_several_devices_gets_the_reference():
 def test_other_platforms_are_refused():
     with pytest.raises(NotImplementedError, match="tpu platform only, and jax's default platform here is cpu"):
         check_platform("tpu")
+
+
+def test_programs_for_an_absent_platform_take_its_backends():
+    backends = _backends(lambda x: x + 2) | {"gpu": lambda x: x + 3}
+    f = jax.jit(lambda x: run_kernel("k", backends, None, x))
+    assert f(0) == 2
+    with compile_for("gpu"):
+        assert f(0) == 3
+        check_platform("gpu")
+        with pytest.raises(NotImplementedError, match="cpu platform only, and jax's default platform here is gpu"):
+            check_platform("cpu")
+    assert f(0) == 2
+    with pytest.raises(ValueError, match="'cuda': valid are cpu, gpu, tpu"), compile_for("cuda"):
+        pass
 
 
 def test_a_library_that_was_not_built_warns_and_tells_how_to_mend_it(monkeypatch, caplog):

@@ -9,12 +9,18 @@ Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.attention.chunked import attention_chunked
+from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.reference import attention_reference
 from hsai_kernels.ops.attention.tpu import attention_tpu
 
-BACKENDS = {"chunked": attention_chunked, "reference": attention_reference, "tpu": attention_tpu}
+BACKENDS: dict[str, Backend] = {
+    "chunked": attention_chunked,
+    "gpu": attention_gpu,
+    "reference": attention_reference,
+    "tpu": attention_tpu,
+}
 
 
 def attention(
@@ -45,8 +51,8 @@ def attention(
       window: number of positions that a query sees, its own included; None for all before it.
       softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118).
       scale: factor of the scores, H**-0.5 if None.
-      implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), or None for the platform's
-        best.
+      implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "gpu" (the same, fused into
+        kernels: float32 and bfloat16, H up to 256), or None for the platform's best.
 
     Returns:
       (B, T, N, H) in q's dtype. Scores and softmax are float32.

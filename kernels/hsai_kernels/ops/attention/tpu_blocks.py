@@ -183,5 +183,5 @@ def score(options: Options, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def set_semantics() -> Any:
     """Batch, heads and the blocks that keep results are independent; the blocks that pass by follow one another."""
-    order = ("parallel", "parallel", "parallel", "arbitrary")
+    order: tuple[Any, ...] = ("parallel", "parallel", "parallel", "arbitrary")
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=LIMIT)

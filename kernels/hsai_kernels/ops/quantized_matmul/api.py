@@ -8,9 +8,14 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.quantized_matmul.cpu import quantized_matmul_cpu
+from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 
-BACKENDS: dict[str, Backend] = {"cpu": quantized_matmul_cpu, "reference": quantized_matmul_reference}
+BACKENDS: dict[str, Backend] = {
+    "cpu": quantized_matmul_cpu,
+    "gpu": quantized_matmul_gpu,
+    "reference": quantized_matmul_reference,
+}
 
 
 def quantized_matmul(
@@ -35,7 +40,7 @@ def quantized_matmul(
       activation_bits: None takes activations as they are. 8 rounds them first, every row's group of positions that
         shares a scale of the weight with a step of its own (`round_activations`): products are then of integers. The
         gradient is that of the product without rounding.
-      implementation: "reference", "cpu" (native), or None for the platform's best.
+      implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), or None for the platform's best.
 
     Returns:
       (..., F) in x's dtype, accumulated in float32.

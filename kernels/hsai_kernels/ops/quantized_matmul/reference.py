@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from hsai_kernels.packing import unpack_words
 
+INT4_ZERO = 8
+"""4-bit codes are stored in offset binary: the code is the integer plus this, so that -8..7 is stored as 0..15."""
+
 
 def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 (..., D, F) from int8 values (..., D, F) and scale (..., D/g, F); one scale a column is D/g = 1."""

@@ -1,0 +1,182 @@
+"""The programs that aot_gpu.py compiles: for every GPU kernel a few shapes, a ragged one among them, in each dtype."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.gpu_product import choose_tile
+from hsai_kernels.ops.attention.api import attention
+from hsai_kernels.ops.attention.gpu import choose_tiles
+from hsai_kernels.ops.attention.gpu_backward import pull_back_keys, pull_back_rows
+from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan, Tiles
+from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
+from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+
+DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program to compile."""
+
+    kernel: str
+    name: str
+    dtype: str
+    """Of the activations."""
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+    """Trees of jax.ShapeDtypeStruct."""
+    tile: str
+    """The blocks that were chosen, for people."""
+
+
+def list_cases(kernel: str) -> Iterator[Case]:
+    """The cases of one of KERNELS."""
+    return _LISTS[kernel]()
+
+
+def _list_attention() -> Iterator[Case]:
+    """Each kernel with its own tile: the forward one as the API calls it."""
+    # B, T, S, N, K, H
+    shapes: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
+        ("head dim 64", (2, 1024, 1024, 4, 2, 64), {}),
+        ("ragged, head dim 80, window, softcap, segments", (1, 500, 700, 6, 2, 80), {"window": 300, "softcap": 30.0}),
+        ("head dim 128", (1, 1024, 1024, 4, 1, 128), {}),
+        ("head dim 256", (1, 1024, 1024, 2, 2, 256), {}),
+        ("decoding, split keys", (2, 1, 5000, 8, 2, 128), {}),
+    )
+    for (name, shape, options), dtype in itertools.product(shapes, DTYPES):
+        batch, queries, keys, heads, kv_heads, head_dim = shape
+        q = jax.ShapeDtypeStruct((batch, queries, heads, head_dim), dtype)
+        k = jax.ShapeDtypeStruct((batch, keys, kv_heads, head_dim), dtype)
+        marks = tuple(jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in (queries, keys))
+        at_q, at_k = ((mark,) * (2 if options else 1) for mark in marks)
+        tiles = choose_tiles(queries * heads // kv_heads, keys, head_dim, dtype)
+        case = functools.partial(_describe_attention, name, dtype, tiles)
+        yield case("forward", functools.partial(_attend, options), (q, k, k, at_q, at_k))
+        if queries == 1:
+            continue
+        plan = Plan(
+            batch=batch,
+            queries=queries,
+            keys=keys,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            window=options.get("window"),
+            softcap=options.get("softcap"),
+            scale=head_dim**-0.5,
+            interpret=False,
+        )
+        rows = jax.ShapeDtypeStruct((batch, queries * heads, head_dim), dtype)
+        vector = jax.ShapeDtypeStruct(rows.shape[:2], jnp.float32)
+        arrays = (rows, rows, vector, vector, k, k)
+        for kernel, function in (("d_rows", pull_back_rows), ("d_keys", pull_back_keys)):
+            yield case(kernel, functools.partial(function, plan, tiles[kernel]), (arrays, at_q, at_k))
+    for length in (4096, 8192):
+        q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
+        k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16")
+        at = (jax.ShapeDtypeStruct((1, length), jnp.int32),)
+        gradient = jax.grad(lambda *operands: jnp.sum(_attend({}, *operands)), argnums=(0, 1, 2))
+        yield Case(
+            kernel="attention gradient",
+            name=f"length {length}",
+            dtype="bfloat16",
+            function=gradient,
+            operands=(q, k, k, at, at),
+            tile="all three",
+        )
+
+
+def _describe_attention(
+    name: str, dtype: str, tiles: Tiles, kernel: str, function: Callable[..., Any], operands: tuple[Any, ...]
+) -> Case:
+    tile = tiles[kernel]
+    return Case(
+        kernel=f"attention {kernel}",
+        name=name,
+        dtype=dtype,
+        function=function,
+        operands=operands,
+        tile=f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages",
+    )
+
+
+def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks) -> jax.Array:
+    marks: dict[str, Any] = dict(zip(("q_positions", "q_segments"), at_q, strict=False))
+    marks |= dict(zip(("kv_positions", "kv_segments"), at_k, strict=False))
+    return attention(q, k, v, **marks, **options, implementation="gpu")
+
+
+# R, D, F, and positions that share a scale.
+PRODUCTS: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
+    ("decoding, groups of 32", (1, 4096, 4096, 32)),
+    ("prefill, groups of 128", (512, 4096, 4096, 128)),
+    ("prefill, groups of 32", (512, 4096, 4096, 32)),
+)
+
+
+def _list_quantized_matmul() -> Iterator[Case]:
+    shapes = (*PRODUCTS, ("ragged, groups of 8", (37, 520, 1001, 8)))
+    for (name, (rows, contraction, columns, group)), dtype, bits in itertools.product(shapes, DTYPES, (8, 4)):
+        values = ((contraction, columns), jnp.int8) if bits == 8 else ((contraction // 8, columns), jnp.uint32)
+        yield _describe_product(
+            f"quantized_matmul int{bits}",
+            name,
+            functools.partial(quantized_matmul, implementation="gpu"),
+            jax.ShapeDtypeStruct((rows, contraction), dtype),
+            (values, ((contraction // group, columns), jnp.float32)),
+            1 if bits == 8 else 8,
+        )
+
+
+def _list_sparse_matmul() -> Iterator[Case]:
+    shapes = (*PRODUCTS, ("ragged, one scale a column", (37, 704, 1001, 704)))
+    kinds = ((2, False), (1, True), (2, True), (3, True))
+    for (name, (rows, contraction, columns, group)), dtype, (n, packed) in itertools.product(shapes, DTYPES, kinds):
+        if n != 2 and not name.startswith("ragged"):
+            continue
+        kept = contraction * n // 4
+        values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
+        scale = [((contraction // group, columns), jnp.float32)] if packed else []
+        yield _describe_product(
+            f"sparse_matmul {n}:4 {'int4' if packed else 'bfloat16'}",
+            name,
+            functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
+            jax.ShapeDtypeStruct((rows, contraction), dtype),
+            (values, ((kept // 16, columns), jnp.uint32), *scale),
+            4,
+        )
+
+
+def _describe_product(
+    kernel: str,
+    name: str,
+    function: Callable[..., Any],
+    x: jax.ShapeDtypeStruct,
+    weight: tuple[tuple[tuple[int, int], Any], ...],
+    positions: int,
+) -> Case:
+    tile = choose_tile(x.shape[0], weight[0][0][1], x.shape[1], positions, x.dtype)
+    return Case(
+        kernel=kernel,
+        name=name,
+        dtype=x.dtype.name,
+        function=function,
+        operands=(x, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in weight)),
+        tile=f"{tile.rows}x{tile.columns}x{tile.units}, {tile.warps} warps, {tile.stages} stages",
+    )
+
+
+_LISTS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": _list_attention,
+    "quantized_matmul": _list_quantized_matmul,
+    "sparse_matmul": _list_sparse_matmul,
+}
+KERNELS = tuple(_LISTS)
+"""Every API that has GPU kernels."""

@@ -1,0 +1,90 @@
+"""GPU backend of quantized_matmul: Pallas Triton, any number of rows, weights decoded in registers (gpu_product.py).
+
+The win is bytes: a bfloat16 weight of D * F elements takes 2 D F bytes, int8 takes half of that, and int4 with a
+float32 scale for 32 positions 5/8 of a byte an element, 0.31 of bfloat16. The products themselves are the dense ones.
+
+Dimensions: D contraction, F output, g contraction positions that share a scale.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gpu_product import ProductTile, multiply_compressed
+from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO, quantized_matmul_reference
+from hsai_kernels.packing import find_shift
+from hsai_kernels.triton_blocks import load_matrix
+
+ELEMENTS = 8
+"""How many int4 a word has."""
+
+
+def quantized_matmul_gpu(
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    bits: int = 4,
+    activation_bits: int | None = None,
+    tile: ProductTile | None = None,
+) -> jax.Array:
+    """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
+
+    Sums are float32, and float32 activations are multiplied exactly. With bfloat16 activations a weight's scale is
+    applied after the product where a block lies in one group, and otherwise the weight is rounded to bfloat16.
+    `tile` is for tests and tuning. Raises NotImplementedError for what it does not support.
+    """
+    check_platform("gpu")
+    if bits != 4 or activation_bits is not None:
+        raise NotImplementedError(f"has 4-bit codes and activations as they are, not {bits} and {activation_bits} bits")
+    if x.size == 0 or values.size == 0:
+        raise NotImplementedError(f"multiplies what is not empty, not x {x.shape} and values {values.shape}")
+    group = x.shape[-1] // scale.shape[0]
+    if values.dtype == jnp.uint32 and group % ELEMENTS:
+        raise NotImplementedError(f"has int4 groups of whole words (multiples of {ELEMENTS}), not of {group}")
+    return _multiply(tile, x, values, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    columns = values.shape[1]
+    read, positions = (_read_int8, 1) if values.dtype == jnp.int8 else (_read_int4, ELEMENTS)
+    rows = x.reshape(-1, x.shape[-1])
+    out = multiply_compressed(read, positions, rows, (values,), scale, columns, tile)
+    return out.reshape(*x.shape[:-1], columns)
+
+
+def _multiply_forward(
+    tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _multiply(tile, x, values, scale), (x, values, scale)
+
+
+def _multiply_backward(
+    tile: ProductTile | None, residual: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple:
+    # Rebuilds the dense weight, as the reference does: XLA's product then serves x and the scales.
+    return jax.vjp(quantized_matmul_reference, *residual)[1](cotangent)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _read_int8(
+    refs: tuple[jax.Array, ...], unit: jax.Array, column: jax.Array, real: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """A unit is a row of values."""
+    return (load_matrix(refs[0], unit, column, real),)
+
+
+def _read_int4(
+    refs: tuple[jax.Array, ...], unit: jax.Array, column: jax.Array, real: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """A unit is a row of words."""
+    words = load_matrix(refs[0], unit, column, real)
+    return tuple(
+        ((words >> jnp.uint32(find_shift(element, 4))) & jnp.uint32(15)).astype(jnp.int32) - INT4_ZERO
+        for element in range(ELEMENTS)
+    )

@@ -1,0 +1,151 @@
+"""The GPU backends of quantized_matmul and sparse_matmul in the interpreter: numbers, gradients, blocks and refusals.
+
+That they compile for GPUs is shown by test_aot_gpu.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import pack_words, quantized_matmul, sparse_matmul
+from hsai_kernels.gpu_product import ProductTile
+from hsai_kernels.interpret import interpret_gpu
+from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
+from hsai_kernels.ops.quantized_matmul.shapes import SHAPES as QUANTIZED_SHAPES
+from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
+from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
+from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
+from hsai_kernels.ops.sparse_matmul.shapes import SparseShape
+from tests.kernels.test_quantized_matmul import _draw as draw_quantized
+from tests.kernels.test_sparse_matmul import _draw as draw_sparse
+from tests.kernels.tolerances import assert_close
+
+SMALL = ProductTile(rows=16, columns=32, units=16)
+
+
+def run(function: Callable[..., jax.Array], *operands: Any, **options: Any) -> jax.Array:
+    with interpret_gpu():
+        return jax.jit(functools.partial(function, **options))(*operands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_products_match_the_oracle(kind: str) -> None:
+    for index, shape in enumerate(QUANTIZED_SHAPES):
+        for dtype in ("float32", "bfloat16") if index % 3 == 2 else ("float32",):
+            operands, x, weight, largest = draw_quantized(shape, kind, dtype)
+            out = run(quantized_matmul, *operands, implementation="gpu")
+            assert out.dtype == dtype
+            assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float", "int4"])
+def test_sparse_products_match_the_oracle(kind: str) -> None:
+    for index, shape in enumerate(SPARSE_SHAPES):
+        values = kind if kind == "int4" else ("float32", "bfloat16")[index % 2]
+        for dtype in ("float32", "bfloat16") if index % 3 == 2 else ("float32",):
+            operands, x, weight = draw_sparse(shape, values, dtype)
+            out = run(sparse_matmul, *operands, n=shape.kept, m=4, implementation="gpu")
+            assert out.dtype == dtype
+            assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_many_blocks_of_a_quantized_product(kind: str, dtype: str) -> None:
+    """3 ragged blocks of rows, 2 of columns, and of units 3 ragged ones (int4) or 19; groups that blocks straddle."""
+    shape = QuantizedShape(lead=(35,), contraction=296, columns=45, group=8)
+    operands, x, weight, largest = draw_quantized(shape, kind, dtype, "bfloat16")
+    assert_close(run(quantized_matmul_gpu, *operands, tile=SMALL), x @ weight, np.abs(x) @ largest, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_many_blocks_of_a_sparse_product(kind: str, dtype: str) -> None:
+    """3 ragged blocks of rows, 2 of columns, 5 of units; scale groups of 3 and of 1 1/3 blocks."""
+    shape = SparseShape(lead=(35,), contraction=320, columns=45, kept=2, group=80)
+    operands, x, weight = draw_sparse(shape, kind, dtype)
+    out = run(sparse_matmul_gpu, *operands, n=2, m=4, tile=SMALL)
+    assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_contraction_that_is_split(kind: str) -> None:
+    """8 rows: 17 blocks of units (int8: 136) over several programs, the last of which have less to do, or nothing."""
+    shape = QuantizedShape(lead=(8,), contraction=17 * 128, columns=20, group=128)
+    operands, x, weight, largest = draw_quantized(shape, kind, "bfloat16")
+    with interpret_gpu():
+        jaxpr = str(jax.make_jaxpr(functools.partial(quantized_matmul_gpu, tile=SMALL))(*operands))
+    assert f"f32[{34 if kind == 'int8' else 5},8,20]" in jaxpr
+    assert_close(run(quantized_matmul_gpu, *operands, tile=SMALL), x @ weight, np.abs(x) @ largest, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "2:4", "2:4 int4"])
+def test_gradients_are_the_references(kind: str) -> None:
+    if kind.startswith("2:4"):
+        (x, *weight), *_ = draw_sparse(SPARSE_SHAPES[3], "int4" if "int4" in kind else "float32", "float32")
+        function: Callable[..., jax.Array] = functools.partial(sparse_matmul, n=2, m=4)
+    else:
+        (x, *weight), *_ = draw_quantized(QUANTIZED_SHAPES[3], kind, "float32")
+        function = quantized_matmul
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16)), jnp.float32)
+
+    def pull(x: jax.Array, *weight: jax.Array, implementation: str) -> Any:
+        return jax.vjp(functools.partial(function, implementation=implementation), x, *weight)[1](cotangent)
+
+    found = run(pull, x, *weight, implementation="gpu")
+    wanted = jax.jit(functools.partial(pull, implementation="reference"))(x, *weight)
+    for gradient, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert gradient.dtype == expected.dtype
+        if gradient.dtype != jax.dtypes.float0:
+            exact = np.asarray(expected, np.float64)
+            assert_close(gradient, exact, np.abs(exact).max() + 1.0, "float32")
+
+
+def test_vmap_and_scan() -> None:
+    (x, values, scale), *_ = draw_quantized(QUANTIZED_SHAPES[3], "int4", "float32")
+    multiply = functools.partial(quantized_matmul, implementation="gpu")
+    expected = np.asarray(run(multiply, x, values, scale))
+    mapped = run(jax.vmap(multiply, in_axes=(0, None, None)), jnp.stack([x, -x]), values, scale)
+    np.testing.assert_allclose(mapped, [expected, -expected], rtol=1e-6)
+
+    def step(carry: int, layer: Any) -> tuple[int, jax.Array]:
+        return carry, multiply(x, *layer)
+
+    layers = (jnp.stack([values, values]), jnp.stack([scale, 2 * scale]))
+    np.testing.assert_allclose(run(lambda x: jax.lax.scan(step, 0, x)[1], layers), [expected, 2 * expected], rtol=1e-6)
+
+
+def test_the_automatic_choice_takes_them_and_falls_back() -> None:
+    x, words = jnp.ones((1, 32)), pack_words(np.full((32, 5), 9, np.uint8), 4)
+    indices = pack_words(np.zeros((32, 5), np.uint8), 2)
+    for groups, chosen in ((4, True), (8, False)):
+        scale = jnp.full((groups, 5), 0.5)
+        with interpret_gpu():
+            assert ("pallas_call" in str(jax.make_jaxpr(quantized_matmul)(x, words, scale))) is chosen
+            np.testing.assert_array_equal(quantized_matmul(x, words, scale), np.full((1, 5), 16.0))
+    sparse = functools.partial(sparse_matmul, n=2, m=4)
+    with interpret_gpu():
+        assert "pallas_call" in str(jax.make_jaxpr(sparse)(jnp.ones((1, 64)), jnp.ones((32, 5)), indices))
+
+
+def test_refusals() -> None:
+    x, words, scale = jnp.ones((1, 32)), pack_words(np.zeros((32, 5), np.uint8), 4), jnp.ones((8, 5))
+    indices = pack_words(np.zeros((32, 5), np.uint8), 2)
+    with interpret_gpu():
+        with pytest.raises(NotImplementedError, match=r"multiples of 8\), not of 4"):
+            quantized_matmul(x, words, scale, implementation="gpu")
+        with pytest.raises(NotImplementedError, match=r"not x \(0, 32\)"):
+            quantized_matmul(x[:0], words, scale[:1], implementation="gpu")
+        with pytest.raises(NotImplementedError, match=r"not x \(0, 64\)"):
+            sparse_matmul(jnp.ones((0, 64)), jnp.ones((32, 5)), indices, n=2, m=4, implementation="gpu")
+    with pytest.raises(NotImplementedError, match="gpu platform only"):
+        quantized_matmul(x, words, scale[:1], implementation="gpu")
+    with pytest.raises(ValueError, match="units=8 is no block"):
+        ProductTile(rows=16, columns=16, units=8)

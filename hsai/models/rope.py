@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.errors import InputError
+from hsai_kernels import rope
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine of each token's angle with each pair, float32 (B, T, 1, H / 2)."""
@@ -91,5 +92,4 @@ def make_rotation(positions: jax.Array, config: RopeConfig, head_dim: int) -> Ro
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates each head by its token's position: (B, T, N, H) -> the same, in x's dtype, computed in float32."""
     cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rope(x, cos, sin)

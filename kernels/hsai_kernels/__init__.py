@@ -12,6 +12,7 @@ from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int4, dequantize_int8
+from hsai_kernels.ops.rope.api import rope
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
 from hsai_kernels.ops.sparse_matmul.reference import densify_nm
 from hsai_kernels.packing import pack_words, unpack_words
@@ -28,6 +29,7 @@ __all__ = [
     "pack_words",
     "prefer",
     "quantized_matmul",
+    "rope",
     "sparse_matmul",
     "unpack_words",
 ]

@@ -1,6 +1,6 @@
 """The programs that aot_tpu.py compiles: for every TPU kernel a few shapes, a ragged one among them, in each dtype.
 
-Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D embed, F ffn or outputs, V vocabulary.
 """
 
 import dataclasses
@@ -14,6 +14,12 @@ import jax.numpy as jnp
 
 from hsai_kernels.ops.attention.api import attention
 from hsai_kernels.ops.attention.tpu_blocks import choose_blocks
+from hsai_kernels.ops.cross_entropy import tpu as cross_entropy_tpu
+from hsai_kernels.ops.cross_entropy.api import cross_entropy
+from hsai_kernels.ops.gated_mlp import tpu as gated_mlp_tpu
+from hsai_kernels.ops.gated_mlp.api import gated_mlp
+from hsai_kernels.ops.norm_matmul import tpu as norm_matmul_tpu
+from hsai_kernels.ops.norm_matmul.api import norm_matmul
 
 DTYPES = ("bfloat16", "float32")
 
@@ -91,6 +97,80 @@ def _pull_back(attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: 
     return pull(out)
 
 
-_LISTS: dict[str, Callable[[], Iterator[Case]]] = {"attention": _list_attention}
+def _list_cross_entropy() -> Iterator[Case]:
+    # T, D, V
+    shapes: tuple[tuple[str, tuple[int, int, int], dict[str, Any]], ...] = (
+        ("ragged, softcap, z-loss", (40, 128, 300), {"softcap": 30.0, "z_loss": 1e-4}),
+        ("D 1024, V 50257", (1000, 1024, 50257), {}),
+        ("D 2048, V 32768", (2048, 2048, 32768), {}),
+        ("D 4096, V 128256", (2048, 4096, 128256), {}),
+        ("D 8192, V 128256, softcap", (2048, 8192, 128256), {"softcap": 30.0}),
+    )
+    for (name, (tokens, embed, vocab), options), dtype in itertools.product(shapes, DTYPES):
+        x = jax.ShapeDtypeStruct((tokens, embed), dtype)
+        w = jax.ShapeDtypeStruct((embed, vocab), jnp.float32)
+        targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+        blocks = cross_entropy_tpu.choose_blocks(embed, x.dtype.itemsize)
+        lose = functools.partial(cross_entropy, **options, implementation="tpu")
+        passes: tuple[tuple[str, Callable[..., Any]], ...] = (
+            ("cross_entropy forward", lose),
+            ("cross_entropy backward", functools.partial(_pull_back_loss, lose)),
+        )
+        for (kernel, function), (rows, words) in zip(passes, blocks, strict=True):
+            yield Case(
+                kernel=kernel,
+                name=name,
+                dtype=dtype,
+                function=function,
+                operands=(x, w, targets),
+                tile=f"{rows} tokens x {words} words",
+                quick=tokens <= 64,
+            )
+
+
+def _pull_back_loss(lose: Callable[..., jax.Array], x: jax.Array, w: jax.Array, targets: jax.Array) -> Any:
+    """The gradients of x and w for some gradient of the loss."""
+    loss, pull = jax.vjp(lambda x, w: lose(x, w, targets), x, w)
+    return pull(loss)
+
+
+def _list_layers(kernel: str) -> Iterator[Case]:
+    """norm_matmul and gated_mlp."""
+    # R, D, F
+    shapes = (
+        ("ragged", (20, 128, 300)),
+        ("decoding, D 4096, F 14336", (1, 4096, 14336)),
+        ("D 2048, F 5632", (300, 2048, 5632)),
+        ("D 4096, F 14336", (2048, 4096, 14336)),
+        ("D 8192, F 28672", (2048, 8192, 28672)),
+    )
+    for (name, (rows, embed, ffn)), dtype in itertools.product(shapes, DTYPES):
+        x, w = jax.ShapeDtypeStruct((rows, embed), dtype), jax.ShapeDtypeStruct((embed, ffn), dtype)
+        operands: tuple[Any, ...]
+        if kernel == "norm_matmul":
+            function = functools.partial(norm_matmul, eps=1e-5, implementation="tpu")
+            operands = (x, jax.ShapeDtypeStruct((embed,), jnp.float32), w)
+            blocks = norm_matmul_tpu.choose_blocks(embed, x.dtype.itemsize)
+        else:
+            function = functools.partial(gated_mlp, implementation="tpu")
+            operands = (x, w, w, jax.ShapeDtypeStruct((ffn, embed), dtype))
+            blocks = gated_mlp_tpu.choose_blocks(embed, x.dtype.itemsize)
+        yield Case(
+            kernel=kernel,
+            name=name,
+            dtype=dtype,
+            function=function,
+            operands=operands,
+            tile=f"{blocks[0]} rows x {blocks[1]}",
+            quick=rows <= 64,
+        )
+
+
+_LISTS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": _list_attention,
+    "cross_entropy": _list_cross_entropy,
+    "gated_mlp": functools.partial(_list_layers, "gated_mlp"),
+    "norm_matmul": functools.partial(_list_layers, "norm_matmul"),
+}
 KERNELS = tuple(_LISTS)
 """Every API that has TPU kernels here."""

@@ -19,16 +19,43 @@ import numpy as np
 from bench import peers
 from bench.ceilings import find_cache_size
 from bench.timing import Case, Runner
-from hsai.formats import FormatConfig, Int4Config, Weight, nbytes, project
-from hsai_kernels import attention, cross_entropy_sum, prefer
+from hsai.formats import (
+    NM,
+    FormatConfig,
+    Int4,
+    Int4Config,
+    Int8,
+    Int8Config,
+    NMInt4,
+    Packed,
+    Weight,
+    nbytes,
+    project,
+)
+from hsai_kernels import attention, cross_entropy_sum, prefer, quantized_matmul
 
-FORMATS = [config() for config in typing.get_args(FormatConfig)]
-"""Each weight format as it is by default."""
+Multiply = Callable[[jax.Array, Weight], jax.Array]
+
+
+def _project(x: jax.Array, w: Weight) -> jax.Array:
+    return project(x, w, out_axes=(None, None))
+
+
+def _multiply_rounded(x: jax.Array, w: Int8 | Int4) -> jax.Array:
+    """Activations are rounded to 8 bits as they come, as ONNX Runtime does."""
+    return quantized_matmul(x, jax.tree.leaves(w)[0], w.scale, activation_bits=8)
+
+
+FORMATS: list[tuple[str, Any, Multiply]] = [
+    *((config.format, config, _project) for config in (make() for make in typing.get_args(FormatConfig))),
+    ("int8 x int8", Int8Config(), _multiply_rounded),
+    ("int8 x int4", Int4Config(), _multiply_rounded),
+]
+"""Each weight format as it is by default, and what else the kernels multiply by."""
 
 SHAPES = ((2048, 5632), (4096, 4096), (4096, 14336))
 """(D, F)."""
 
-INT4 = "int4"
 DECODE_ROWS = 8
 """Up to here a product waits for its weight; beyond, for arithmetic."""
 
@@ -38,27 +65,27 @@ def make_products(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
     for contraction, columns in SHAPES[:1] if quick else SHAPES:
         draw = np.random.default_rng(0).standard_normal((contraction, columns), np.float32)
         dense = jnp.asarray(draw * contraction**-0.5)
-        for config in FORMATS:
+        for name, config, multiply in FORMATS:
             weight = config.pack(dense)
             for count in rows:
-                yield _make_product(config, weight, dense, count)
+                yield _make_product(name, multiply, weight, dense, count)
 
 
-def _make_product(config: Any, weight: Weight, dense: jax.Array, rows: int) -> Case:
+def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Array, rows: int) -> Case:
     contraction, columns = dense.shape
-    ours = _chain("ours", rows, weight)
-    others = [_chain("xla float32", rows, dense)]
-    if config.format != "dense":
+    ours = _chain("ours", rows, weight, multiply)
+    others = [_chain("xla float32", rows, dense, _project)]
+    if isinstance(weight, Packed):
         with prefer("reference"):
-            others.append(_chain("reference", rows, weight, most=1))
-    # The peer of every packed format: its own width's if there is one, else 4 bits.
-    if config.format not in ("dense", "int8", INT4):
-        others.append(_chain("our int4", rows, Int4Config().pack(dense)))
-    if config.format != "dense" and peers.find_absent() is None:
-        make, width = (peers.make_int8_peer, 8) if config.format == "int8" else (peers.make_int4_peer, 4)
+            others.append(_chain("reference", rows, weight, multiply, most=1))
+    if isinstance(weight, NM | NMInt4):
+        others.append(_chain("our int4", rows, Int4Config().pack(dense), _project))
+    # The peer of every packed format: that of 8 bits for int8, else that of 4.
+    if isinstance(weight, Packed) and peers.find_absent() is None:
+        make, width = (peers.make_int8_peer, 8) if isinstance(weight, Int8) else (peers.make_int4_peer, 4)
         others.append(make(rows, contraction, columns, _count_copies(contraction * columns * width // 8, rows)))
     return Case(
-        name=f"{config.format} {rows}x{contraction}x{columns}",
+        name=f"{name} {rows}x{contraction}x{columns}",
         nbytes=nbytes(weight),
         flops=2 * rows * contraction * columns,
         metric="GB/s" if rows <= DECODE_ROWS else "GFLOP/s",
@@ -73,7 +100,7 @@ def _count_copies(size: int, rows: int) -> int:
     return copies if rows <= DECODE_ROWS else min(copies, 2)
 
 
-def _chain(name: str, rows: int, weight: Weight, *, most: int | None = None) -> Runner:
+def _chain(name: str, rows: int, weight: Weight, multiply: Multiply, *, most: int | None = None) -> Runner:
     """x times each of the copies of a weight; a little of each result is added to the next product's x."""
     copies = most or _count_copies(nbytes(weight), rows)
     weights = [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)]
@@ -83,7 +110,7 @@ def _chain(name: str, rows: int, weight: Weight, *, most: int | None = None) -> 
     @jax.jit
     def program(x: jax.Array, weights: list[Weight]) -> jax.Array:
         for weight in weights:
-            x += 1e-30 * project(x, weight, out_axes=(None, None))[:, :1]
+            x += 1e-30 * multiply(x, weight)[:, :1]
         return x
 
     compiled = program.lower(x, weights).compile()

@@ -1,31 +1,37 @@
 """The TPU kernels of cross_entropy in the TPU interpreter: numbers, gradients, no races; blocks that fit; refusals."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
-from hsai_kernels import cross_entropy
+from hsai_kernels import cross_entropy, cross_entropy_sum
+from hsai_kernels.dispatch import compile_for
+from hsai_kernels.interpret import interpret_tpu
 from hsai_kernels.mosaic import FAST_MEMORY
 from hsai_kernels.ops.cross_entropy.shapes import SHAPES, CrossEntropyShape
 from hsai_kernels.ops.cross_entropy.tpu import choose_blocks, lose_in_blocks
 from tests.kernels.test_cross_entropy import check, draw
-
-# Memory that nobody wrote is NaN: what a ragged block reads behind the vocabulary must reach no result.
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+from tests.kernels.tolerances import assert_close
 
 SMALL = {"forward": (32, 128), "backward": (16, 128)}
 
 
-def check_interpreted(operands: tuple[jax.Array, ...], options: dict[str, Any], **blocks: tuple[int, int]) -> None:
-    with pltpu.force_tpu_interpret_mode(STRICT):
+@pytest.fixture(autouse=True)
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def check_interpreted(
+    operands: tuple[jax.Array, ...], options: dict[str, Any], cores: int = 1, **blocks: tuple[int, int]
+) -> None:
+    with interpret_tpu(cores=cores):
         check(functools.partial(lose_in_blocks, **(SMALL | blocks)), operands, options)
-    assert interpreter.races is not None and not interpreter.races.races_found
 
 
 SUPPORTED = [shape for shape in SHAPES if shape.embed % 128 == 0]
@@ -51,6 +57,27 @@ def test_any_blocks_give_the_same_numbers(forward: tuple[int, int], backward: tu
     """Other ones backward than forward, one block of tokens in flight, and a single block of everything."""
     shape = CrossEntropyShape(lead=(), tokens=33, embed=128, vocab=300)
     check_interpreted(draw(shape, "float32"), {"z_loss": 0.1}, forward=forward, backward=backward)
+
+
+def test_two_cores_share_no_result() -> None:
+    """Blocks of tokens are spread over cores forward; backward one core does everything."""
+    check_interpreted(draw(CrossEntropyShape(lead=(), tokens=40, embed=128, vocab=200), "float32"), {}, cores=2)
+
+
+def test_it_is_the_automatic_choice_on_a_tpu() -> None:
+    """Of a sum too, up to embeddings beyond which another backend is faster."""
+    x, w, targets, weights = draw(CrossEntropyShape(lead=(2,), tokens=3, embed=128, vocab=9), "float32")
+    with compile_for("tpu"):
+        assert "cross_entropy_forward" in str(jax.make_jaxpr(cross_entropy)(x, w, targets))
+        assert "cross_entropy_forward" in str(jax.make_jaxpr(cross_entropy_sum)(x, w, targets, weights))
+        wide = (jnp.zeros((2, 3, 4096)), jnp.zeros((4096, 9)), targets)
+        assert "cross_entropy_forward" in str(jax.make_jaxpr(cross_entropy)(*wide))
+        assert "cross_entropy_forward" not in str(jax.make_jaxpr(cross_entropy_sum)(*wide, weights))
+        with pytest.raises(NotImplementedError, match="up to 2048, where it saves time, not 4096"):
+            cross_entropy_sum(*wide, weights, implementation="tpu")
+    with interpret_tpu():
+        found = jax.jit(cross_entropy_sum)(x, w, targets, weights)
+    assert_close(found, np.asarray(cross_entropy_sum(x, w, targets, weights), np.float64), 50.0, "float32")
 
 
 def test_large_logits_stay_finite() -> None:

@@ -24,7 +24,7 @@ from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, roun
 from hsai_kernels.ops.gated_mlp.reference import ACTIVATIONS, gated_mlp_reference
 
 Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128))
+BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128), (64, 128))
 """C and E: the first that fits is used; many rows save reading weights again."""
 
 

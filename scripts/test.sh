@@ -18,4 +18,4 @@ fi
 ruff format --check .
 ruff check .
 mypy
-exec pytest -n 2 --dist worksteal
+exec pytest -n 2 --dist worksteal --durations 12

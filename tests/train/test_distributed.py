@@ -102,6 +102,7 @@ def test_what_one_process_cannot_read_both_refuse(base: Path, alone: Path, tmp_p
 def test_what_the_first_process_alone_does_and_cannot_ends_both(base: Path, alone: Path) -> None:
     """Only the first one touches metrics.jsonl, which holds something else here: the other must not wait for it."""
     (base / "foreign").mkdir()
+    (base / "foreign" / ".lock").touch()  # or it would not pass for the directory of a run at all
     (base / "foreign" / "metrics.jsonl").write_text("dear diary\n" * 2)
     ends = [finish(p, 60) for p in launch_together(*WORDS, *where(base, "foreign"), cache=base / "compiled")]
     assert [status for status, _, _ in ends] == [2, 2], ends

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def list_cases(kernel: str) -> Iterator[Case]:
     return _LISTS[kernel]()
 
 
-def _list_attention() -> Iterator[Case]:
+def list_attention(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
     """Each kernel with its own tile: the forward one as the API calls it."""
     # B, T, S, N, K, H
     shapes: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
@@ -50,7 +50,7 @@ def _list_attention() -> Iterator[Case]:
         ("head dim 256", (1, 1024, 1024, 2, 2, 256), {}),
         ("decoding, split keys", (2, 1, 5000, 8, 2, 128), {}),
     )
-    for (name, shape, options), dtype in itertools.product(shapes, DTYPES):
+    for (name, shape, options), dtype in itertools.product(shapes, dtypes):
         batch, queries, keys, heads, kv_heads, head_dim = shape
         q = jax.ShapeDtypeStruct((batch, queries, heads, head_dim), dtype)
         k = jax.ShapeDtypeStruct((batch, keys, kv_heads, head_dim), dtype)
@@ -174,7 +174,7 @@ def _describe_product(
 
 
 _LISTS: dict[str, Callable[[], Iterator[Case]]] = {
-    "attention": _list_attention,
+    "attention": list_attention,
     "quantized_matmul": _list_quantized_matmul,
     "sparse_matmul": _list_sparse_matmul,
 }

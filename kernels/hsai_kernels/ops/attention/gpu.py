@@ -49,7 +49,7 @@ TILES: Mapping[tuple[str, int], Tiles] = {
     },
     ("float32", 128): {
         "forward": Tile(rows=32, keys=16, warps=8, stages=2),
-        "d_rows": Tile(rows=32, keys=32, warps=8, stages=2),
+        "d_rows": Tile(rows=16, keys=32, warps=8, stages=2),
         "d_keys": Tile(rows=32, keys=32, warps=8, stages=2),
     },
     ("float32", 256): {

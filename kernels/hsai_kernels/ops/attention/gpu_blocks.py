@@ -1,7 +1,7 @@
 """What the GPU attention kernels share: the plan of a call, its blocks in memory, and scores of rows and keys.
 
 A row is one query of one head. The G query heads of a kv head follow one another for every query, so that a block of
-rows holds whole queries, is read in one piece from (B, T, N, H), and shares each key that it loads. That serves
+rows shares each key that it loads, and takes its queries from (B, T, N, H) as they are. That serves
 training and decoding alike: with one query, the heads are the rows. Triton's blocks are powers of two and its loads
 check nothing: what lies outside (ragged lengths, head dims such as 80) is masked here, where it is static that there is
 any.

@@ -71,8 +71,8 @@ def test_other_errors_of_a_backend_are_not_hidden():
 
 
 def test_unknown_names_are_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="'tpu' of quantized_matmul: valid are cpu, gpu, reference"):
-        quantized_matmul(*_operands(), implementation="tpu")
+    with pytest.raises(ValueError, match="'chunked' of quantized_matmul: valid are cpu, gpu, reference, tpu"):
+        quantized_matmul(*_operands(), implementation="chunked")
     q = jnp.zeros((1, 1, 1, 8))
     at = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match="'cpu' of attention: valid are chunked, gpu, reference"):

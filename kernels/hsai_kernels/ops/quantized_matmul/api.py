@@ -10,11 +10,13 @@ from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.quantized_matmul.cpu import quantized_matmul_cpu
 from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.tpu import quantized_matmul_tpu
 
 BACKENDS: dict[str, Backend] = {
     "cpu": quantized_matmul_cpu,
     "gpu": quantized_matmul_gpu,
     "reference": quantized_matmul_reference,
+    "tpu": quantized_matmul_tpu,
 }
 
 
@@ -40,7 +42,8 @@ def quantized_matmul(
       activation_bits: None takes activations as they are. 8 rounds them first, every row's group of positions that
         shares a scale of the weight with a step of its own (`round_activations`): products are then of integers. The
         gradient is that of the product without rounding.
-      implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), or None for the platform's best.
+      implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), "tpu" (Mosaic), or None for the platform's
+        best.
 
     Returns:
       (..., F) in x's dtype, accumulated in float32.

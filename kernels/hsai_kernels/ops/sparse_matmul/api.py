@@ -11,11 +11,13 @@ from hsai_kernels.ops.quantized_matmul.api import check_activation_bits, check_a
 from hsai_kernels.ops.sparse_matmul.cpu import sparse_matmul_cpu
 from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
+from hsai_kernels.ops.sparse_matmul.tpu import sparse_matmul_tpu
 
 BACKENDS: dict[str, Backend] = {
     "cpu": sparse_matmul_cpu,
     "gpu": sparse_matmul_gpu,
     "reference": sparse_matmul_reference,
+    "tpu": sparse_matmul_tpu,
 }
 
 
@@ -43,7 +45,8 @@ def sparse_matmul(
         None for floating values.
       n, m: kept elements and positions a group: m = 4, n = 1, 2 or 3.
       activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for int4 words.
-      implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), or None for the platform's best.
+      implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), "tpu" (Mosaic), or None for the platform's
+        best.
 
     Returns:
       (..., F) in x's dtype, accumulated in float32.

@@ -1,0 +1,89 @@
+"""TPU backend of quantized_matmul (Pallas, Mosaic): any number of rows by int8 values, int4 or int2 words.
+
+Decoding reads the weight once for up to 512 rows: 1 or 1/2 byte an element, where bfloat16 has 2. Prefill rebuilds each
+block of the weight once for 512 rows. What an element costs the vector unit, counted and not measured: about 3
+operations for int8, 6 for int4 (shift, mask, conversion, offset, scale, rounding). On a v5e about 4,096 lanes meet 870
+bytes of HBM a cycle. So int8 is bound by its bytes (its work takes the time of 0.6 bytes), and int4 by its operations:
+the time of 1.3 bytes, which is faster than bfloat16 and slower than int8; what it saves for certain is memory.
+
+Dimensions: D contraction, F output, J planes, U rows a plane.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.dispatch import check_platform
+from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
+from hsai_kernels.packing import SUPPORTED_BITS, count_elements, find_shift
+
+
+def quantized_matmul_tpu(
+    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int = 4, activation_bits: int | None = None
+) -> jax.Array:
+    """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
+
+    Scaled weights are rounded to x's dtype, as the reference does; sums are float32. The gradients are the reference's,
+    which rebuilds the dense weight. Raises NotImplementedError for what it does not support.
+    """
+    check_platform("tpu")
+    if activation_bits is not None:
+        raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
+    return _multiply(bits, x, values, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    return multiply_packed(choose_packing(values, bits), x, (values,), scale, "quantized_matmul")
+
+
+def _multiply_forward(
+    bits: int, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _multiply(bits, x, values, scale), (x, values, scale)
+
+
+def _multiply_backward(bits: int, residual: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array) -> tuple:
+    return jax.vjp(functools.partial(quantized_matmul_reference, bits=bits), *residual)[1](cotangent)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:
+    """Plane j is the rows j, j + J, ..."""
+    return load_strided(packed[0], planes)
+
+
+def _load_codes(bits: int, planes: int, packed: list[Any]) -> list[jax.Array]:
+    """With E elements a word, plane j is element j % E of the words j // E, j // E + J / E, ..."""
+    count = count_elements(bits)
+    words = load_strided(packed[0], planes // count)
+    zero = 1 << (bits - 1)
+    return [take_element(words[j // count], bits, j % count).astype(jnp.float32) - zero for j in range(planes)]
+
+
+def take_element(words: jax.Array, bits: int, element: int) -> jax.Array:
+    """int32: one element of every uint32 word, where packing.py puts it."""
+    words = jax.lax.bitcast_convert_type(words, jnp.int32)
+    shift = jnp.full_like(words, find_shift(element, bits))
+    return jax.lax.shift_right_logical(words, shift) & (2**bits - 1)
+
+
+INT8 = Packing(period=1, load_planes=_load_int8, rows=((1, 1),))
+CODES = {
+    bits: Packing(
+        period=count_elements(bits),
+        load_planes=functools.partial(_load_codes, bits),
+        rows=((1, count_elements(bits)),),
+    )
+    for bits in SUPPORTED_BITS
+}
+
+
+def choose_packing(values: jax.Array | jax.ShapeDtypeStruct, bits: int) -> Packing:
+    """How values of that dtype are packed; `bits` counts for words only."""
+    return INT8 if values.dtype == jnp.int8 else CODES[bits]

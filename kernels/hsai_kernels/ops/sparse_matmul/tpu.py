@@ -1,0 +1,100 @@
+"""TPU backend of sparse_matmul (Pallas, Mosaic): N:4 weights are made dense in fast memory.
+
+The matrix unit has no use for zeros, so that flops are those of a dense product; the win is bytes. With n of 4 kept, an
+element of the dense weight costs n/4 values and n/4 indices of 2 bits. For 2:4: bfloat16 8 + 0.5 = 8.5 bits where dense
+has 16 (1.9 times fewer), int4 2 + 0.5 = 2.5 bits and the scales, where dense int4 has 4 (1.6 times fewer) and bfloat16
+16 (6.4 times). For 1:4: 4.25 bits, and 1.25. Decoding can gain up to these factors where bytes bound it; each dense
+element needs about n comparisons and selections, by which a fast memory may outrun the vector unit.
+
+Dimensions: D contraction, F output, C kept elements a column, J planes (tpu_product.py), U rows a plane.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hsai_kernels.dispatch import check_platform
+from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
+from hsai_kernels.ops.quantized_matmul.tpu import take_element
+from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
+from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
+
+Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
+
+
+def sparse_matmul_tpu(
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
+    *,
+    n: int,
+    m: int,
+    activation_bits: int | None = None,
+) -> jax.Array:
+    """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
+
+    Weights are rounded to x's dtype, as the reference does; sums are float32. The gradients are the reference's, which
+    rebuilds the dense weight. Raises NotImplementedError for what it does not support.
+    """
+    check_platform("tpu")
+    if activation_bits is not None:
+        raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
+    return _multiply(n, m, x, values, indices, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+) -> jax.Array:
+    return multiply_packed(choose_packing(n, values), x, (values, indices), scale, "sparse_matmul")
+
+
+def _multiply_forward(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, Operands]:
+    return _multiply(n, m, x, values, indices, scale), (x, values, indices, scale)
+
+
+def _multiply_backward(n: int, m: int, residual: Operands, cotangent: jax.Array) -> tuple:
+    return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def choose_packing(n: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:
+    """How values of that dtype, and their indices, are packed: a period ends with a word of indices."""
+    period = {1: 64, 2: 32, 3: 64}[n]
+    packed = values.dtype == jnp.uint32
+    return Packing(
+        period=period,
+        load_planes=functools.partial(_load_dense, n),
+        rows=((n, 32) if packed else (n, 4), (n, 64)),
+        floating=not packed,
+    )
+
+
+def _load_dense(n: int, planes: int, packed: list[Any]) -> list[jax.Array]:
+    """Plane j holds position j % 4 of the sparsity groups j // 4, j // 4 + J / 4, ..."""
+    values, indices = packed
+    count = planes * n // 4
+    words = load_strided(indices, count // 16)
+    kept = _load_kept(values, count)
+    places = [take_element(words[c // 16], 2, c % 16) for c in range(count)]
+    dense = []
+    for j in range(planes):
+        chosen = range(j // 4 * n, (j // 4 + 1) * n)
+        # Positions of a group are distinct: at most one is this one.
+        dense.append(functools.reduce(jnp.add, [jnp.where(places[c] == j % 4, kept[c], 0.0) for c in chosen]))
+    return dense
+
+
+def _load_kept(values: Any, count: int) -> list[jax.Array]:
+    """float32: for each of the first `count` kept elements of a column, it and every count-th after it."""
+    if values.dtype == jnp.uint32:
+        words = load_strided(values, count // 8)
+        return [take_element(words[c // 8], 4, c % 8).astype(jnp.float32) - INT4_ZERO for c in range(count)]
+    return load_strided(values, count)

@@ -1,0 +1,177 @@
+"""The TPU backends of quantized_matmul and sparse_matmul in TPU interpret mode, against the float64 oracles.
+
+That their kernels compile for real chips is shown by test_aot_tpu.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import quantized_matmul, sparse_matmul
+from hsai_kernels.interpret import interpret_tpu
+from hsai_kernels.ops.quantized_matmul.shapes import SHAPES as QUANTIZED_SHAPES
+from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
+from hsai_kernels.ops.quantized_matmul.tpu import CODES, INT8
+from hsai_kernels.ops.quantized_matmul.tpu_product import plan_product
+from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
+from hsai_kernels.ops.sparse_matmul.shapes import SparseShape
+from tests.kernels import oracles
+from tests.kernels.tolerances import assert_close
+
+DTYPES = ("float32", "bfloat16")
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_races(capfd):
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def draw_quantized(shape: QuantizedShape, kind: str, dtype: str):
+    """(x, values, scale), and in float64: the product, and the magnitude of its terms."""
+    rng = np.random.default_rng(shape.contraction + shape.columns)
+    x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
+    scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), jnp.float32)
+    bits = BITS[kind]
+    zero = 1 << (bits - 1)
+    codes = rng.integers(-zero, zero, (shape.contraction, shape.columns))
+    values = jnp.asarray(codes, jnp.int8) if bits == 8 else jnp.asarray(oracles.pack(codes + zero, bits))
+    weight = oracles.scale_rows(codes, np.asarray(scale, np.float64))
+    exact = np.asarray(x, np.float64)
+    return (x, values, scale), exact @ weight, np.abs(exact) @ np.abs(weight)
+
+
+def draw_sparse(shape: SparseShape, kind: str, dtype: str):
+    """(x, values, indices, scale), and in float64: the product, and the magnitude of its terms."""
+    rng = np.random.default_rng(shape.contraction + shape.columns)
+    x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
+    positions = oracles.draw_positions(rng, shape.contraction, shape.columns, shape.kept)
+    if kind == "int4":
+        codes = rng.integers(-8, 8, positions.shape)
+        values = jnp.asarray(oracles.pack(codes + 8, 4))
+        scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), jnp.float32)
+        kept = oracles.scale_rows(codes, np.asarray(scale, np.float64))
+    else:
+        values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
+        kept = np.asarray(values, np.float64)
+    weight = oracles.densify(kept, positions, shape.kept)
+    exact = np.asarray(x, np.float64)
+    return (x, values, jnp.asarray(oracles.pack(positions, 2)), scale), exact @ weight, np.abs(exact) @ np.abs(weight)
+
+
+# Each shape in one of the dtypes; then two blocks of the contraction, the second ragged, and two blocks of rows.
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, DTYPES[i % 2]) for i, shape in enumerate(QUANTIZED_SHAPES)),
+        (QuantizedShape(lead=(3,), contraction=1280, columns=140, group=64), "float32"),
+        (QuantizedShape(lead=(2, 260), contraction=64, columns=20, group=64), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_quantized_products_match_the_oracle(shape, dtype, kind):
+    check_quantized(shape, dtype, kind)
+
+
+@pytest.mark.parametrize("shape", [QUANTIZED_SHAPES[2], QUANTIZED_SHAPES[8]], ids=str)
+def test_int2_products_match_the_oracle(shape):
+    check_quantized(shape, "float32", "int2")
+
+
+def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
+    operands, product, magnitude = draw_quantized(shape, kind, dtype)
+    with interpret_tpu():
+        out = np.asarray(quantized_matmul(*operands, bits=BITS[kind] % 8 or 4, implementation="tpu"))
+    assert out.dtype == dtype
+    assert_close(out, product, magnitude, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype"),
+    [
+        *((s, ("float32", "int4", "bfloat16")[i % 3], DTYPES[i % 2]) for i, s in enumerate(SPARSE_SHAPES)),
+        *(
+            (SparseShape(lead=(3,), contraction=1280, columns=140, kept=n, group=64), kind, "float32")
+            for n, kind in ((2, "int4"), (2, "bfloat16"), (1, "int4"), (3, "float32"))
+        ),
+    ],
+    ids=str,
+)
+def test_sparse_products_match_the_oracle(shape, kind, dtype):
+    operands, product, magnitude = draw_sparse(shape, kind, dtype)
+    with interpret_tpu():
+        out = np.asarray(sparse_matmul(*operands, n=shape.kept, m=4, implementation="tpu"))
+    assert out.dtype == dtype
+    assert_close(out, product, magnitude, dtype)
+
+
+@pytest.mark.parametrize("kind", ["int8", "2:4 int4"])
+def test_gradients_are_the_references(kind):
+    """The reference's gradients are held to the oracle by its own tests; here all floating operands have theirs."""
+    if kind == "int8":
+        operands, product, _ = draw_quantized(QUANTIZED_SHAPES[4], "int8", "float32")
+        multiply, floating = quantized_matmul, (0, 2)
+    else:
+        operands, product, _ = draw_sparse(SPARSE_SHAPES[4], "int4", "float32")
+        multiply, floating = functools.partial(sparse_matmul, n=2, m=4), (0, 3)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(product.shape), jnp.float32)
+
+    def differentiate(implementation):
+        pull = jax.vjp(lambda *o: multiply(*o, implementation=implementation), *operands)[1]
+        return [np.asarray(pull(cotangent)[i]) for i in floating]
+
+    with interpret_tpu():
+        found = differentiate("tpu")
+    for gradient, expected in zip(found, differentiate("reference"), strict=True):
+        assert np.any(expected != 0)
+        np.testing.assert_array_equal(gradient, expected)
+
+
+@pytest.mark.parametrize("group", [8, 16, 32, 40, 64, 96, 128, 256, 512, 1280, None])
+@pytest.mark.parametrize("packing", [INT8, CODES[4], CODES[2]], ids=["int8", "int4", "int2"])
+def test_blocks_hold_whole_planes_and_groups(packing, group):
+    plan = plan_product(packing, 5, 15360, 300, group)
+    assert plan.contraction % 128 == 0 and plan.contraction % (8 * plan.planes) == 0
+    assert plan.planes % packing.period == 0 and plan.contraction <= 4096
+    if group is not None:
+        assert plan.contraction % group == 0
+        # A plane's rows are those of the scales, or eight at a time share one.
+        assert plan.planes % group == 0 or group % (8 * plan.planes) == 0
+    assert (plan.rows, plan.columns) == (16, 384)
+
+
+def test_groups_that_no_block_holds_are_refused():
+    operands, *_ = draw_quantized(
+        QuantizedShape(lead=(1,), contraction=12000, columns=2, group=6000), "int8", "float32"
+    )
+    with interpret_tpu(), pytest.raises(NotImplementedError, match="blocks of up to 4096 positions, not of 6000"):
+        quantized_matmul(*operands, implementation="tpu")
+
+
+def test_rounded_activations_are_refused():
+    (x, values, indices, scale), *_ = draw_sparse(SPARSE_SHAPES[0], "int4", "float32")
+    with interpret_tpu(), pytest.raises(NotImplementedError, match="not rounded to 8 bits"):
+        sparse_matmul(x, values, indices, scale, n=2, m=4, activation_bits=8, implementation="tpu")
+    operands, *_ = draw_quantized(QUANTIZED_SHAPES[0], "int8", "float32")
+    with interpret_tpu(), pytest.raises(NotImplementedError, match="not rounded to 8 bits"):
+        quantized_matmul(*operands, activation_bits=8, implementation="tpu")
+
+
+def test_empty_operands_are_refused():
+    operands, *_ = draw_quantized(QuantizedShape(lead=(0,), contraction=32, columns=2, group=32), "int8", "float32")
+    with interpret_tpu(), pytest.raises(NotImplementedError, match=r"not empty, not x \(0, 32\)"):
+        quantized_matmul(*operands, implementation="tpu")
+
+
+def test_other_platforms_are_refused():
+    for multiply, operands in (
+        (quantized_matmul, draw_quantized(QUANTIZED_SHAPES[0], "int8", "float32")[0]),
+        (functools.partial(sparse_matmul, n=2, m=4), draw_sparse(SPARSE_SHAPES[0], "int4", "float32")[0]),
+    ):
+        with pytest.raises(NotImplementedError, match="tpu platform only"):
+            multiply(*operands, implementation="tpu")

@@ -133,7 +133,7 @@ def choose_files(files: Iterable[SourceFile], max_bytes: int | None, seed: int) 
     """Puts files into a random order that is fixed by `seed`, and takes about `max_bytes` of them, never more.
 
     Raises:
-      InputError: not even the smallest file fits.
+      InputError: all files are empty, or not even the smallest fits.
     """
     files = tuple(file for file in files if file.size > 0)
     if not files:

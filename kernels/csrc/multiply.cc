@@ -53,9 +53,12 @@ std::vector<float> widen_activations(const Activations& a, std::int64_t dense, i
   return x;
 }
 
+// How many of 4 an N:4 weight keeps.
+std::int64_t count_kept(const Weight& weight) { return weight.stored / (weight.dense / 4); }
+
 // Where every stored element's group of 4 starts.
 std::vector<std::int32_t> list_quads(const Weight& weight) {
-  const std::int64_t kept = weight.stored / (weight.dense / 4);
+  const std::int64_t kept = count_kept(weight);
   std::vector<std::int32_t> quads(static_cast<std::size_t>(weight.stored));
   for (std::int64_t c = 0; c < weight.stored; ++c) {
     quads[static_cast<std::size_t>(c)] = static_cast<std::int32_t>(c / kept * 4);
@@ -108,7 +111,7 @@ void write_tile(const Tile& tile, const float* sums, const Activations& a, std::
 }
 
 std::vector<Slot> list_slots(const Weight& weight) {
-  const std::int64_t kept = weight.stored / (weight.dense / 4);
+  const std::int64_t kept = count_kept(weight);
   std::vector<Slot> slots(static_cast<std::size_t>(weight.stored / 4));
   std::int64_t element = 0;
   for (Slot& slot : slots) {
@@ -125,7 +128,7 @@ std::vector<Slot> list_slots(const Weight& weight) {
 // so many that blocks fill a group of the weight.
 std::int64_t choose_block(const Weight& weight, Format format, std::int64_t most) {
   std::int64_t unit = format == Format::kInt2 ? 16 : 8;
-  if (weight.indices != nullptr && weight.stored / (weight.dense / 4) == 3) unit = 24;
+  if (weight.indices != nullptr && count_kept(weight) == 3) unit = 24;
   std::int64_t block = unit;
   for (std::int64_t size = unit; size <= most; size += unit) {
     if (weight.group % size == 0) block = size;

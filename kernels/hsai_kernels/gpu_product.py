@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.interpret import is_interpreting_gpu
-from hsai_kernels.triton_blocks import check_block, fit_block, index_matrix, load_matrix, multiply
+from hsai_kernels.triton_blocks import check_block, fit_block, index_matrix, load_matrix
 
 PROGRAMS = 256
 """How many programs fill a GPU of about 100 processors: no more splits than that takes."""

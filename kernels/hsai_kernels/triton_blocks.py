@@ -36,10 +36,3 @@ def load_matrix(
     """(r, c) of a matrix, at `lead` of a stack of them; zeros where `real` (r, c) is False. None: all are there."""
     at = ref.at[(*lead, *index_matrix(rows, columns))]
     return plgpu.load(at) if real is None else plgpu.load(at, mask=real, other=0)
-
-
-def multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """float32 product over an axis of each. Float32 operands are not rounded to TF32, which would cost 13 bits."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    axes = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, precision=exact, preferred_element_type=jnp.float32)

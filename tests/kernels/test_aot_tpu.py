@@ -36,7 +36,7 @@ def test_what_the_compiler_refuses_is_a_row_with_its_reason():
     script = (
         "import json; from hsai_kernels import aot_tpu, aot_tpu_cases;"
         "from hsai_kernels.ops.attention import tpu_blocks;"
-        "tpu_blocks.LIMIT = 2**17; case = next(aot_tpu_cases.list_cases('attention', quick=True));"
+        "tpu_blocks.MEMORY_LIMIT = 2**17; case = next(aot_tpu_cases.list_cases('attention', quick=True));"
         "print(json.dumps(aot_tpu.compile_case(case, 'v5e', aot_tpu.find_device('v5e'))))"
     )
     (row,) = aot_tpu.run_apart(FOLDER, ["-c", script])

@@ -16,6 +16,8 @@ from tests.kernels.tolerances import assert_close
 # Those of accelerators have tests of their own, in their interpreters.
 IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
 BITS = {"int8": 8, "int4": 4, "int2": 2}
+# A word holds 16 codes of 2 bits: a shorter contraction cannot be packed at all.
+CASES = [(kind, shape) for kind in BITS for shape in SHAPES if kind != "int2" or shape.contraction % 16 == 0]
 
 
 def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "float32"):
@@ -48,11 +50,8 @@ def _implementations(shape: QuantizedShape, kind: str):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", BITS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
 def test_products_match_the_oracle(shape, kind, dtype):
-    if kind == "int2" and shape.group % 16:
-        pytest.skip("groups are of whole words in every backend")
     operands, x, weight, largest = _draw(shape, kind, dtype)
     for implementation in _implementations(shape, kind):
         out = quantized_matmul(*operands, bits=BITS[kind] % 8 or 4, implementation=implementation)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.ops.attention import gpu_blocks as blocks
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan, Tile, Tiles
-from hsai_kernels.triton_blocks import multiply
 
 
 def pull_back(

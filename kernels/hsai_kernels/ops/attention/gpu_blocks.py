@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from hsai_kernels.triton_blocks import SMALLEST_BLOCK, check_block, index_matrix, load_matrix, multiply
+from hsai_kernels.block_product import multiply
+from hsai_kernels.triton_blocks import SMALLEST_BLOCK, check_block, index_matrix, load_matrix
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LOG2_E = math.log2(math.e)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.ops.attention import gpu_blocks as blocks
 from hsai_kernels.ops.attention.gpu_blocks import LOG2_E, LOWEST, Marks, Plan, Tile
-from hsai_kernels.triton_blocks import multiply
 
 PROGRAMS = 256
 """How many programs fill a GPU of about 100 processors: no more splits than that takes."""

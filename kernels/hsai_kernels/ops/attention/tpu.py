@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.mosaic import LANES
 from hsai_kernels.ops.attention.tpu_backward import differentiate_keys, differentiate_queries
-from hsai_kernels.ops.attention.tpu_blocks import LANES, Options, choose_blocks, pad_marks, pad_rows
+from hsai_kernels.ops.attention.tpu_blocks import Options, choose_blocks, pad_marks, pad_rows
 from hsai_kernels.ops.attention.tpu_forward import attend
 
 Saved = tuple[jax.Array, ...]

@@ -16,12 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from hsai_kernels.block_product import multiply
+from hsai_kernels.mosaic import LANES, MEMORY_LIMIT, TILE_ROWS
+
 LOWEST = float(jnp.finfo(jnp.float32).min)
-SUBLANES = 16
-"""Rows of a bfloat16 tile; float32 has 8, and takes multiples of 16 as well."""
-LIMIT = 60 * 2**20
-"""Bytes of VMEM that a kernel may use; the smallest of the chips (7x) has 64 MiB."""
 
 LARGEST_BLOCKS = {
     # (bytes of an element, head dims up to): (rows, keys) forward, (rows, keys) backward.
@@ -61,7 +59,7 @@ def choose_blocks(
         raise NotImplementedError(f"has operands of float32 or bfloat16, not of {dtype}")
     for (itemsize, largest), blocks in LARGEST_BLOCKS.items():
         if itemsize == dtype.itemsize and head_dim <= largest:
-            forward, backward = ((_fit(rows, r, SUBLANES), _fit(keys, s, LANES)) for r, s in blocks)
+            forward, backward = ((_fit(rows, r, TILE_ROWS), _fit(keys, s, LANES)) for r, s in blocks)
             return forward, backward
     raise NotImplementedError(f"has head dims up to {max(largest for _, largest in LARGEST_BLOCKS)}, not {head_dim}")
 
@@ -168,13 +166,6 @@ def turn_row(row: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
-def multiply(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """float32 product over axis contract[0] of a and contract[1] of b; operands of float32 are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
 def score(options: Options, a: jax.Array, b: jax.Array) -> jax.Array:
     """float32 scores of each row of `a` with each row of `b`, capped."""
     scores = multiply(a, b, (1, 1)) * options.scale
@@ -184,4 +175,4 @@ def score(options: Options, a: jax.Array, b: jax.Array) -> jax.Array:
 def set_semantics() -> Any:
     """Batch, heads and the blocks that keep results are independent; the blocks that pass by follow one another."""
     order: tuple[Any, ...] = ("parallel", "parallel", "parallel", "arbitrary")
-    return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=LIMIT)
+    return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=MEMORY_LIMIT)

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hsai_kernels.block_product import multiply
+from hsai_kernels.mosaic import LANES
 from hsai_kernels.ops.attention.tpu_blocks import (
-    LANES,
     LOWEST,
     Options,
     find_bounds,
     find_visible,
     is_needed,
-    multiply,
     score,
     set_semantics,
     turn_row,

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
 from hsai_kernels.ops.gated_mlp.reference import ACTIVATIONS, gated_mlp_reference
 
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128), (64, 128))
 """C and E: the first that fits is used; many rows save reading weights again."""
 
@@ -70,10 +70,11 @@ def multiply_in_blocks(
     if rows == 0 or ffn == 0:
         return jnp.zeros(x.shape, x.dtype)
     options = Options(activation=activation, rows=min(blocks[0], round_rows(rows)), hidden=min(blocks[1], ffn))
-    return _compute(options, x.reshape(rows, embed), gate, up, down).reshape(x.shape)
+    reference = functools.partial(gated_mlp_reference, activation=activation)
+    compute = differentiate_as(reference, functools.partial(_compute, options))
+    return compute(x.reshape(rows, embed), gate, up, down).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _compute(options: Options, x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
     padded, ffn = pad_rows(x, options.rows), gate.shape[1]
     rows, embed = padded.shape
@@ -127,18 +128,3 @@ def _multiply(options: Options, ffn: int, x: Any, gate: Any, up: Any, down: Any,
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
-
-
-def _forward(
-    options: Options, x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
-) -> tuple[jax.Array, Operands]:
-    return _compute(options, x, gate, up, down), (x, gate, up, down)
-
-
-def _backward(options: Options, saved: Operands, grad: jax.Array) -> Operands:
-    pull = jax.vjp(functools.partial(gated_mlp_reference, activation=options.activation), *saved)[1]
-    d_x, d_gate, d_up, d_down = pull(grad)
-    return d_x, d_gate, d_up, d_down
-
-
-_compute.defvjp(_forward, _backward)

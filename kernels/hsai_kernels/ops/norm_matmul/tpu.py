@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
 from hsai_kernels.ops.norm_matmul.reference import norm_matmul_reference, normalize
 
-Operands = tuple[jax.Array, jax.Array, jax.Array]
 BLOCKS = ((512, 512), (256, 512), (256, 256), (128, 128))
 """C and E: the first that fits is used."""
 
@@ -67,10 +67,10 @@ def multiply_in_blocks(
     if rows == 0 or columns == 0:
         return jnp.zeros((*lead, columns), x.dtype)
     options = Options(eps=eps, rows=min(blocks[0], round_rows(rows)), columns=min(blocks[1], columns))
-    return _compute(options, x.reshape(rows, contraction), gain, w).reshape(*lead, columns)
+    compute = differentiate_as(functools.partial(norm_matmul_reference, eps=eps), functools.partial(_compute, options))
+    return compute(x.reshape(rows, contraction), gain, w).reshape(*lead, columns)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _compute(options: Options, x: jax.Array, gain: jax.Array, w: jax.Array) -> jax.Array:
     padded, rounded, columns = pad_rows(x, options.rows), w.astype(x.dtype), w.shape[1]
     rows, contraction = padded.shape
@@ -107,16 +107,3 @@ def _multiply(eps: float, x: Any, gain: Any, w: Any, out: Any, normalized: Any) 
 
     product = jax.lax.dot_general(normalized[...], w[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     out[...] = product.astype(out.dtype)
-
-
-def _forward(options: Options, x: jax.Array, gain: jax.Array, w: jax.Array) -> tuple[jax.Array, Operands]:
-    return _compute(options, x, gain, w), (x, gain, w)
-
-
-def _backward(options: Options, saved: Operands, grad: jax.Array) -> Operands:
-    pull = jax.vjp(functools.partial(norm_matmul_reference, eps=options.eps), *saved)[1]
-    d_x, d_gain, d_w = pull(grad)
-    return d_x, d_gain, d_w
-
-
-_compute.defvjp(_forward, _backward)

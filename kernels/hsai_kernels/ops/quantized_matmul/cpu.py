@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
-
-Operands = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def quantized_matmul_cpu(
@@ -36,10 +35,10 @@ def quantized_matmul_cpu(
     if activation_bits is not None and not packed:
         raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
-    return _multiply(bits if packed else 8, activation_bits, x, values, scale)
+    kernel = functools.partial(_multiply, bits if packed else 8, activation_bits)
+    return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), kernel)(x, values, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
@@ -51,16 +50,3 @@ def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.
     )
     result = call(rows, values, scale, bits=bits, activation_bits=activation_bits or 0)
     return result.reshape(*lead, columns)
-
-
-def _multiply_forward(
-    bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, Operands]:
-    return _multiply(bits, activation_bits, x, values, scale), (x, values, scale)
-
-
-def _multiply_backward(bits: int, activation_bits: int | None, residual: Operands, cotangent: jax.Array) -> tuple:
-    return jax.vjp(functools.partial(quantized_matmul_reference, bits=bits), *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gpu_product import ProductTile, multiply_compressed
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO, quantized_matmul_reference
 from hsai_kernels.packing import find_shift
 from hsai_kernels.triton_blocks import load_matrix
@@ -44,32 +45,16 @@ def quantized_matmul_gpu(
     group = x.shape[-1] // scale.shape[0]
     if values.dtype == jnp.uint32 and group % ELEMENTS:
         raise NotImplementedError(f"has int4 groups of whole words (multiples of {ELEMENTS}), not of {group}")
-    return _multiply(tile, x, values, scale)
+    # The gradient rebuilds the dense weight: XLA's product then serves x and the scales.
+    return differentiate_as(quantized_matmul_reference, functools.partial(_multiply, tile))(x, values, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     columns = values.shape[1]
     read, positions = (_read_int8, 1) if values.dtype == jnp.int8 else (_read_int4, ELEMENTS)
     rows = x.reshape(-1, x.shape[-1])
     out = multiply_compressed(read, positions, rows, (values,), scale, columns, tile)
     return out.reshape(*x.shape[:-1], columns)
-
-
-def _multiply_forward(
-    tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _multiply(tile, x, values, scale), (x, values, scale)
-
-
-def _multiply_backward(
-    tile: ProductTile | None, residual: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array
-) -> tuple:
-    # Rebuilds the dense weight, as the reference does: XLA's product then serves x and the scales.
-    return jax.vjp(quantized_matmul_reference, *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _read_int8(

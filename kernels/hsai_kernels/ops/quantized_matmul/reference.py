@@ -5,9 +5,12 @@
 Dimensions: D contraction, F output, g contraction positions that share a scale.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.packing import unpack_words
 
 INT4_ZERO = 8
@@ -74,10 +77,17 @@ def quantized_matmul_reference(
 
     The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
     """
-    codes = values if values.dtype == jnp.int8 else decode_words(values, bits)
-    weight = scale_groups(codes.astype(jnp.float32), scale).astype(x.dtype)
-    product = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-    if activation_bits is None:
-        return product
-    rounded = multiply_codes(*jax.lax.stop_gradient((x, codes.astype(jnp.int8), scale)))
-    return rounded + (product - jax.lax.stop_gradient(product))  # which adds zero, and has the product's gradient
+    if activation_bits is not None:
+        multiply = functools.partial(_multiply_rounded, bits)
+        return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), multiply)(x, values, scale)
+    weight = scale_groups(_decode(values, bits).astype(jnp.float32), scale).astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _multiply_rounded(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    return multiply_codes(x, _decode(values, bits), scale)
+
+
+def _decode(values: jax.Array, bits: int) -> jax.Array:
+    """int8 (D, F): int8 values as they are, words decoded."""
+    return values if values.dtype == jnp.int8 else decode_words(values, bits)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
 from hsai_kernels.packing import SUPPORTED_BITS, count_elements, find_shift
@@ -32,25 +33,12 @@ def quantized_matmul_tpu(
     check_platform("tpu")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
-    return _multiply(bits, x, values, scale)
+    reference = functools.partial(quantized_matmul_reference, bits=bits)
+    return differentiate_as(reference, functools.partial(_multiply, bits))(x, values, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     return multiply_packed(choose_packing(values, bits), x, (values,), scale, "quantized_matmul")
-
-
-def _multiply_forward(
-    bits: int, x: jax.Array, values: jax.Array, scale: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return _multiply(bits, x, values, scale), (x, values, scale)
-
-
-def _multiply_backward(bits: int, residual: tuple[jax.Array, jax.Array, jax.Array], cotangent: jax.Array) -> tuple:
-    return jax.vjp(functools.partial(quantized_matmul_reference, bits=bits), *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:

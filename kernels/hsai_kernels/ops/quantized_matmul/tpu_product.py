@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.mosaic import LANES, MEMORY_LIMIT, round_rows
 
 SUBLANES = 8
@@ -175,8 +176,6 @@ def _multiply_block(packing: Packing, plan: Plan, contraction: int, scaled: bool
     scale, rest = (rest[0], rest[1:]) if scaled else (None, rest)
     out, total, *copies = rest
     depth, planes = pl.program_id(2), plan.planes
-    # A float32 product is not rounded: the default would be to bfloat16.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     @pl.when(depth == 0)
     def _() -> None:
@@ -195,9 +194,7 @@ def _multiply_block(packing: Packing, plan: Plan, contraction: int, scaled: bool
             copies[count][...] = scale[0, :, lanes]
             built = [_scale_plane(plan, j, plane, copies[count]) for j, plane in enumerate(built)]
         weight = built[0] if planes == 1 else jnp.concatenate(built, axis=0)
-        total[:, lanes] += jnp.dot(
-            x[...], weight.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32
-        )
+        total[:, lanes] += multiply(x[...], weight.astype(x.dtype))
 
     @pl.when(depth == pl.num_programs(2) - 1)
     def _() -> None:

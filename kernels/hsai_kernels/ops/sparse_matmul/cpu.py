@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def sparse_matmul_cpu(
@@ -41,13 +40,12 @@ def sparse_matmul_cpu(
     if activation_bits is not None and scale is None:
         raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
-    return _multiply(n, m, activation_bits, x, values, indices, scale)
+    kernel = functools.partial(_multiply, n, activation_bits)
+    return differentiate_as(functools.partial(sparse_matmul_reference, n=n, m=m), kernel)(x, values, indices, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply(
     n: int,
-    m: int,
     activation_bits: int | None,
     x: jax.Array,
     values: jax.Array,
@@ -66,22 +64,3 @@ def _multiply(
     given = jnp.zeros((0, columns), jnp.float32) if scale is None else scale
     result = call(rows, values, indices, given, n=n, activation_bits=activation_bits or 0)
     return result.reshape(*lead, columns)
-
-
-def _multiply_forward(
-    n: int,
-    m: int,
-    activation_bits: int | None,
-    x: jax.Array,
-    values: jax.Array,
-    indices: jax.Array,
-    scale: jax.Array | None,
-) -> tuple[jax.Array, Operands]:
-    return _multiply(n, m, activation_bits, x, values, indices, scale), (x, values, indices, scale)
-
-
-def _multiply_backward(n: int, m: int, activation_bits: int | None, residual: Operands, cotangent: jax.Array) -> tuple:
-    return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)

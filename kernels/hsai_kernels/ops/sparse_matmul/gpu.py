@@ -19,12 +19,11 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gpu_product import ProductTile, multiply_compressed
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
 from hsai_kernels.packing import count_elements, find_shift
 from hsai_kernels.triton_blocks import load_matrix
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def sparse_matmul_gpu(
@@ -49,10 +48,11 @@ def sparse_matmul_gpu(
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     if x.size == 0 or values.size == 0:
         raise NotImplementedError(f"multiplies what is not empty, not x {x.shape} and values {values.shape}")
-    return _multiply(n, m, tile, x, values, indices, scale)
+    # The gradient rebuilds the dense weight: XLA's product then serves x, the values and the scales.
+    reference = functools.partial(sparse_matmul_reference, n=n, m=m)
+    return differentiate_as(reference, functools.partial(_multiply, n, m, tile))(x, values, indices, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _multiply(
     n: int,
     m: int,
@@ -66,26 +66,6 @@ def _multiply(
     rows = x.reshape(-1, x.shape[-1])
     read = functools.partial(_read_groups, n, m)
     return multiply_compressed(read, m, rows, (values, indices), scale, columns, tile).reshape(*x.shape[:-1], columns)
-
-
-def _multiply_forward(
-    n: int,
-    m: int,
-    tile: ProductTile | None,
-    x: jax.Array,
-    values: jax.Array,
-    indices: jax.Array,
-    scale: jax.Array | None,
-) -> tuple[jax.Array, Operands]:
-    return _multiply(n, m, tile, x, values, indices, scale), (x, values, indices, scale)
-
-
-def _multiply_backward(n: int, m: int, tile: ProductTile | None, residual: Operands, cotangent: jax.Array) -> tuple:
-    # Rebuilds the dense weight, as the reference does: XLA's product then serves x, the values and the scales.
-    return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _read_groups(

@@ -6,9 +6,12 @@ Dimensions: D contraction, F output, C = D*n/m kept elements a column, m positio
 g dense positions that share a scale.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import decode_words, multiply_codes, scale_groups
 from hsai_kernels.packing import unpack_words
 
@@ -61,10 +64,15 @@ def sparse_matmul_reference(
 
     The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
     """
+    if activation_bits is not None:
+        reference = functools.partial(sparse_matmul_reference, n=n, m=m)
+        return differentiate_as(reference, functools.partial(_multiply_rounded, n, m))(x, values, indices, scale)
     weight = densify_nm(values, indices, scale, n, m, x.shape[-1]).astype(x.dtype)
-    product = jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-    if activation_bits is None or scale is None:
-        return product
-    codes = densify_nm(values, indices, None, n, m, x.shape[-1]).astype(jnp.int8)
-    rounded = multiply_codes(*jax.lax.stop_gradient((x, codes, scale)))
-    return rounded + (product - jax.lax.stop_gradient(product))  # which adds zero, and has the product's gradient
+    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _multiply_rounded(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array
+) -> jax.Array:
+    codes = densify_nm(values, indices, None, n, m, x.shape[-1])
+    return multiply_codes(x, codes.astype(jnp.int8), scale)

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
 from hsai_kernels.ops.quantized_matmul.tpu import take_element
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def sparse_matmul_tpu(
@@ -42,27 +41,12 @@ def sparse_matmul_tpu(
     check_platform("tpu")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
-    return _multiply(n, m, x, values, indices, scale)
+    reference = functools.partial(sparse_matmul_reference, n=n, m=m)
+    return differentiate_as(reference, functools.partial(_multiply, n))(x, values, indices, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _multiply(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
-) -> jax.Array:
+def _multiply(n: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None) -> jax.Array:
     return multiply_packed(choose_packing(n, values), x, (values, indices), scale, "sparse_matmul")
-
-
-def _multiply_forward(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
-) -> tuple[jax.Array, Operands]:
-    return _multiply(n, m, x, values, indices, scale), (x, values, indices, scale)
-
-
-def _multiply_backward(n: int, m: int, residual: Operands, cotangent: jax.Array) -> tuple:
-    return jax.vjp(functools.partial(sparse_matmul_reference, n=n, m=m), *residual)[1](cotangent)
-
-
-_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def choose_packing(n: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:

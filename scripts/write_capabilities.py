@@ -1,9 +1,9 @@
 """Compiles every kernel of a platform for its chips, none of them here, and stores what the compiler said.
 
-    bash scripts/install_aot.sh .venv/bin/python && python scripts/write_capabilities.py tpu
+    bash scripts/install_aot.sh .venv/bin/python && python scripts/write_capabilities.py tpu [KERNEL ...]
 
 Writes kernels/hsai_kernels/capabilities/PLATFORM.json, and docs/kernels.md from all such files; without a platform only
-docs/kernels.md. Minutes on one core.
+docs/kernels.md. With kernels, only their rows are renewed, by the same compiler as the others. Minutes on one core.
 """
 
 import importlib
@@ -11,7 +11,13 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-from hsai_kernels.capabilities import list_platforms, read_compiler, render_markdown, write_capabilities
+from hsai_kernels.capabilities import (
+    list_platforms,
+    read_capabilities,
+    read_compiler,
+    render_markdown,
+    write_capabilities,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """# Kernels: what compiles for which chip
@@ -22,22 +28,27 @@ numbers.
 """
 
 
-def compile_platform(platform: str) -> None:
+def compile_platform(platform: str, kernels: list[str]) -> None:
     """Renews the file of a platform, by its module hsai_kernels.aot_PLATFORM and the compiler in .aot/PLATFORM."""
     folder = ROOT / ".aot" / platform
     if not folder.is_dir():
         sys.exit(f"{folder} is not there: bash scripts/install_aot.sh {sys.executable}")
-    compiler = (folder / ".installed").read_text().strip()
-    rows = importlib.import_module(f"hsai_kernels.aot_{platform}").compile_kernels(folder)
-    path = write_capabilities(platform, f"jax {importlib.metadata.version('jax')}, {compiler}", rows)
+    compiler = f"jax {importlib.metadata.version('jax')}, {(folder / '.installed').read_text().strip()}"
+    module, kept = importlib.import_module(f"hsai_kernels.aot_{platform}"), []
+    if kernels:
+        if read_compiler(platform) != compiler:
+            sys.exit(f"the other rows are of {read_compiler(platform)}, this is {compiler}: renew all kernels")
+        kept = [row for row in read_capabilities(platform) if row["kernel"].split()[0] not in kernels]
+    rows = [*kept, *module.compile_kernels(folder, kernels=kernels or module.KERNELS)]
+    path = write_capabilities(platform, compiler, rows)
     refused = sum(row["outcome"] != "compiles" for row in rows)
     print(f"{path}: {len(rows)} programs, {refused} that do not simply compile")
 
 
 def main() -> None:
-    """Renews the files that are asked for, and the page."""
-    for platform in sys.argv[1:]:
-        compile_platform(platform)
+    """Renews the file that is asked for, and the page."""
+    if len(sys.argv) > 1:
+        compile_platform(sys.argv[1], sys.argv[2:])
     parts = [f"\n## {name}\n\n{read_compiler(name)}.\n\n{render_markdown(name)}" for name in list_platforms()]
     (ROOT / "docs" / "kernels.md").write_text(HEAD + "".join(parts))
 

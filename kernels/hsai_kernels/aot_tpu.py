@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from hsai_kernels.aot_tpu_cases import KERNELS, Case, list_cases
@@ -71,26 +72,34 @@ def run_apart(folder: str | os.PathLike[str], arguments: Sequence[str]) -> list[
 
 def find_device(chip: str) -> jax.Device:
     """A device to compile for, which is not there. Raises an error of jax's where libtpu is not found."""
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    device: jax.Device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+    return device
 
 
 def compile_case(case: Case, chip: str, device: jax.Device) -> Row:
     """One row: see `compile_kernels`. What is refused before the compiler sees it, by Pallas or hsai, is an error."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    # The mesh tells Pallas for which chip it lowers.
+    mesh = jax.sharding.Mesh(np.array([device]), ("chip",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     operands = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.operands]
     row: Row = {"kernel": case.kernel, "case": case.name, "dtype": case.dtype, "chip": chip, "tile": case.tile}
     start = time.monotonic()
     outcome, reason, temporary = "compiles", None, None
-    try:
-        with compile_for("tpu"):
-            compiled: Any = jax.jit(case.function).lower(*operands).compile()
-        if "tpu_custom_call" not in compiled.as_text():
-            raise RuntimeError(f"{row} compiled to a program without a kernel")
-        temporary = compiled.memory_analysis().temp_size_in_bytes
-    except jax.errors.JaxRuntimeError as error:
-        outcome, reason = "refused", " ".join(str(error).split())[:300]
+    with compile_for("tpu"), jax.set_mesh(mesh):
+        lowered = jax.jit(case.function).lower(*operands)
+        if "tpu_custom_call" not in lowered.as_text():
+            raise RuntimeError(f"{row} is a program without a kernel")
+        try:
+            temporary = _count_temporary_bytes(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            outcome, reason = "refused", " ".join(str(error).split())[:300]
     seconds = round(time.monotonic() - start, 2)
     return row | {"outcome": outcome, "reason": reason, "temporary_bytes": temporary, "seconds": seconds}
+
+
+def _count_temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    analysis: Any = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes)
 
 
 def _compile_all(chips: Sequence[str], kernels: Sequence[str], quick: bool) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """The programs that aot_tpu.py compiles: for every TPU kernel a few shapes, a ragged one among them, in each dtype.
 
-Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D embed, F ffn or outputs, V vocabulary.
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D embed or contraction,
+F ffn or outputs, V vocabulary, g positions that share a scale.
 """
 
 import dataclasses
@@ -20,6 +21,11 @@ from hsai_kernels.ops.gated_mlp import tpu as gated_mlp_tpu
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul import tpu as norm_matmul_tpu
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
+from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
+from hsai_kernels.ops.quantized_matmul.tpu import choose_packing as choose_quantized_packing
+from hsai_kernels.ops.quantized_matmul.tpu_product import plan_product
+from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.tpu import choose_packing as choose_sparse_packing
 
 DTYPES = ("bfloat16", "float32")
 
@@ -166,11 +172,80 @@ def _list_layers(kernel: str) -> Iterator[Case]:
         )
 
 
+def _list_quantized() -> Iterator[Case]:
+    # R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
+        ("ragged", (5, 40, 65, 40)),
+        ("ragged columns, two deep", (3, 1280, 200, 64)),
+        ("decoding, groups of 32", (1, 2048, 5632, 32)),
+        ("decoding, groups of 128", (8, 4096, 4096, 128)),
+        ("decoding, a scale a column", (1, 576, 1536, 576)),
+        ("prefill, groups of 32", (700, 2048, 1000, 32)),
+        ("prefill, a scale a column", (512, 2048, 2048, 2048)),
+    )
+    for (name, (rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
+        x, scale = _shape(dtype, rows, depth), _shape("float32", depth // group, columns)
+        for kind, bits, values in (
+            ("int8", 4, _shape("int8", depth, columns)),
+            ("int4", 4, _shape("uint32", depth // 8, columns)),
+            ("int2", 2, _shape("uint32", depth // 16, columns)),
+        ):
+            if kind == "int2" and depth % 16:
+                continue
+            plan = plan_product(choose_quantized_packing(values, bits), rows, depth, columns, group)
+            yield Case(
+                kernel=f"quantized_matmul {kind}",
+                name=name,
+                dtype=dtype,
+                function=functools.partial(quantized_matmul, bits=bits, implementation="tpu"),
+                operands=(x, values, scale),
+                tile=plan.describe(),
+                quick=rows < 8,
+            )
+
+
+def _list_sparse() -> Iterator[Case]:
+    # n, R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int, int]], ...] = (
+        ("2:4, ragged, groups of 16", (2, 5, 96, 65, 16)),
+        ("3:4, ragged columns, two deep", (3, 3, 1280, 200, 64)),
+        ("1:4, decoding, groups of 32", (1, 1, 2048, 5632, 32)),
+        ("2:4, decoding, groups of 32", (2, 1, 2048, 5632, 32)),
+        ("2:4, decoding, groups of 128", (2, 8, 4096, 4096, 128)),
+        ("2:4, prefill, groups of 32", (2, 700, 2048, 1000, 32)),
+        ("2:4, prefill, a scale a column", (2, 512, 2048, 2048, 2048)),
+    )
+    for (name, (n, rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
+        kept = depth * n // 4
+        x, indices = _shape(dtype, rows, depth), _shape("uint32", kept // 16, columns)
+        for kind, values, scale in (
+            (dtype, _shape(dtype, kept, columns), None),
+            ("int4", _shape("uint32", kept // 8, columns), _shape("float32", depth // group, columns)),
+        ):
+            packing = choose_sparse_packing(n, values)
+            plan = plan_product(packing, rows, depth, columns, None if scale is None else group)
+            yield Case(
+                kernel=f"sparse_matmul {kind}",
+                name=name,
+                dtype=dtype,
+                function=functools.partial(sparse_matmul, n=n, m=4, implementation="tpu"),
+                operands=(x, values, indices) if scale is None else (x, values, indices, scale),
+                tile=plan.describe(),
+                quick=rows < 8 and columns < 300,
+            )
+
+
+def _shape(dtype: str, *dimensions: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dimensions, dtype)
+
+
 _LISTS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": _list_attention,
     "cross_entropy": _list_cross_entropy,
     "gated_mlp": functools.partial(_list_layers, "gated_mlp"),
     "norm_matmul": functools.partial(_list_layers, "norm_matmul"),
+    "quantized_matmul": _list_quantized,
+    "sparse_matmul": _list_sparse,
 }
 KERNELS = tuple(_LISTS)
 """Every API that has TPU kernels here."""

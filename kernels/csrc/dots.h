@@ -58,11 +58,20 @@ struct Dots<8> {
 };
 #endif
 
-// Byte by byte, without borrowing from the neighbours.
-template <int L>
-HSAI_INLINE typename Lanes<L>::Word subtract_bytes(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
+// The 4-bit codes kPart, kPart + 2, ... of every word, which are in offset binary, as signed bytes: kCodeUnit times the
+// value. Left in the upper half of its byte a value costs two instructions less; without VNNI its products would not fit.
+#if defined(__AVX512VNNI__)
+constexpr int kCodeUnit = 16;
+#else
+constexpr int kCodeUnit = 1;
+#endif
+
+template <int L, int kPart>
+HSAI_INLINE typename Lanes<L>::Word extract_signed(const typename Lanes<L>::Word& packed) {
+  if constexpr (kCodeUnit == 16) return ((kPart == 0 ? packed << 4 : packed) ^ 0x88888888u) & 0xf0f0f0f0u;
   typedef std::uint8_t Bytes __attribute__((vector_size(4 * L)));
-  return (typename Lanes<L>::Word)((Bytes)a - (Bytes)b);
+  const auto codes = (packed >> (4 * kPart)) & 0x0f0f0f0fu;
+  return (typename Lanes<L>::Word)((Bytes)codes - 8);
 }
 
 // In every byte, the one of table[0..15] that `places` names; all of them are below 16.

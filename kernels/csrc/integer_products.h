@@ -30,6 +30,9 @@ HSAI_INLINE std::uint32_t load_word(const std::uint8_t* from) {
   return word;
 }
 
+// Asks for what the same columns need a block later. Runs of a row are too short for the hardware to foresee them.
+HSAI_INLINE void fetch_ahead(const std::uint32_t* at) { __builtin_prefetch(at, 0, 2); }
+
 // Codes of kBits bits, laid out by packing.py, in offset binary. A block's sum is that of the codes; what the zero point
 // adds to it, kZeroPoint times the sum of the digits, is taken off at the block's end.
 template <int kBits>
@@ -37,16 +40,20 @@ struct Codes {
   static constexpr int kStep = 32 / kBits;  // elements a word
   static constexpr bool kSparse = false;
   static constexpr int kZeroPoint = 1 << (kBits - 1);
+  static constexpr int kUnit = 1;
 
   template <int L, int P, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
-                              DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>&) {
+  static HSAI_INLINE void add_word(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
+                                   DotSums<L, P, R, U>& sums) {
     using Word = typename Lanes<L>::Word;
     constexpr std::uint32_t mask = ((1u << kBits) - 1) * 0x01010101u;
     const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * w.columns + column;
     // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
     Word packed[U];
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { packed[u.value] = load<Word>(words + u.value * L); });
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+      packed[u.value] = load<Word>(words + u.value * L);
+      fetch_ahead(words + u.value * L + x.block / kStep * w.columns);
+    });
     unroll<8 / kBits>([&](auto slot) HSAI_INLINE_LAMBDA {
       Word codes[U];
       unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { codes[u.value] = (packed[u.value] >> (kBits * slot.value)) & mask; });
@@ -61,56 +68,112 @@ struct Codes {
       });
     });
   }
+
+  template <int L, int P, int R, int U>
+  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t first, std::int64_t last,
+                              std::int64_t column, DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>&) {
+    for (std::int64_t element = first; element < last; element += kStep) {
+      add_word<L, P, R, U>(w, x, row, element, column, sums);
+    }
+  }
 };
 
 // N of 4, 4-bit codes in offset binary. 4 kept elements of a lane pick their 4 digits out of the 16 that begin with the
 // first one's group (Slot in products.h). Digits are biased to be unsigned (planes.h); what the bias adds, 128 times the
 // sum of the values, is kept in `excess`.
 struct SparseCodes {
-  static constexpr int kStep = 8;  // one word of values, half a word of indices
   static constexpr bool kSparse = true;
   static constexpr int kZeroPoint = 0;
+  static constexpr int kUnit = kCodeUnit;
 
-  template <int L, int P, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
-                              DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
+  // The 4 elements from `element` on, the kPart-th of their words, whose indices have been shifted to bit 0.
+  template <int kPart, int L, int P, int R, int U>
+  static HSAI_INLINE void add_four(const Slot& slot, const Planes& x, int row,
+                                   const typename Lanes<L>::Word (&packed)[U], const typename Lanes<L>::Word (&index)[U],
+                                   DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
     using Word = typename Lanes<L>::Word;
-    const auto* words = static_cast<const std::uint32_t*>(w.values) + element / 8 * w.columns + column;
-    const auto* indices = w.indices + element / 16 * w.columns + column;
-    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
-    const int half = static_cast<int>(element / 8 % 2) * 4;
-    unroll<2>([&](auto part) HSAI_INLINE_LAMBDA {
-      const Slot& slot = w.slots[element / 4 + part.value];
-      Word values[U], places[U];
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-        const auto codes = (load<Word>(words + u.value * L) >> (4 * part.value)) & 0x0f0f0f0fu;
-        const auto index = load<Word>(indices + u.value * L) >> (half + 2 * part.value);
-        values[u.value] = subtract_bytes<L>(codes, Word{} + 0x08080808u);
-        places[u.value] = (index & 0x03030303u) | slot.offsets;
-        excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
-      });
-      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
-        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-          const std::uint8_t* table = find_digits(x, p.value, row + r.value) + slot.first;
-          unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-            sums.at[p.value][r.value][u.value].add(pick_bytes<L>(table, places[u.value]), values[u.value]);
-          });
+    Word values[U], places[U];
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+      values[u.value] = extract_signed<L, kPart>(packed[u.value]);
+      places[u.value] = (index[u.value] & 0x03030303u) | slot.offsets;
+      excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
+    });
+    unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+        const std::uint8_t* table = find_digits(x, p.value, row + r.value) + slot.first;
+        unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+          sums.at[p.value][r.value][u.value].add(pick_bytes<L>(table, places[u.value]), values[u.value]);
         });
       });
     });
   }
+
+  // A word of values: 8 elements, whose indices have been shifted to bit 0. `ahead` leads to the same a block later.
+  template <int L, int P, int R, int U>
+  static HSAI_INLINE void add_word(const std::uint32_t* words, std::int64_t ahead, const Slot* slots, const Planes& x, int row,
+                                   typename Lanes<L>::Word (&index)[U], DotSums<L, P, R, U>& sums,
+                                   DotSums<L, 1, 1, U>& excess) {
+    using Word = typename Lanes<L>::Word;
+    Word packed[U];
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+      packed[u.value] = load<Word>(words + u.value * L);
+      fetch_ahead(words + u.value * L + ahead);
+    });
+    add_four<0, L, P, R, U>(slots[0], x, row, packed, index, sums, excess);
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] >>= 2; });
+    add_four<1, L, P, R, U>(slots[1], x, row, packed, index, sums, excess);
+  }
+
+  template <int L, int P, int R, int U>
+  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t first, std::int64_t last,
+                              std::int64_t column, DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
+    using Word = typename Lanes<L>::Word;
+    const auto at = static_cast<std::size_t>(first);
+    const auto* words = static_cast<const std::uint32_t*>(w.values) + at / 8 * w.columns + column;
+    const auto* indices = w.indices + at / 16 * w.columns + column;
+    const Slot* slots = w.slots + at / 4;
+    const std::int64_t ahead = x.block / 8 * w.columns;
+    std::int64_t count = (last - first) / 8;
+    Word index[U];
+    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
+    if (at / 8 % 2 != 0) {
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L) >> 4; });
+      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
+      words += w.columns;
+      indices += w.columns;
+      slots += 2;
+      --count;
+    }
+    for (; count >= 2; count -= 2) {
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+        index[u.value] = load<Word>(indices + u.value * L);
+        fetch_ahead(indices + u.value * L + ahead / 2);
+      });
+      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] >>= 2; });
+      add_word<L, P, R, U>(words + w.columns, ahead, slots + 2, x, row, index, sums, excess);
+      words += 2 * w.columns;
+      indices += w.columns;
+      slots += 4;
+    }
+    if (count != 0) {
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L); });
+      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
+    }
+  }
 };
 
-// A block's sum as a float, in units of the most significant digit, which is the last: so the scale that it is multiplied
-// with stays far from the smallest floats, which threads of XLA take for zero.
-template <int L, int P>
+// A block's sum as a float, in units of the most significant digit, which is the last, and of kUnit times the code: so the
+// scale that it is multiplied with stays far from the smallest floats, which threads of XLA take for zero.
+template <int L, int P, int kUnit>
 HSAI_INLINE typename Lanes<L>::Float combine_planes(const typename Lanes<L>::Int (&sum)[P]) {
   using Float = typename Lanes<L>::Float;
-  if constexpr (P == 1) return __builtin_convertvector(sum[0], Float);
+  constexpr float unit = 1.0f / kUnit;
+  if constexpr (P == 1) return __builtin_convertvector(sum[0], Float) * unit;
   // Two planes: at most 255 * 128 * 256 * kMostBlock < 2^31.
   const Float low = __builtin_convertvector(sum[0] + (sum[1] << 8), Float);
-  if constexpr (P == 2) return low * 0x1p-8f;
-  if constexpr (P == 3) return low * 0x1p-16f + __builtin_convertvector(sum[P - 1], Float);
+  if constexpr (P == 2) return low * (0x1p-8f * unit);
+  if constexpr (P == 3) return low * (0x1p-16f * unit) + __builtin_convertvector(sum[P - 1], Float) * unit;
 }
 
 // out[r][column...] += scales * the sum over elements [first, last) of U * L columns, which are block `block`.
@@ -122,9 +185,7 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
   using Int = typename Lanes<L>::Int;
   DotSums<L, P, R, U> sums;
   DotSums<L, 1, 1, U> excess;
-  for (std::int64_t element = first; element < last; element += Format::kStep) {
-    Format::template add<L, P, R, U>(w, x, row, element, column, sums, excess);
-  }
+  Format::template add<L, P, R, U>(w, x, row, first, last, column, sums, excess);
   unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
     const Float scale = load_scale<L>(w, scales + column + u.value * L);
     unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
@@ -139,7 +200,7 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
       });
       float* to = out + r.value * length + u.value * L;
       const Float step = scale * x.scale[(row + r.value) * x.blocks + block];
-      store(to, load<Float>(to) + combine_planes<L, P>(sum) * step);
+      store(to, load<Float>(to) + combine_planes<L, P, Format::kUnit>(sum) * step);
     });
   });
 }

@@ -12,7 +12,18 @@ from typing import Any
 from rich.table import Table
 
 from hsai.files import write_json_atomic
-from hsai.formats import DenseConfig, FormatConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, Packed, Weight
+from hsai.formats import (
+    DenseConfig,
+    FormatConfig,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    Packed,
+    VNMConfig,
+    VNMInt4Config,
+    Weight,
+)
 from hsai.formats.storage import NAMES
 
 
@@ -117,6 +128,10 @@ def name_format(format: FormatConfig | Weight) -> str:
             return f"{format.n}:{format.m} {format.dtype}"
         case NMInt4Config():
             return f"{format.n}:{format.m} int4 g{format.group}"
+        case VNMConfig():
+            return f"{format.v}:{format.n}:{format.m} {format.dtype}"
+        case VNMInt4Config():
+            return f"{format.v}:{format.n}:{format.m} int4 g{format.group}"
         case Packed():
             return NAMES[type(format)]
         case _:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.ledger import Ledger, LedgerRow, name_format
-from hsai.compress.prune import prune_nm, prune_nm_int4
+from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.errors import InputError
@@ -24,6 +24,8 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    VNMConfig,
+    VNMInt4Config,
     Weight,
     nbytes,
     to_dense,
@@ -85,10 +87,10 @@ def compress_weight(w: jax.Array, format: FormatConfig) -> tuple[Weight, jax.Arr
             packed = round_int8(w, format)
         case Int4Config():
             packed = round_int4(w, format)
-        case NMConfig():
-            packed = prune_nm(w, format)
-        case NMInt4Config():
-            packed = prune_nm_int4(w, format)
+        case NMConfig() | VNMConfig():
+            packed = prune(w, format)
+        case NMInt4Config() | VNMInt4Config():
+            packed = prune_int4(w, format)
 
     def measure(pair: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
         wide, held = pair[0].astype(jnp.float32), to_dense(pair[1]).astype(jnp.float32)

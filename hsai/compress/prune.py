@@ -1,4 +1,4 @@
-"""Pruning to N:M by magnitude: of every m weights along the contraction, the n largest stay.
+"""Pruning by magnitude: of every m weights along the contraction the n largest stay (N:M, or V:N:M).
 
 Magnitude needs no data and is exact for a model that was trained with this sparsity (`hsai.train.sparsity`): its masked
 weights were not seen in training either. For a densely trained one it is the baseline that better masks are held
@@ -11,24 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.quantize import map_layers, search_scale
-from hsai.formats import NM, NMConfig, NMInt4, NMInt4Config, nm_mask
+from hsai.formats import NMConfig, NMInt4Config, Packed, VNMConfig, VNMInt4Config, nm_mask, vnm_mask
 
 
-def prune_nm(w: jax.Array, config: NMConfig) -> NM:
+def prune(w: jax.Array, config: NMConfig | VNMConfig) -> Packed:
     """(D, F) or stacked (L, D, F), float -> the kept values in the config's dtype, and where they stand."""
     return map_layers(config.pack, w)
 
 
-def prune_nm_int4(w: jax.Array, config: NMInt4Config) -> NMInt4:
+def prune_int4(w: jax.Array, config: NMInt4Config | VNMInt4Config) -> Packed:
     """(D, F) or stacked (L, D, F), float -> kept values in 4 bits, with scales searched over what is kept.
 
     The mask comes first and the scale after it: pruned weights are zero, which every scale holds exactly, so that the
     scale serves the kept ones alone.
     """
 
-    def pack(layer: jax.Array) -> NMInt4:
+    def pack(layer: jax.Array) -> Packed:
         layer = layer.astype(jnp.float32)
-        mask = nm_mask(layer, config.n, config.m)
+        if isinstance(config, VNMInt4Config):
+            mask = vnm_mask(layer, config.v, config.n, config.m)
+        else:
+            mask = nm_mask(layer, config.n, config.m)
         return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config.group))
 
     return map_layers(pack, w)

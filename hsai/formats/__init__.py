@@ -10,11 +10,13 @@ from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
+from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
 
-FormatConfig = DenseConfig | Int8Config | Int4Config | NMConfig | NMInt4Config
+FormatConfig = DenseConfig | Int8Config | Int4Config | NMConfig | NMInt4Config | VNMConfig | VNMInt4Config
 
 __all__ = [
     "NM",
+    "VNM",
     "Dense",
     "DenseConfig",
     "FormatConfig",
@@ -26,6 +28,9 @@ __all__ = [
     "NMInt4",
     "NMInt4Config",
     "Packed",
+    "VNMConfig",
+    "VNMInt4",
+    "VNMInt4Config",
     "Weight",
     "bits_per_weight",
     "dense_operands",
@@ -34,4 +39,5 @@ __all__ = [
     "nm_mask",
     "project",
     "to_dense",
+    "vnm_mask",
 ]

@@ -30,6 +30,10 @@ class Packed(abc.ABC):
     def dense(self) -> jax.Array:
         """The dense weight (..., D, F), float32."""
 
+    def take(self, ids: jax.Array) -> "Packed":
+        """The columns that `ids` (N,) int32 name, of an array for each field with F columns."""
+        return jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=-1, mode="clip"), self)
+
     @property
     def ndim(self) -> int:
         """The number of logical dimensions."""

@@ -14,6 +14,7 @@ from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
 from hsai_kernels import quantized_matmul, sparse_matmul
 
@@ -40,6 +41,10 @@ def project(x: jax.Array, w: Weight, *, out_axes: Axes, out_dtype: DTypeLike | N
             y = sparse_matmul(x, values, indices, n=n, m=m)
         case NMInt4(words, indices, scale, n, m):
             y = sparse_matmul(x, words, indices, scale, n=n, m=m)
+        case VNM(values, indices, choices, n, m):
+            y = sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
+        case VNMInt4(words, indices, scale, choices, n, m):
+            y = sparse_matmul(x, words, indices, scale, choices, n=n, m=m)
         case Packed():
             raise NotImplementedError(f"project does not know the format {type(w).__name__}")
         case _:
@@ -97,11 +102,10 @@ def lookup(w: Weight, ids: jax.Array, *, dtype: jnp.dtype, out_axes: Axes) -> ja
     Returns: (B, T, D), constrained to `out_axes`.
     """
 
-    def pick(leaf: jax.Array) -> jax.Array:
-        # The table is collected over the axes of the batch, as for a product; each device then reads its own tokens.
-        whole = constrain(leaf, None, "vocab")
-        return constrain(jnp.take(whole, ids.reshape(-1), axis=-1, mode="clip"), None, "batch")
-
-    columns = jax.tree.map(pick, w)
+    # The table is collected over the axes of the batch, as for a product; each device then reads its own tokens.
+    whole = jax.tree.map(lambda leaf: constrain(leaf, None, "vocab"), w)
+    flat = ids.reshape(-1)
+    columns = whole.take(flat) if isinstance(whole, Packed) else jnp.take(whole, flat, axis=-1, mode="clip")
+    columns = jax.tree.map(lambda leaf: constrain(leaf, None, "batch"), columns)
     rows = to_dense(columns).T.reshape(*ids.shape, -1)
     return constrain(rows.astype(dtype), *out_axes)

@@ -19,9 +19,17 @@ from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.vnm import VNM, VNMInt4
 
 T = TypeVar("T")
-PACKED: dict[str, type[Packed]] = {"int8": Int8, "int4": Int4, "nm": NM, "nm_int4": NMInt4}
+PACKED: dict[str, type[Packed]] = {
+    "int8": Int8,
+    "int4": Int4,
+    "nm": NM,
+    "nm_int4": NMInt4,
+    "vnm": VNM,
+    "vnm_int4": VNMInt4,
+}
 NAMES = {kind: name for name, kind in PACKED.items()}
 
 

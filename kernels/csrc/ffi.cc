@@ -113,10 +113,34 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   return run(pool, format, weight, activations);
 }
 
-// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F); scale (D/g, F), or (0, F) for none.
+// Checks choices (D/32, F/V) and fills in the weight's; (0, F) for an N:4 weight.
+ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, hsai::Weight& weight) {
+  if (choices.element_type() != DataType::U32) return invalid("choices must be uint32");
+  weight.pattern = m;
+  if (height(choices) == 0) {
+    if (m != 4) return invalid("m=" + std::to_string(m) + " needs choices");
+    return ffi::Error::Success();
+  }
+  if (m != 8 && m != 16 && m != 32) return invalid("m=" + std::to_string(m) + " takes no choices");
+  if (!packed) return invalid("choices are for int4 words only");
+  const std::int64_t blocks = width(choices);
+  if (height(choices) * 32 != weight.dense || blocks < 1 || weight.columns % blocks != 0 ||
+      weight.columns / blocks % hsai::kBlockColumns != 0) {
+    return invalid("choices have shape " + describe(choices) + " for " + std::to_string(weight.dense) +
+                   " positions and " + std::to_string(weight.columns) + " columns");
+  }
+  weight.choices = static_cast<const std::uint32_t*>(choices.untyped_data());
+  weight.width = weight.columns / blocks;
+  return ffi::Error::Success();
+}
+
+// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F); scale (D/g, F), or (0, F) for none;
+// choices (D/32, F/V), or (0, F) for N:4.
 ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
-                         ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t activation_bits) {
-  if (!is_matrix(x) || !is_matrix(values) || !is_matrix(indices) || !is_matrix(scale) || !is_matrix(*out)) {
+                         AnyBuffer choices, ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t m,
+                         std::int64_t activation_bits) {
+  if (!is_matrix(x) || !is_matrix(values) || !is_matrix(indices) || !is_matrix(scale) || !is_matrix(choices) ||
+      !is_matrix(*out)) {
     return invalid("sparse_matmul takes matrices");
   }
   if (n < 1 || n > 3) return invalid("n=" + std::to_string(n) + " of 4 is not 1, 2 or 3");
@@ -140,10 +164,12 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
   weight.columns = width(values);
   weight.stored = height(values) * (packed ? 8 : 1);
   weight.dense = width(x);
-  if (weight.stored < 1 || weight.stored % 16 != 0 || weight.dense % 4 != 0 || weight.dense / 4 * n != weight.stored) {
+  if (weight.stored < 1 || weight.stored % 16 != 0 || m < 4 || weight.dense % m != 0 ||
+      weight.dense / m * n != weight.stored) {
     return invalid("x has shape " + describe(x) + ", values " + describe(values) + " keep " + std::to_string(n) +
-                   " of 4");
+                   " of " + std::to_string(m));
   }
+  if (auto error = read_choices(choices, m, packed, weight); error.failure()) return error;
   if (indices.element_type() != DataType::U32 || height(indices) * 16 != weight.stored ||
       width(indices) != weight.columns) {
     return invalid("indices have shape " + describe(indices) + " for values " + describe(values));
@@ -189,8 +215,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
                                   .Arg<AnyBuffer>()
+                                  .Arg<AnyBuffer>()
                                   .Ret<AnyBuffer>()
                                   .Attr<std::int64_t>("n")
+                                  .Attr<std::int64_t>("m")
                                   .Attr<std::int64_t>("activation_bits"));
 
 // The instruction set that the kernels use, "avx512", "avx2" or "baseline", and the choice of another; 0 if it has none.

@@ -5,6 +5,7 @@
 #ifndef HSAI_KERNELS_INTEGER_PRODUCTS_H_
 #define HSAI_KERNELS_INTEGER_PRODUCTS_H_
 
+#include "choose.h"
 #include "dots.h"
 #include "lanes.h"
 #include "planes.h"
@@ -100,7 +101,7 @@ struct SparseCodes {
     });
     unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
       unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-        const std::uint8_t* table = find_digits(x, p.value, row + r.value) + slot.first;
+        const std::uint8_t* table = find_digits(x, p.value, row + r.value) + (slot.first - x.origin);
         unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
           sums.at[p.value][r.value][u.value].add(pick_bytes<L>(table, places[u.value]), values[u.value]);
         });
@@ -205,25 +206,67 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
   });
 }
 
+// Columns [begin, begin + length) of block `block`; `out` is that of `begin`, and its rows are `stride` apart.
+template <class Format, int L, int P, int R>
+HSAI_INLINE void add_integer_columns(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t begin,
+                                     std::int64_t length, float* out, std::int64_t stride) {
+  // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there.
+  constexpr int U = P * R >= kMostSums ? 1 : kMostSums / (P * R) >= 4 ? 4 : kMostSums / (P * R);
+  const std::int64_t first = block * x.block, last = first + x.block;
+  const std::int64_t scales = first / w.group * w.columns;
+  std::int64_t i = 0;
+  for (; i + U * L <= length; i += U * L) {
+    add_integer_block<Format, L, P, R, U>(w, x, row, block, first, last, scales, begin + i, out + i, stride);
+  }
+  for (; i < length; i += L) {
+    add_integer_block<Format, L, P, R, 1>(w, x, row, block, first, last, scales, begin + i, out + i, stride);
+  }
+}
+
+// The same for V:N:M, whose columns choose their digits by blocks of V.
+template <class Format, int L, int P, int R>
+HSAI_INLINE void add_chosen_columns(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t begin,
+                                    std::int64_t length, float* out, std::int64_t stride) {
+  // A kept element is at least one of 4 positions, and a block has 4 elements a dot at most.
+  constexpr std::int64_t kGathered = 4 * 4 * kMostDots + kPlanePadding + kGatherPadding;
+  alignas(64) std::uint8_t digits[P * R * kGathered];
+  Planes chosen = x;
+  chosen.digits = digits;
+  chosen.rows = R;
+  chosen.stride = kGathered;
+  chosen.origin = block * x.span / w.pattern * 4;
+  chosen.scale = x.scale + row * x.blocks;
+  const std::int64_t words = w.columns / w.width;
+  for (std::int64_t column = begin; column < begin + length;) {
+    const std::int64_t next = (column / w.width + 1) * w.width;
+    const std::int64_t end = next < begin + length ? next : begin + length;
+    const std::uint32_t* choices = w.choices + block * x.span / 32 * words + column / w.width;
+    for (int p = 0; p < P; ++p) {
+      for (int r = 0; r < R; ++r) {
+        gather_chosen(find_digits(x, p, row + r) + block * x.span, choices, words, x.span, w.pattern,
+                      digits + (p * R + r) * kGathered);
+      }
+    }
+    add_integer_columns<Format, L, P, R>(w, chosen, 0, block, column, end - column, out + (column - begin), stride);
+    column = end;
+  }
+}
+
 template <class Format, int L, int P, int R>
 void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, std::int64_t begin, std::int64_t length,
                            float* out) {
   // Copies, which nothing that is written to `out` can change, so that their fields stay in registers.
   const Weight w = weight;
   const Planes x = planes;
-  // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there.
-  constexpr int U = P * R >= kMostSums ? 1 : kMostSums / (P * R) >= 4 ? 4 : kMostSums / (P * R);
   for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
   for (std::int64_t block = 0; block < x.blocks; ++block) {
-    const std::int64_t first = block * x.block, last = first + x.block;
-    const std::int64_t scales = first / w.group * w.columns;
-    std::int64_t i = 0;
-    for (; i + U * L <= length; i += U * L) {
-      add_integer_block<Format, L, P, R, U>(w, x, row, block, first, last, scales, begin + i, out + i, length);
+    if constexpr (Format::kSparse) {
+      if (w.choices != nullptr) {
+        add_chosen_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
+        continue;
+      }
     }
-    for (; i < length; i += L) {
-      add_integer_block<Format, L, P, R, 1>(w, x, row, block, first, last, scales, begin + i, out + i, length);
-    }
+    add_integer_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
   }
 }
 

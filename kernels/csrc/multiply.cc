@@ -53,8 +53,8 @@ std::vector<float> widen_activations(const Activations& a, std::int64_t dense, i
   return x;
 }
 
-// How many of 4 an N:4 weight keeps.
-std::int64_t count_kept(const Weight& weight) { return weight.stored / (weight.dense / 4); }
+// How many of 4 positions a sparse weight keeps: of the 4 that were chosen, for V:N:M.
+std::int64_t count_kept(const Weight& weight) { return weight.stored / (weight.dense / weight.pattern); }
 
 // Where every stored element's group of 4 starts.
 std::vector<std::int32_t> list_quads(const Weight& weight) {

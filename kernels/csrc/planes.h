@@ -26,6 +26,7 @@ struct Planes {
   std::int64_t span;      // positions of the contraction a block
   std::int64_t shared;    // blocks that share a scale: 1, or for dynamic int8 all those of a group of the weight
   std::uint8_t* digits;   // (P, R, stride), the least significant plane first
+  std::int64_t origin;    // the position of digits[0]
   float* scale;           // (R, blocks), of the most significant digit
   std::int32_t* sum;      // (P, R, blocks): the sum of a block's digits, unless they are biased
 };

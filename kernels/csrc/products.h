@@ -17,11 +17,13 @@ namespace hsai {
 constexpr int kMaxRows = 8;                // of a floating product
 constexpr int kMaxIntegerRows = 1 << 16;  // of an integer one
 
+constexpr int kBlockColumns = 16;         // V of a V:N:M weight is a multiple: the columns of the widest vector
+
 enum class ScaleType { kNone, kFloat32, kBfloat16 };
 
 // Where 4 consecutive kept elements of an N:4 weight look for their activations.
 struct Slot {
-  std::int32_t first;      // dense position where the group of the first of them begins
+  std::int32_t first;      // position, of those that a column may keep, where the group of the first of them begins
   std::uint32_t offsets;   // byte j: the begin of the group of element j, counted from `first`; at most 12
 };
 
@@ -33,6 +35,9 @@ struct Weight {
   ScaleType scale_type;
   const std::int32_t* quads;  // N:4 floats: for each stored element, the dense position where its group of 4 starts
   const Slot* slots;          // N:4 codes: for every 4 stored elements
+  const std::uint32_t* choices;  // V:N:M: (D/32, F/V), bit i of word j for position 32 * j + i; else null
+  std::int64_t width;         // V, a multiple of kBlockColumns
+  std::int64_t pattern;       // M, of which a block of V columns may keep 4; 4 for all others
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsai.compress.prune import prune_nm, prune_nm_int4
+from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import CLIP_RATIOS, round_int4, round_int8, search_scale
 from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, nm_mask
 from hsai.formats.int4 import group_absmax
@@ -62,8 +62,8 @@ def test_groups_of_zeros_have_scale_zero() -> None:
     [
         (round_int8, Int8Config()),
         (round_int4, Int4Config(group=GROUP)),
-        (prune_nm, NMConfig(n=2)),
-        (prune_nm_int4, NMInt4Config(n=2, group=GROUP)),
+        (prune, NMConfig(n=2)),
+        (prune_int4, NMInt4Config(n=2, group=GROUP)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -80,8 +80,8 @@ def test_pruning_keeps_the_largest_and_scales_for_them_alone() -> None:
     w = jnp.asarray(draw(1, "normal"))
     w = w[:64]
     mask = nm_mask(w, 2, 4)
-    np.testing.assert_array_equal(prune_nm(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
-    packed = prune_nm_int4(w, NMInt4Config(group=GROUP))
+    np.testing.assert_array_equal(prune(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
+    packed = prune_int4(w, NMInt4Config(group=GROUP))
     np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), GROUP))
     kept = np.asarray(jnp.where(mask, w, 0))
     plain = NMInt4Config(group=GROUP).pack(w).dense()

@@ -39,6 +39,32 @@ def draw_positions(rng: np.random.Generator, size: int, columns: int, n: int) ->
     return np.sort(order, axis=1).reshape(-1, columns).astype(np.uint8)
 
 
+def draw_choices(rng: np.random.Generator, size: int, blocks: int, m: int) -> np.ndarray:
+    """uint8 (size * 4 / m, blocks): 4 distinct, ascending positions for every group of m."""
+    order = np.argsort(rng.random((size // m, m, blocks)), axis=1)[:, :4]
+    return np.sort(order, axis=1).reshape(-1, blocks).astype(np.uint8)
+
+
+def pack_choices(choices: np.ndarray, m: int) -> np.ndarray:
+    """uint32 (size / 32, blocks): bit i of word j is set for position 32 * j + i, with `choices` as drawn above."""
+    words = np.zeros((choices.shape[0] // 4 * m // 32, choices.shape[1]), np.uint32)
+    for row, block in np.ndindex(choices.shape):
+        at = row // 4 * m + int(choices[row, block])
+        words[at // 32, block] |= np.uint32(1) << np.uint32(at % 32)
+    return words
+
+
+def spread(compact: np.ndarray, choices: np.ndarray, m: int) -> np.ndarray:
+    """float64 (D, F): row r of column f of `compact` (D * 4 / m, F) at m * (r // 4) + choices[r, block of f]."""
+    rows, columns = compact.shape
+    width = columns // choices.shape[1]
+    dense = np.zeros((rows // 4 * m, columns))
+    for row in range(rows):
+        at = m * (row // 4) + np.repeat(choices[row].astype(np.int64), width)
+        dense[at, np.arange(columns)] = compact[row]
+    return dense
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,

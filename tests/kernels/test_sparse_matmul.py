@@ -7,7 +7,7 @@ import pytest
 
 from hsai_kernels import densify_nm, pack_words, sparse_matmul
 from hsai_kernels.ops.sparse_matmul.api import BACKENDS
-from hsai_kernels.ops.sparse_matmul.shapes import SHAPES, SparseShape
+from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, SHAPES, SparseShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
@@ -17,10 +17,10 @@ KINDS = ("float32", "bfloat16", "int4")
 
 
 def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32"):
-    """(x, values, indices, scale), and in float64: x and the dense weight."""
+    """(x, values, indices, scale), for V:N:M with choices, and in float64: x and the dense weight."""
     rng = np.random.default_rng(shape.contraction * 1000 + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
-    positions = oracles.draw_positions(rng, shape.contraction, shape.columns, shape.kept)
+    positions = oracles.draw_positions(rng, shape.contraction * 4 // shape.pattern, shape.columns, shape.kept)
     indices = jnp.asarray(oracles.pack(positions, 2))
     if kind == "int4":
         codes = rng.integers(-8, 8, positions.shape)
@@ -30,7 +30,12 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
     else:
         values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
         kept = np.asarray(values, np.float64)
-    return (x, values, indices, scale), np.asarray(x, np.float64), oracles.densify(kept, positions, shape.kept)
+    operands, weight = (x, values, indices, scale), oracles.densify(kept, positions, shape.kept)
+    if shape.width:
+        choices = oracles.draw_choices(rng, shape.contraction, shape.columns // shape.width, shape.pattern)
+        operands = (*operands, jnp.asarray(oracles.pack_choices(choices, shape.pattern)))
+        weight = oracles.spread(weight, choices, shape.pattern)
+    return operands, np.asarray(x, np.float64), weight
 
 
 def _implementations(shape: SparseShape, kind: str):
@@ -48,6 +53,76 @@ def test_products_match_the_oracle(shape, kind, dtype):
         out = sparse_matmul(*operands, n=shape.kept, m=4, implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+def _blocked_implementations(kind: str):
+    return IMPLEMENTATIONS if kind == "int4" else ["reference"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", BLOCKED_SHAPES, ids=str)
+def test_blocked_products_match_the_oracle(shape, kind, dtype):
+    operands, x, weight = _draw(shape, kind, dtype)
+    for implementation in _blocked_implementations(kind):
+        out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
+        assert out.dtype == dtype
+        assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("shape", BLOCKED_SHAPES[:3], ids=str)
+def test_blocked_products_of_every_instruction_set(shape):
+    operands, x, weight = _draw(shape, "int4", "float32")
+    out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation="cpu")
+    assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), "float32")
+
+
+@pytest.mark.parametrize("shape", BLOCKED_SHAPES, ids=str)
+def test_blocked_products_round_activations_as_the_reference_does(shape):
+    operands, *_ = _draw(shape, "int4", "float32")
+    out, expected = (
+        sparse_matmul(*operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=name)
+        for name in ("cpu", "reference")
+    )
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocked_densifying_is_exact(kind):
+    shape = BLOCKED_SHAPES[2]
+    (_, values, indices, scale, choices), _, weight = _draw(shape, kind, "float32")
+    weights = (values, indices, scale, choices)
+
+    def densify(values, indices, scale, choices):
+        return densify_nm(values, indices, scale, shape.kept, shape.pattern, shape.contraction, choices)
+
+    np.testing.assert_array_equal(densify(*weights), weight.astype(np.float32))
+    twice = jax.tree.map(lambda a: jnp.stack([a, a]), weights)
+    np.testing.assert_array_equal(densify(*twice), np.stack([weight, weight]).astype(np.float32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_blocked_gradients_to_activations(implementation):
+    shape = BLOCKED_SHAPES[1]
+    (x, *weight), exact_x, dense = _draw(shape, "int4", "float32")
+    pull = np.random.default_rng(1).standard_normal((3, shape.columns)).astype(np.float32)
+    multiply = lambda x: sparse_matmul(x, *weight, n=shape.kept, m=shape.pattern, implementation=implementation)  # noqa: E731
+    (to_x,) = jax.vjp(multiply, x)[1](jnp.asarray(pull))
+    exact = pull.astype(np.float64)
+    assert_close(to_x, exact @ dense.T, np.abs(exact) @ np.abs(dense).T, "float32")
+
+
+def test_choices_of_too_few_or_too_many_are_read_within_their_bounds():
+    """What the product then is nobody says, but it is the same each time and stays a number."""
+    shape = BLOCKED_SHAPES[1]
+    (x, values, indices, scale, choices), *_ = _draw(shape, "int4", "float32")
+    for odd in (jnp.zeros_like(choices), ~jnp.zeros_like(choices)):
+        outs = [
+            sparse_matmul(x, values, indices, scale, odd, n=1, m=8, implementation="cpu") for _ in range(2)
+        ]
+        np.testing.assert_array_equal(*outs)
+        assert np.isfinite(outs[0]).all()
 
 
 def test_every_native_shape_is_tested():
@@ -123,13 +198,19 @@ def test_scan_and_vmap_give_the_same_bits(kind):
 X = jnp.ones((1, 64))
 DENSE = jnp.ones((32, 3))
 INT4 = pack_words(np.zeros((32, 3), np.uint8), 4)
+CHOICES = jnp.full((2, 3), 0x0F0F0F0F, jnp.uint32)
 INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
 
 
 @pytest.mark.parametrize(
     ("operands", "n", "m", "message"),
     [
-        ((X, DENSE, INDICES), 2, 8, "m=8 is not supported: only m=4 now"),
+        ((X, DENSE, INDICES), 2, 8, "m=8 is not supported: valid are 4 without choices"),
+        ((X, DENSE, INDICES, None, CHOICES), 2, 4, "m=4 is not supported"),
+        ((X, DENSE, INDICES, None, CHOICES), 4, 8, "n=4 of m=8"),
+        ((X, DENSE[:16], INDICES[:1], None, CHOICES[:1]), 2, 8, "choices hold 32 positions, x contracts over 64"),
+        ((X, DENSE[:16], INDICES[:1], None, CHOICES[:, :2]), 2, 8, "3 columns do not divide into the 2 blocks"),
+        ((X, DENSE[:16], INDICES[:1], None, CHOICES.astype(jnp.int32)), 2, 8, r"not int32\(2, 3\)"),
         ((X, DENSE, INDICES), 4, 4, "n=4 of m=4"),
         ((X, DENSE, INDICES), 1, 4, r"over 64, but 32 kept elements \(1:4\) make 128"),
         ((X[:, :60], DENSE, INDICES), 2, 4, r"over 60, but 32 kept elements \(2:4\) make 64"),
@@ -156,3 +237,13 @@ def test_unsupported_groups_fall_back():
     with pytest.raises(NotImplementedError, match="multiples of 8"):
         sparse_matmul(X, INT4, INDICES, scale, n=2, m=4, implementation="cpu")
     np.testing.assert_array_equal(sparse_matmul(X, INT4, INDICES, scale, n=2, m=4), np.full((1, 3), 32 * -8.0))
+
+
+@pytest.mark.parametrize(("shape", "kind", "message"), [(0, "float32", "int4 words only"), (1, "int4", "multiple of 16")])
+def test_native_blocked_products_say_what_they_need(shape, kind, message):
+    shape = BLOCKED_SHAPES[shape]
+    (x, values, indices, scale, choices), *_ = _draw(shape, kind, "float32")
+    if kind == "int4":
+        choices = jnp.repeat(choices, 2, axis=1)  # blocks of 8 columns
+    with pytest.raises(NotImplementedError, match=message):
+        sparse_matmul(x, values, indices, scale, choices, n=shape.kept, m=8, implementation="cpu")

@@ -1,6 +1,7 @@
-"""`sparse_matmul`: activations times a weight that keeps n of every m = 4 elements along the contraction.
+"""`sparse_matmul`: activations times a weight that keeps n of every m elements along the contraction, m = 4 or V:N:M.
 
-Dimensions: D contraction, F output, C = D*n/m kept elements a column, g dense positions that share a scale.
+Dimensions: D contraction, F output, C = D*n/m kept elements a column, g dense positions that share a scale, V columns
+that share their choice of 4 positions of every m.
 """
 
 import jax
@@ -26,6 +27,7 @@ def sparse_matmul(
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None = None,
+    choices: jax.Array | None = None,
     *,
     n: int,
     m: int,
@@ -33,6 +35,10 @@ def sparse_matmul(
     implementation: str | None = None,
 ) -> jax.Array:
     """x @ w, where w keeps n of every m consecutive elements of a column (N:M sparsity, Mishra et al. 2104.08378).
+
+    With `choices` in two steps (V:N:M, VENOM, Castro et al. 2310.02065): V neighbouring columns keep the same 4 of
+    every m positions, and each column n of those 4. So 2:8 has the indices of 2:4, and its product is that of a 2:4
+    weight with activations that are gathered once for V columns.
 
     Differentiable by reverse mode in x, in floating values and in scale; integers have no gradient.
 
@@ -43,7 +49,9 @@ def sparse_matmul(
       indices: uint32 (C/16, F): the 2-bit position of every kept element inside its group, ascending inside a group.
       scale: (D/g, F) float32 or bfloat16 for int4 words, where g counts dense positions and is a multiple of m;
         None for floating values.
-      n, m: kept elements and positions a group: m = 4, n = 1, 2 or 3.
+      choices: for V:N:M, uint32 (D/32, F/V): bit i of word j says whether position 32*j + i is one of the 4 of its m
+        that the V columns of a block may keep; indices count these 4. None for m = 4.
+      n, m: kept elements and positions a group: n = 1, 2 or 3, m = 4, with choices 8, 16 or 32.
       activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for int4 words.
       implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), "tpu" (Mosaic), or None for the platform's
         best.
@@ -56,10 +64,10 @@ def sparse_matmul(
       NotImplementedError: the implementation was named and does not support this call.
     """
     check_activations("sparse_matmul", x)
-    if m != 4:
-        raise ValueError(f"m={m} is not supported: only m=4 now")
+    if m not in ((4,) if choices is None else (8, 16, 32)):
+        raise ValueError(f"m={m} is not supported: valid are 4 without choices, and 8, 16 and 32 with them")
     if n not in (1, 2, 3):
-        raise ValueError(f"n={n} of m=4 is not supported: valid are 1, 2, 3")
+        raise ValueError(f"n={n} of m={m} is not supported: valid are 1, 2, 3")
     if values.ndim != 2 or indices.ndim != 2:
         raise ValueError(f"sparse_matmul needs values and indices (rows, F), got {values.shape} and {indices.shape}")
     packed = values.dtype == jnp.uint32
@@ -82,8 +90,19 @@ def sparse_matmul(
         check_scale(scale, x.shape[-1], values.shape[1])
         if x.shape[-1] // scale.shape[0] % m:
             raise ValueError(f"scale groups of {x.shape[-1] // scale.shape[0]} positions are no multiple of m={m}")
+    if choices is not None:
+        _check_choices(choices, x.shape[-1], values.shape[1])
     check_activation_bits(activation_bits)
     if activation_bits is not None and not packed:
         raise ValueError(f"activation_bits={activation_bits} is for int4 words, not for values of {values.dtype}")
     options = {"n": n, "m": m, "activation_bits": activation_bits}
-    return run_kernel("sparse_matmul", BACKENDS, implementation, x, values, indices, scale, **options)
+    return run_kernel("sparse_matmul", BACKENDS, implementation, x, values, indices, scale, choices, **options)
+
+
+def _check_choices(choices: jax.Array, contraction: int, columns: int) -> None:
+    if choices.dtype != jnp.uint32 or choices.ndim != 2:
+        raise ValueError(f"choices are uint32 words (D/32, F/V), not {choices.dtype}{choices.shape}")
+    if choices.shape[0] * 32 != contraction:
+        raise ValueError(f"choices hold {choices.shape[0] * 32} positions, x contracts over {contraction}")
+    if choices.shape[1] == 0 or columns % choices.shape[1]:
+        raise ValueError(f"{columns} columns do not divide into the {choices.shape[1]} blocks of choices")

@@ -1,4 +1,4 @@
-"""Native CPU backend of sparse_matmul: N:4, reading the packed weight once for every 8 rows (kernels/csrc).
+"""Native CPU backend of sparse_matmul: N:4 and V:N:M, reading the packed weight once for every 8 rows (kernels/csrc).
 
 Dimensions: D contraction, F output, C kept elements a column, R rows: the product of x's leading dimensions.
 """
@@ -14,12 +14,16 @@ from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
 
+BLOCK_COLUMNS = 16
+"""V of a V:N:M weight is a multiple of this, the columns of the widest vector."""
+
 
 def sparse_matmul_cpu(
     x: jax.Array,
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None,
+    choices: jax.Array | None,
     *,
     n: int,
     m: int,
@@ -37,20 +41,27 @@ def sparse_matmul_cpu(
         raise NotImplementedError("multiplies weights that are not empty")
     if scale is not None and x.shape[-1] // scale.shape[0] * n // m % 8:
         raise NotImplementedError("has int4 groups of whole words (multiples of 8 kept elements)")
+    if choices is not None and scale is None:
+        raise NotImplementedError("multiplies V:N:M weights of int4 words only")
+    if choices is not None and values.shape[1] // choices.shape[1] % BLOCK_COLUMNS:
+        raise NotImplementedError(f"multiplies V:N:M weights whose V is a multiple of {BLOCK_COLUMNS}")
     if activation_bits is not None and scale is None:
         raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
-    kernel = functools.partial(_multiply, n, activation_bits)
-    return differentiate_as(functools.partial(sparse_matmul_reference, n=n, m=m), kernel)(x, values, indices, scale)
+    kernel = functools.partial(_multiply, n, m, activation_bits)
+    reference = functools.partial(sparse_matmul_reference, n=n, m=m)
+    return differentiate_as(reference, kernel)(x, values, indices, scale, choices)
 
 
 def _multiply(
     n: int,
+    m: int,
     activation_bits: int | None,
     x: jax.Array,
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None,
+    choices: jax.Array | None,
 ) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
@@ -60,7 +71,8 @@ def _multiply(
         jax.ShapeDtypeStruct((rows.shape[0], columns), x.dtype),
         vmap_method="sequential",
     )
-    # The target has a fixed number of operands: no scale is a scale of no rows.
+    # The target has a fixed number of operands: what is not there has no rows.
     given = jnp.zeros((0, columns), jnp.float32) if scale is None else scale
-    result = call(rows, values, indices, given, n=n, activation_bits=activation_bits or 0)
+    chosen = jnp.zeros((0, columns), jnp.uint32) if choices is None else choices
+    result = call(rows, values, indices, given, chosen, n=n, m=m, activation_bits=activation_bits or 0)
     return result.reshape(*lead, columns)

@@ -31,6 +31,7 @@ def sparse_matmul_gpu(
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None,
+    choices: jax.Array | None = None,
     *,
     n: int,
     m: int,
@@ -44,6 +45,8 @@ def sparse_matmul_gpu(
     `tile` is for tests and tuning. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
+    if choices is not None:
+        raise NotImplementedError(f"multiplies n:4 weights, not V:{n}:{m}")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     if x.size == 0 or values.size == 0:

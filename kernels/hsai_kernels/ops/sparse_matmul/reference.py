@@ -3,7 +3,7 @@
 `densify_nm` defines what the packed arrays mean; formats use it to densify.
 
 Dimensions: D contraction, F output, C = D*n/m kept elements a column, m positions a sparsity group of which n are kept,
-g dense positions that share a scale.
+g dense positions that share a scale, V columns that share their choice of 4 positions of every m (V:N:M).
 """
 
 import functools
@@ -23,6 +23,7 @@ def densify_nm(
     n: int,
     m: int,
     size: int,
+    choices: jax.Array | None = None,
 ) -> jax.Array:
     """float32 (..., size, F) from the kept elements of an N:M sparse weight; what was pruned is zero.
 
@@ -30,12 +31,16 @@ def densify_nm(
       values: floating (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c belongs to sparsity group c // n.
       indices: uint32 (..., C/16, F), the 2-bit position of each kept element inside its group.
       scale: (..., size/g, F) for int4 words, else None.
-      n, m: kept elements, positions a group; m is 4.
+      n, m: kept elements, positions a group; m is 4 without `choices`.
       size: the dense length D of the contraction.
+      choices: for V:N:M, uint32 (..., size/32, F/V): bit i of word j says whether position 32*j + i may be kept in the
+        V columns of a block. It is set 4 times in each m, and indices count these 4 only.
 
     Raises:
-      ValueError: the kept count is not size * n / m.
+      ValueError: the kept count is not size * n / m, or shapes do not fit.
     """
+    if choices is not None:
+        return _spread(densify_nm(values, indices, scale, n, 4, size * 4 // m), choices, m, size)
     packed = values.dtype == jnp.uint32
     kept = (decode_words(values, 4) if packed else values).astype(jnp.float32)
     *lead, count, columns = kept.shape
@@ -50,11 +55,31 @@ def densify_nm(
     return jnp.sum(jnp.where(chosen, split, 0.0), axis=-3).reshape(*lead, size, columns)
 
 
+def unpack_choices(choices: jax.Array) -> jax.Array:
+    """bool (..., D, B) from words (..., D/32, B): bit i of word j stands for position 32*j + i."""
+    *lead, words, blocks = choices.shape
+    bits = choices[..., :, None, :] >> jnp.arange(32, dtype=jnp.uint32)[:, None] & 1
+    return bits.reshape(*lead, 32 * words, blocks) != 0
+
+
+def _spread(compact: jax.Array, choices: jax.Array, m: int, size: int) -> jax.Array:
+    """(..., size, F) with the rows of `compact` (..., size*4/m, F) where the choices of a column's block are set."""
+    *lead, _, columns = compact.shape
+    if choices.shape[-2] * 32 != size or columns % choices.shape[-1]:
+        raise ValueError(f"choices {choices.shape} do not fit a weight of {size} positions and {columns} columns")
+    chosen = jnp.repeat(unpack_choices(choices), columns // choices.shape[-1], axis=-1)
+    groups = chosen.reshape(*lead, size // m, m, columns)
+    rank = jnp.clip(jnp.cumsum(groups, axis=-2, dtype=jnp.int32) - 1, 0, 3)
+    rows = jnp.take_along_axis(compact.reshape(*lead, size // m, 4, columns), rank, axis=-2)
+    return jnp.where(groups, rows, 0.0).reshape(*lead, size, columns)
+
+
 def sparse_matmul_reference(
     x: jax.Array,
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None,
+    choices: jax.Array | None = None,
     *,
     n: int,
     m: int,
@@ -66,13 +91,21 @@ def sparse_matmul_reference(
     """
     if activation_bits is not None:
         reference = functools.partial(sparse_matmul_reference, n=n, m=m)
-        return differentiate_as(reference, functools.partial(_multiply_rounded, n, m))(x, values, indices, scale)
-    weight = densify_nm(values, indices, scale, n, m, x.shape[-1]).astype(x.dtype)
+        return differentiate_as(reference, functools.partial(_multiply_rounded, n, m))(
+            x, values, indices, scale, choices
+        )
+    weight = densify_nm(values, indices, scale, n, m, x.shape[-1], choices).astype(x.dtype)
     return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def _multiply_rounded(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array
+    n: int,
+    m: int,
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array,
+    choices: jax.Array | None = None,
 ) -> jax.Array:
-    codes = densify_nm(values, indices, None, n, m, x.shape[-1])
+    codes = densify_nm(values, indices, None, n, m, x.shape[-1], choices)
     return multiply_codes(x, codes.astype(jnp.int8), scale)

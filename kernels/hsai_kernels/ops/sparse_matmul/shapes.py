@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseShape:
-    """One product (lead..., D) @ (D, F) that keeps n of 4; for int4 values `group` dense positions share a scale."""
+    """One product (lead..., D) @ (D, F) that keeps n of 4, in int4 with a scale for each `group` dense positions."""
 
     lead: tuple[int, ...]
     """Leading dimensions of the activations; their product is the number of rows."""
@@ -17,6 +17,10 @@ class SparseShape:
     """n of n:4."""
     group: int
     """Dense positions that share a scale."""
+    pattern: int = 4
+    """m: of V:N:M, positions of which a block of columns chooses 4."""
+    width: int = 0
+    """V: columns of a block, 0 without."""
 
 
 def _shape(lead: tuple[int, ...], contraction: int, columns: int, kept: int, group: int) -> SparseShape:
@@ -36,3 +40,13 @@ SHAPES = (
     _shape((4, 6), 64, 33, 2, 16),  # more rows than decoding has
 )
 """Ragged, tiny and larger; divisible as packed indices need it."""
+
+BLOCKED_SHAPES = (
+    SparseShape(lead=(1,), contraction=64, columns=16, kept=2, group=64, pattern=8, width=16),  # the smallest
+    SparseShape(lead=(3,), contraction=256, columns=48, kept=1, group=128, pattern=8, width=16),
+    SparseShape(lead=(2, 2), contraction=512, columns=128, kept=3, group=256, pattern=16, width=64),
+    SparseShape(lead=(), contraction=512, columns=96, kept=2, group=512, pattern=32, width=48),
+    SparseShape(lead=(1,), contraction=256, columns=2112, kept=2, group=64, pattern=8, width=2112),  # one block
+    SparseShape(lead=(9,), contraction=128, columns=4160, kept=2, group=32, pattern=8, width=32),  # several tiles
+)
+"""The same for V:N:M."""

@@ -28,6 +28,7 @@ def sparse_matmul_tpu(
     values: jax.Array,
     indices: jax.Array,
     scale: jax.Array | None,
+    choices: jax.Array | None = None,
     *,
     n: int,
     m: int,
@@ -39,6 +40,8 @@ def sparse_matmul_tpu(
     rebuilds the dense weight. Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
+    if choices is not None:
+        raise NotImplementedError(f"multiplies n:4 weights, not V:{n}:{m}")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     reference = functools.partial(sparse_matmul_reference, n=n, m=m)

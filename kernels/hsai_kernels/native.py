@@ -26,7 +26,7 @@ ATTENTION = "hsai_attention"
 _TARGETS = {ATTENTION: "HsaiAttention", QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
 
 _REMEDY = (
-    "low-bit and sparse products rebuild dense weights and are many times slower, and attention reads a cache more often; "
+    "low-bit and sparse products rebuild dense weights and are many times slower, and so is decoding over a cache; "
     "to mend it, put a C++17 compiler on the PATH and install hsai from its source folder again "
     "(pip install --no-deps -e .)"
 )

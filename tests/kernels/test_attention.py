@@ -177,7 +177,10 @@ AT_K = jnp.zeros((2, 5), jnp.int32)
         ({"q": Q[:, :, :3]}, "3 query heads are no multiple of 2 kv heads"),
         ({"q": Q[0]}, r"\(3, 4, 8\)"),
         ({"k": K.astype(jnp.bfloat16)}, "q, k, v differ in dtype: float32, bfloat16, float32"),
-        ({"k": CODES}, "q, k, v differ in dtype: float32, int8, float32; k and v may both be float32 or int8 or bfloat16"),
+        (
+            {"k": CODES},
+            "q, k, v differ in dtype: float32, int8, float32; k and v may both be float32 or int8 or bfloat16",
+        ),
         ({"q": Q.astype(jnp.bfloat16)}, "q, k, v differ in dtype: bfloat16, float32, float32"),
         ({"k": CODES, "v": CODES}, "k is int8 and comes without k_scale"),
         ({"k": CODES, "v": CODES, "k_scale": SCALE}, "v is int8 and comes without v_scale"),

@@ -1,4 +1,4 @@
-"""The native backend of attention: every instruction set and cache type against float64, hard inputs, threads, slopes."""
+"""The native backend of attention: each instruction set and cache type against float64, hard inputs, threads."""
 
 import functools
 from typing import Any
@@ -31,10 +31,14 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def draw(shape: AttentionShape, dtype: str, cache: str, segments: bool = False) -> tuple[Arrays, np.ndarray, np.ndarray]:
+def draw(
+    shape: AttentionShape, dtype: str, cache: str, segments: bool = False
+) -> tuple[Arrays, np.ndarray, np.ndarray]:
     """The arrays of a call, and its keys and values in float64; queries are the last positions of the keys."""
     rng = np.random.default_rng(shape.keys * 100 + shape.head_dim)
-    arrays: Arrays = {"q": jnp.asarray(rng.standard_normal((shape.batch, shape.queries, shape.heads, shape.head_dim)), dtype)}
+    arrays: Arrays = {
+        "q": jnp.asarray(rng.standard_normal((shape.batch, shape.queries, shape.heads, shape.head_dim)), dtype)
+    }
     exact = []
     for name in "kv":
         values = rng.standard_normal((shape.batch, shape.keys, shape.kv_heads, shape.head_dim))
@@ -159,7 +163,9 @@ def test_scores_of_any_size(instruction_set, size):
         arrays = arrays | {"k": arrays["k"] * 1e18}  # scores reach 1e37
         k = np.asarray(arrays["k"], np.float64)
     # A score is off by a few units of 2**-24 of its terms, and so is the logarithm of a weight.
-    terms = np.einsum("btkgh,bskh->btskg", np.abs(np.asarray(arrays["q"], np.float64).reshape(1, 70, 2, 2, 64)), np.abs(k))
+    terms = np.einsum(
+        "btkgh,bskh->btskg", np.abs(np.asarray(arrays["q"], np.float64).reshape(1, 70, 2, 2, 64)), np.abs(k)
+    )
     unsure = np.minimum(np.max(terms) / 8.0, 2.0**20) if size == 1e3 else 1.0
     assert_close(attend(arrays), ask_oracle(arrays, k, v), float(np.abs(v).max()) * max(1.0, unsure), "float32")
 
@@ -239,7 +245,9 @@ def test_gradients_are_those_of_the_reference(options, cache):
     for name, gradient in wanted.items():
         exact = np.asarray(gradient, np.float64)
         assert np.any(exact != 0)
-        assert_close(found[name], exact, float(np.abs(exact).max()) + 1.0, "bfloat16" if cache == "bfloat16" else "float32")
+        assert_close(
+            found[name], exact, float(np.abs(exact).max()) + 1.0, "bfloat16" if cache == "bfloat16" else "float32"
+        )
 
 
 def test_a_gradient_keeps_no_scores():

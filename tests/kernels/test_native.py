@@ -9,6 +9,7 @@ from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
+
 def _draw(rows, contraction, columns):
     """float64 x, codes -8..7, positions of 2:4, scales of groups of 32."""
     rng = np.random.default_rng(columns)

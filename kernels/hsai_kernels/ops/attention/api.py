@@ -128,7 +128,9 @@ def _check_scales(k: jax.Array, v: jax.Array, k_scale: jax.Array | None, v_scale
     for name, cache, scale in (("k", k, k_scale), ("v", v, v_scale)):
         if (cache.dtype == jnp.int8) != (scale is not None):
             given = "without" if scale is None else "with"
-            raise ValueError(f"{name} is {cache.dtype} and comes {given} {name}_scale: int8 needs one, others have none")
+            raise ValueError(
+                f"{name} is {cache.dtype} and comes {given} {name}_scale: int8 needs one, others have none"
+            )
         if scale is None:
             continue
         if scale.shape != cache.shape[:3]:

@@ -48,8 +48,9 @@ def attention_cpu(
     if window is not None and window > LARGEST_WINDOW:
         raise NotImplementedError(f"has windows of at most {LARGEST_WINDOW} positions, not {window}")
     native.load_library()
-    options = {"window": window, "softcap": softcap, "scale": scale}
-    attend = differentiate_through(functools.partial(attention_chunked, **options), functools.partial(_attend, **options))
+    reference = functools.partial(attention_chunked, window=window, softcap=softcap, scale=scale)
+    kernel = functools.partial(_attend, window=window, softcap=softcap, scale=scale)
+    attend = differentiate_through(reference, kernel)
     return attend(q, k, v, q_positions, kv_positions, q_segments, kv_segments, k_scale, v_scale)
 
 

@@ -3,9 +3,9 @@
 #include "multiply.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
 #include "threads.h"
 
 namespace hsai {
@@ -22,21 +22,6 @@ constexpr std::int64_t kAlignment = 64;
 
 // Below this many stored elements a product is faster than waking a thread.
 constexpr std::int64_t kAlone = 1 << 16;
-
-float widen(std::uint16_t half) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// To bfloat16, to nearest, ties to even; a NaN stays one.
-std::uint16_t narrow(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return static_cast<std::uint16_t>((bits >> 16) | 0x40);
-  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // The row counts that kernels are compiled for; a product of 3 rows computes a fourth of zeros.
 int round_rows(std::int64_t rows) { return rows <= 2 ? static_cast<int>(rows) : rows <= 4 ? 4 : 8; }

@@ -8,6 +8,7 @@
 
 #include "products.h"
 
+#include "attend_tile.h"
 #include "fill_planes.h"
 #include "float_products.h"
 #include "integer_products.h"
@@ -25,6 +26,7 @@ const Products HSAI_PRODUCTS = {
     multiply_integer<Codes<2>>,
     multiply_integer<SparseCodes>,
     fill_planes,
+    attend_tile,
 };
 
 }  // namespace hsai

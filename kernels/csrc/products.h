@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "attention_tile.h"
 #include "planes.h"
 
 namespace hsai {
@@ -65,6 +66,7 @@ struct Products {
   IntegerTile sparse_int4;
   // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
   void (*fill_planes)(const Planes& planes, int row, const float* x);
+  AttendTile attend;
 };
 
 extern const Products kBaselineProducts;

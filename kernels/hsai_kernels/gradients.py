@@ -22,3 +22,20 @@ def differentiate_as(reference: Product, kernel: Product) -> Product:
 
     call.defvjp(forward, backward)
     return call
+
+
+def differentiate_through(reference: Product, kernel: Product) -> Product:
+    """`kernel` where no gradient is taken, and `reference` where one is, forward and backward.
+
+    For a reference that keeps what its backward pass needs; both are functions of the same operands, arrays or None.
+    """
+    call = jax.custom_vjp(kernel)
+
+    def forward(*operands: jax.Array | None) -> tuple[jax.Array, Callable[..., tuple]]:
+        return jax.vjp(reference, *operands)
+
+    def backward(pull_back: Callable[..., tuple], grad: jax.Array) -> tuple:
+        return pull_back(grad)
+
+    call.defvjp(forward, backward)
+    return call

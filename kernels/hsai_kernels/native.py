@@ -21,11 +21,12 @@ MAX_INTEGER_ROWS = 1 << 16
 
 QUANTIZED_MATMUL = "hsai_quantized_matmul"
 SPARSE_MATMUL = "hsai_sparse_matmul"
+ATTENTION = "hsai_attention"
 
-_TARGETS = {QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
+_TARGETS = {ATTENTION: "HsaiAttention", QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
 
 _REMEDY = (
-    "low-bit and sparse products rebuild dense weights and are many times slower; "
+    "low-bit and sparse products rebuild dense weights and are many times slower, and so is decoding over a cache; "
     "to mend it, put a C++17 compiler on the PATH and install hsai from its source folder again "
     "(pip install --no-deps -e .)"
 )

@@ -117,7 +117,7 @@ def _chain(name: str, rows: int, weight: Weight, multiply: Multiply, *, most: in
     return Runner(name=name, run=lambda: compiled(x, weights).block_until_ready(), times=copies)
 
 
-def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[jax.Array]) -> Runner:
+def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Runner:
     compiled = jax.jit(function).lower(*arguments).compile()
     return Runner(name=name, run=lambda: jax.block_until_ready(compiled(*arguments)))
 
@@ -128,7 +128,7 @@ def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def make_attention(*, quick: bool) -> Iterator[Case]:
-    """Training on rows of 2048 tokens, forward and backward, and decoding one token over a cache of 4096."""
+    """Training on rows of 2048 tokens, forward and backward; decoding and prefill over caches of each type."""
     heads, kv_heads, head_dim = (4, 2, 64) if quick else (16, 4, 64)
     length = 1024 if quick else 2048
     operands = _draw((1, length, heads, head_dim), *[(1, length, kv_heads, head_dim)] * 2)
@@ -151,20 +151,39 @@ def make_attention(*, quick: bool) -> Iterator[Case]:
         peers=[_make_runner("reference", functools.partial(train, "reference"), operands)],
     )
 
-    batch, slots, heads, kv_heads, head_dim = 4, 4096, 32, 8, 128
-    operands = _draw((batch, 1, heads, head_dim), *[(batch, slots, kv_heads, head_dim)] * 2)
-    last, places = jnp.full((batch, 1), slots - 1), jnp.tile(jnp.arange(slots), (batch, 1))
+    # Queries that follow one another at the end of a cache which they fill: one of 4 rows, and a prompt of 512 tokens.
+    for batch, queries, slots in ((1 if quick else 4, 1, 4096), (1, 512, 512)):
+        for cache in ("float32", "bfloat16", "int8"):
+            yield _make_forward(cache, batch, queries, slots)
 
-    def decode(implementation: str | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, q_positions=last, kv_positions=places, implementation=implementation)
 
-    yield Case(
-        name=f"attention decode {batch}x{slots} slots {heads}/{kv_heads} heads",
-        nbytes=sum(array.nbytes for array in operands[1:]),
-        flops=4 * batch * heads * slots * head_dim,
-        metric="GB/s",
-        ours=_make_runner("ours", functools.partial(decode, None), operands),
-        peers=[_make_runner("reference", functools.partial(decode, "reference"), operands)],
+def _make_forward(cache: str, batch: int, queries: int, slots: int, heads: int = 32, kv_heads: int = 8) -> Case:
+    """Decoding or prefill of float32 queries of head dim 128, over a cache of some type."""
+    head_dim = 128
+    q, *parts = _draw((batch, queries, heads, head_dim), *[(batch, slots, kv_heads, head_dim)] * 2)
+    operands: dict[str, jax.Array] = {}
+    for name, part in zip("kv", parts, strict=True):
+        if cache == "int8":
+            scale = jnp.max(jnp.abs(part), axis=-1) / 127.0
+            codes = jnp.round(part / scale[..., None]).astype(jnp.int8)
+            operands |= {name: codes, f"{name}_scale": scale}
+        else:
+            operands[name] = part.astype(cache)
+    at = jnp.tile(jnp.arange(slots), (batch, 1))
+    marks = {"q_positions": at[:, slots - queries :], "kv_positions": at}
+    seen = sum(slots - queries + 1 + i for i in range(queries))
+
+    def attend(implementation: str | None, q: jax.Array, operands: dict[str, jax.Array]) -> jax.Array:
+        return attention(q, **operands, **marks, implementation=implementation)
+
+    return Case(
+        name=f"attention {cache} {batch}x{queries} of {slots} slots {heads}/{kv_heads} heads",
+        nbytes=sum(array.nbytes for array in operands.values()),
+        flops=4 * batch * heads * seen * head_dim,
+        metric="GB/s" if queries == 1 else "GFLOP/s",
+        ours=_make_runner("ours", functools.partial(attend, None), (q, operands)),
+        # The chunked path is the reference where all scores fit one of its blocks, as they do here.
+        peers=[_make_runner("reference", functools.partial(attend, "reference"), (q, operands))],
     )
 
 

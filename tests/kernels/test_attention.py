@@ -161,6 +161,9 @@ def test_keys_and_values_are_not_repeated_over_query_heads():
 
 Q = jnp.ones((2, 3, 4, 8))
 K = jnp.ones((2, 5, 2, 8))
+CODES = jnp.ones((2, 5, 2, 8), jnp.int8)
+SCALE = jnp.ones((2, 5, 2))
+INT8 = {"k": CODES, "v": CODES, "k_scale": SCALE, "v_scale": SCALE}
 AT_Q = jnp.zeros((2, 3), jnp.int32)
 AT_K = jnp.zeros((2, 5), jnp.int32)
 
@@ -174,6 +177,16 @@ AT_K = jnp.zeros((2, 5), jnp.int32)
         ({"q": Q[:, :, :3]}, "3 query heads are no multiple of 2 kv heads"),
         ({"q": Q[0]}, r"\(3, 4, 8\)"),
         ({"k": K.astype(jnp.bfloat16)}, "q, k, v differ in dtype: float32, bfloat16, float32"),
+        (
+            {"k": CODES},
+            "q, k, v differ in dtype: float32, int8, float32; k and v may both be float32 or int8 or bfloat16",
+        ),
+        ({"q": Q.astype(jnp.bfloat16)}, "q, k, v differ in dtype: bfloat16, float32, float32"),
+        ({"k": CODES, "v": CODES}, "k is int8 and comes without k_scale"),
+        ({"k": CODES, "v": CODES, "k_scale": SCALE}, "v is int8 and comes without v_scale"),
+        ({"v_scale": SCALE}, "v is float32 and comes with v_scale"),
+        (INT8 | {"k_scale": SCALE[:, :4]}, r"k_scale has shape \(2, 4, 2\), needs \(2, 5, 2\)"),
+        (INT8 | {"v_scale": SCALE.astype(jnp.bfloat16)}, "v_scale must be float32, got bfloat16"),
         ({"q": Q.astype(jnp.int32)}, "needs floating q, got int32"),
         ({"q_positions": AT_K}, r"q_positions has shape \(2, 5\), needs \(2, 3\)"),
         ({"kv_positions": AT_Q}, r"kv_positions has shape \(2, 3\), needs \(2, 5\)"),

@@ -75,8 +75,8 @@ def test_unknown_names_are_refused_with_the_valid_ones():
         quantized_matmul(*_operands(), implementation="chunked")
     q = jnp.zeros((1, 1, 1, 8))
     at = jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(ValueError, match="'cpu' of attention: valid are chunked, gpu, reference"):
-        attention(q, q, q, q_positions=at, kv_positions=at, implementation="cpu")
+    with pytest.raises(ValueError, match="'cuda' of attention: valid are chunked, cpu, gpu, reference, tpu"):
+        attention(q, q, q, q_positions=at, kv_positions=at, implementation="cuda")
     with pytest.raises(ValueError, match="'cuda': valid are chunked, cpu, gpu, reference"), prefer("cuda"):
         pass
 

@@ -9,21 +9,6 @@ from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    """Each that this machine runs; one that it lacks is refused, which is then the test."""
-    fastest = native.name_instruction_set()
-    if INSTRUCTION_SETS.index(request.param) > INSTRUCTION_SETS.index(fastest):
-        with pytest.raises(ValueError, match=request.param):
-            native.use_instruction_set(request.param)
-    else:
-        native.use_instruction_set(request.param)
-    yield
-    native.use_instruction_set(fastest)
-
 
 def _draw(rows, contraction, columns):
     """float64 x, codes -8..7, positions of 2:4, scales of groups of 32."""
@@ -228,11 +213,79 @@ def test_wrong_sparse_calls_give_an_error(operands, n):
         _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n), activation_bits=np.int64(0))
 
 
+Q = np.ones((2, 3, 4, 8), np.float32)
+K = np.ones((2, 5, 2, 8), np.float32)
+CODES = K.astype(np.int8)
+AT_Q = np.zeros((2, 3), np.int32)
+AT_K = np.zeros((2, 5), np.int32)
+K_SCALE = np.ones((2, 5, 2), np.float32)
+NO_MARK = np.zeros(0, np.int32)
+NO_K_SCALE = np.zeros(0, np.float32)
+ATTENTION = {"q": Q, "k": K, "v": K, "at_q": AT_Q, "at_k": AT_K, "in_q": NO_MARK, "in_k": NO_MARK} | {
+    "k_scale": NO_K_SCALE,
+    "v_scale": NO_K_SCALE,
+}
+INT8 = {"k": CODES, "v": CODES, "k_scale": K_SCALE, "v_scale": K_SCALE}
+
+
+def _attend(changes, shape=(2, 3, 4, 8), dtype=jnp.float32, window=0, softcap=0.0):
+    operands = (ATTENTION | changes).values()
+    options = {"window": np.int64(window), "softcap": np.float32(softcap), "scale": np.float32(1)}
+    return _call(native.ATTENTION, operands, shape, dtype, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "result"),
+    [
+        ({"q": Q[0]}, {}),
+        ({"q": Q.astype(np.float16)}, {"dtype": jnp.float16}),
+        ({}, {"shape": (2, 3, 4, 9)}),
+        ({}, {"shape": (2, 3, 4)}),
+        ({}, {"dtype": jnp.bfloat16}),
+        ({"k": K[:1]}, {}),  # another batch
+        ({"k": K[..., :4], "v": K[..., :4]}, {}),  # another head dim
+        ({"k": K[0]}, {}),
+        ({"v": K[:, :4]}, {}),  # fewer values than keys
+        ({"v": CODES}, {}),
+        ({"k": K.astype(np.float16), "v": K.astype(np.float16)}, {}),
+        ({"k": K[:, :, :0], "v": K[:, :, :0]}, {}),  # no kv heads
+        ({"q": Q[:, :, :3]}, {"shape": (2, 3, 3, 8)}),  # 3 heads of 2 kv heads
+        ({"at_q": AT_K}, {}),
+        ({"at_k": AT_Q}, {}),
+        ({"at_q": AT_Q.astype(np.float32)}, {}),
+        ({"at_k": NO_MARK}, {}),
+        ({"in_q": AT_Q}, {}),  # segments of one side
+        ({"in_k": AT_K}, {}),
+        ({"in_q": AT_Q, "in_k": AT_Q}, {}),
+        ({"k": CODES, "v": CODES}, {}),  # codes without scales
+        (INT8 | {"v_scale": NO_K_SCALE}, {}),
+        (INT8 | {"k_scale": K_SCALE[..., :1]}, {}),
+        (INT8 | {"k_scale": K_SCALE.astype(np.int32)}, {}),
+        ({"k_scale": K_SCALE, "v_scale": K_SCALE}, {}),  # scales of floats
+        ({"k": K[:, :0], "v": K[:, :0], "at_k": AT_K[:, :0]}, {}),  # nothing to see
+        ({}, {"window": -1}),
+        ({}, {"window": 2**31}),
+        ({}, {"softcap": -1.0}),
+        ({}, {"softcap": np.nan}),
+    ],
+)
+def test_wrong_attention_calls_give_an_error(changes, result):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _attend(changes, **result)
+
+
+def test_right_attention_calls_give_none():
+    assert np.all(np.asarray(_attend({})) == 1)
+    assert np.all(np.asarray(_attend(INT8 | {"in_q": AT_Q, "in_k": AT_K}, window=1, softcap=1.0)) == 1)
+
+
 def test_a_call_with_an_operand_missing_gives_an_error():
     with pytest.raises(jax.errors.JaxRuntimeError):
         _call(native.QUANTIZED_MATMUL, (X, WORDS), (2, 5))
     with pytest.raises(jax.errors.JaxRuntimeError):
         _call(native.SPARSE_MATMUL, (X, KEPT, INDICES, NO_SCALE), (2, 5))
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        _call(native.ATTENTION, (Q, K, K), (2, 3, 4, 8))
 
 
 def test_a_weight_without_columns_is_no_work():

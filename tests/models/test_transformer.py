@@ -137,6 +137,14 @@ def test_decoding_writes_the_cache_where_it_is(make_model: MakeModel) -> None:
     assert [part.unsafe_buffer_pointer() for part in (after.keys, after.values)] == places
 
 
+def test_a_model_attends_natively_and_trains_in_plain_jax(make_model: MakeModel) -> None:
+    model, tokens = make_model(), draw_tokens(1, 1)
+    assert "hsai_attention" in read.lower(model, tokens, model.make_cache(1)).as_text()
+    assert "hsai_attention" in forward.lower(model, tokens).as_text()
+    train = jax.jit(jax.grad(lambda model: jnp.sum(model(tokens)[0])))
+    assert "hsai_attention" not in train.lower(model).as_text()
+
+
 def test_initial_weights_have_the_spread_they_ask_for() -> None:
     config = TransformerConfig(**SMALL | {"embed": 128, "mlp": 512, "heads": 8, "head_dim": 32, "vocab": 512})
     model = named_arrays(Transformer(config, rngs=nnx.Rngs(0)))

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.attention.chunked import attention_chunked
+from hsai_kernels.ops.attention.cpu import attention_cpu
 from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.reference import attention_reference
 from hsai_kernels.ops.attention.tpu import attention_tpu
 
 BACKENDS: dict[str, Backend] = {
     "chunked": attention_chunked,
+    "cpu": attention_cpu,
     "gpu": attention_gpu,
     "reference": attention_reference,
     "tpu": attention_tpu,
@@ -28,6 +30,8 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     q_segments: jax.Array | None = None,
@@ -45,22 +49,26 @@ def attention(
 
     Args:
       q: (B, T, N, H), floating.
-      k, v: (B, S, K, H) of q's dtype; N is a multiple of K, and query head i reads kv head i // (N / K).
+      k, v: (B, S, K, H) of q's dtype, or bfloat16 under float32 queries, or int8 with scales; N is a multiple of K, and
+        query head i reads kv head i // (N / K).
+      k_scale, v_scale: float32 (B, S, K), for int8 k and v only: a cache's value is `k * k_scale[..., None]`.
       q_positions, kv_positions: int32 (B, T) and (B, S). An empty cache slot gets a position above every query's.
       q_segments, kv_segments: int32 (B, T) and (B, S), both or neither.
       window: number of positions that a query sees, its own included; None for all before it.
       softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118).
       scale: factor of the scores, H**-0.5 if None.
-      implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "gpu" (the same, fused into
-        kernels: float32 and bfloat16, H up to 256), or None for the platform's best.
+      implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "cpu" (native, float32 and
+        bfloat16 queries; chunked where a gradient is taken), "gpu" (fused into kernels, forward and backward: float32
+        and bfloat16, H up to 256), "tpu" (the same, any H), or None for the platform's best.
 
     Returns:
-      (B, T, N, H) in q's dtype. Scores and softmax are float32.
+      (B, T, N, H) in q's dtype. Scores and softmax are float32. An int8 cache has no gradient; its scales do.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit together.
     """
     _check_operands(q, k, v)
+    _check_scales(k, v, k_scale, v_scale)
     _check_rows("q_positions", q_positions, q.shape[:2])
     _check_rows("kv_positions", kv_positions, k.shape[:2])
     if (q_segments is None) != (kv_segments is None):
@@ -84,6 +92,8 @@ def attention(
         kv_positions,
         q_segments,
         kv_segments,
+        k_scale,
+        v_scale,
         window=window,
         softcap=softcap,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
@@ -91,7 +101,8 @@ def attention(
 
 
 def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Raises ValueError unless q is (B, T, N, H), and k, v are (B, S, K, H) with K dividing N, of one float dtype."""
+    """Raises ValueError unless q is (B, T, N, H) and floating, and k, v are (B, S, K, H) with K dividing N, of q's
+    dtype or that of a cache which serves it."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"attention needs q (B, T, N, H) and k (B, S, K, H), got {q.shape} and {k.shape}")
     if k.shape != v.shape:
@@ -104,8 +115,28 @@ def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} kv heads")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"attention needs floating q, got {q.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}")
+    caches = [q.dtype, jnp.dtype(jnp.int8), *([jnp.dtype(jnp.bfloat16)] if q.dtype == jnp.float32 else [])]
+    if k.dtype != v.dtype or k.dtype not in caches:
+        raise ValueError(
+            f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; k and v may both be "
+            + " or ".join(dtype.name for dtype in caches)
+        )
+
+
+def _check_scales(k: jax.Array, v: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """Raises ValueError unless int8 k and v, and no others, have float32 scales of (B, S, K)."""
+    for name, cache, scale in (("k", k, k_scale), ("v", v, v_scale)):
+        if (cache.dtype == jnp.int8) != (scale is not None):
+            given = "without" if scale is None else "with"
+            raise ValueError(
+                f"{name} is {cache.dtype} and comes {given} {name}_scale: int8 needs one, others have none"
+            )
+        if scale is None:
+            continue
+        if scale.shape != cache.shape[:3]:
+            raise ValueError(f"{name}_scale has shape {scale.shape}, needs {cache.shape[:3]}")
+        if scale.dtype != jnp.float32:
+            raise ValueError(f"{name}_scale must be float32, got {scale.dtype}")
 
 
 def _check_rows(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.ops.attention.reference import attention_reference, find_visible
+from hsai_kernels.ops.attention.reference import attention_reference, find_visible, read_cache
 
 BLOCK_QUERIES = 512
 BLOCK_KEYS = 512
@@ -46,6 +46,8 @@ def attention_chunked(
     kv_positions: jax.Array,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
@@ -60,7 +62,8 @@ def attention_chunked(
     """
     if q.shape[1] * k.shape[1] <= block_queries * block_keys:
         at = (q_positions, kv_positions, q_segments, kv_segments)
-        return attention_reference(q, k, v, *at, window=window, softcap=softcap, scale=scale)
+        return attention_reference(q, k, v, *at, k_scale, v_scale, window=window, softcap=softcap, scale=scale)
+    k, v = read_cache(k, k_scale, q.dtype), read_cache(v, v_scale, q.dtype)
     options = Options(window=window, softcap=softcap, scale=scale, block_queries=block_queries, block_keys=block_keys)
     return _attend(options, q, k, v, (q_positions, q_segments), (kv_positions, kv_segments))
 

@@ -71,6 +71,8 @@ def attention_gpu(
     kv_positions: jax.Array,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
@@ -82,6 +84,8 @@ def attention_gpu(
     `tiles` are for tests and tuning; None takes TILES. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
+    if k.dtype != q.dtype:
+        raise NotImplementedError(f"has k and v of q's dtype {q.dtype}, not of {k.dtype}")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"has q, k, v of bfloat16 or float32, not of {q.dtype}")
     if q.shape[3] > LARGEST_HEAD_DIM:

@@ -18,12 +18,15 @@ def attention_reference(
     kv_positions: jax.Array,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
     """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated."""
+    k, v = read_cache(k, k_scale, q.dtype), read_cache(v, v_scale, q.dtype)
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads
@@ -50,6 +53,13 @@ def attention_reference(
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
+def read_cache(cache: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Keys or values (B, S, K, H) as numbers to compute with: float32 from codes and their scales, else `dtype`."""
+    if scale is not None:
+        return cache.astype(jnp.float32) * scale[..., None]
+    return cache.astype(dtype)
+
+
 def find_visible(
     q_positions: jax.Array,
     kv_positions: jax.Array,
@@ -59,10 +69,11 @@ def find_visible(
     window: int | None,
 ) -> jax.Array:
     """bool (B, T, S): the key is not after the query, within the window, and of the same segment."""
-    distance = q_positions[:, :, None] - kv_positions[:, None, :]
-    visible = distance >= 0
+    visible = kv_positions[:, None, :] <= q_positions[:, :, None]
     if window is not None:
-        visible &= distance < window
+        distance = q_positions[:, :, None] - kv_positions[:, None, :]
+        # Positions further apart than int32 reaches have a negative one.
+        visible &= (0 <= distance) & (distance < window)
     if q_segments is not None and kv_segments is not None:
         visible &= q_segments[:, :, None] == kv_segments[:, None, :]
     return visible

@@ -35,6 +35,8 @@ def attention_tpu(
     kv_positions: jax.Array,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     window: int | None,
     softcap: float | None,
@@ -45,6 +47,8 @@ def attention_tpu(
     Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
+    if k.dtype != q.dtype:
+        raise NotImplementedError(f"has k and v of q's dtype {q.dtype}, not of {k.dtype}")
     if 0 in q.shape or 0 in k.shape:
         raise NotImplementedError(f"has operands that are not empty, not q {q.shape} and k {k.shape}")
     batch, queries, heads, head_dim = q.shape

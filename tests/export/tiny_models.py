@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.data.tokenizer import Tokenizer
-from hsai.formats import DenseConfig, FormatConfig, Int4Config, Int8Config, NMConfig, NMInt4Config
+from hsai.formats import (
+    DenseConfig,
+    FormatConfig,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    VNMConfig,
+    VNMInt4Config,
+)
 from hsai.formats.storage import join_path, named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -21,6 +30,8 @@ FORMATS: dict[str, FormatConfig] = {
     "int4": Int4Config(),
     "nm": NMConfig(),
     "nm_int4": NMInt4Config(),
+    "vnm": VNMConfig(v=16),
+    "vnm_int4": VNMInt4Config(v=16, group=64),
 }
 
 

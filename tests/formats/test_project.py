@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, Packed, lookup, project, to_dense
+from hsai.formats import (
+    DenseConfig,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    Packed,
+    VNMConfig,
+    VNMInt4Config,
+    lookup,
+    project,
+    to_dense,
+)
 from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 
 FORMATS = [
@@ -19,6 +31,9 @@ FORMATS = [
     NMConfig(n=3, dtype="float32"),
     NMInt4Config(n=2, group=32),
     NMInt4Config(n=3, group=64),
+    VNMConfig(v=2, n=1),
+    VNMConfig(v=1, n=2, dtype="float32"),
+    VNMInt4Config(v=2, group=64),
 ]
 OUT = ("batch", "mlp")
 

@@ -146,6 +146,7 @@ X = np.ones((2, 64), np.float32)
 WORDS = np.asarray(pack_words(np.zeros((64, 5), np.uint8), 4))
 BYTES = np.zeros((64, 5), np.int8)
 SCALE = np.ones((2, 5), np.float32)
+NO_CHOICES, CHOICES = np.zeros((0, 5), np.uint32), np.full((2, 2), 0x0F0F0F0F, np.uint32)
 NO_SCALE = np.ones((0, 5), np.float32)
 KEPT = np.ones((32, 5), np.float32)
 INDICES = np.zeros((2, 5), np.uint32)
@@ -209,8 +210,33 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
     ],
 )
 def test_wrong_sparse_calls_give_an_error(operands, n):
+    attributes = {"n": np.int64(n), "m": np.int64(4), "activation_bits": np.int64(0)}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n), activation_bits=np.int64(0))
+        _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (2, 5), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("choices", "m"),
+    [
+        (NO_CHOICES, 8),
+        (CHOICES, 4),
+        (CHOICES, 12),
+        (CHOICES, 0),
+        (CHOICES, -8),
+        (CHOICES[:1], 8),
+        (CHOICES.astype(np.int32), 8),
+        (np.zeros((2, 0), np.uint32), 8),
+        (np.zeros((2, 3), np.uint32), 8),  # blocks that do not divide 32 columns
+        (np.zeros((2, 4), np.uint32), 8),  # blocks of 8 columns
+    ],
+)
+def test_wrong_choices_give_an_error(choices, m):
+    x, words, indices = np.zeros((2, 64), np.float32), np.zeros((2, 32), np.uint32), np.zeros((1, 32), np.uint32)
+    operands, scale = (x, words, indices), np.ones((1, 32), np.float32)
+    attributes = {"n": np.int64(2), "activation_bits": np.int64(0)}
+    _call(native.SPARSE_MATMUL, (*operands, scale, CHOICES), (2, 32), m=np.int64(8), **attributes)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _call(native.SPARSE_MATMUL, (*operands, scale, choices), (2, 32), m=np.int64(m), **attributes)
 
 
 Q = np.ones((2, 3, 4, 8), np.float32)

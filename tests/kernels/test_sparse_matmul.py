@@ -118,9 +118,7 @@ def test_choices_of_too_few_or_too_many_are_read_within_their_bounds():
     shape = BLOCKED_SHAPES[1]
     (x, values, indices, scale, choices), *_ = _draw(shape, "int4", "float32")
     for odd in (jnp.zeros_like(choices), ~jnp.zeros_like(choices)):
-        outs = [
-            sparse_matmul(x, values, indices, scale, odd, n=1, m=8, implementation="cpu") for _ in range(2)
-        ]
+        outs = [sparse_matmul(x, values, indices, scale, odd, n=1, m=8, implementation="cpu") for _ in range(2)]
         np.testing.assert_array_equal(*outs)
         assert np.isfinite(outs[0]).all()
 
@@ -239,7 +237,9 @@ def test_unsupported_groups_fall_back():
     np.testing.assert_array_equal(sparse_matmul(X, INT4, INDICES, scale, n=2, m=4), np.full((1, 3), 32 * -8.0))
 
 
-@pytest.mark.parametrize(("shape", "kind", "message"), [(0, "float32", "int4 words only"), (1, "int4", "multiple of 16")])
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"), [(0, "float32", "int4 words only"), (1, "int4", "multiple of 16")]
+)
 def test_native_blocked_products_say_what_they_need(shape, kind, message):
     shape = BLOCKED_SHAPES[shape]
     (x, values, indices, scale, choices), *_ = _draw(shape, kind, "float32")

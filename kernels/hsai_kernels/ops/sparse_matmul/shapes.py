@@ -42,11 +42,13 @@ SHAPES = (
 """Ragged, tiny and larger; divisible as packed indices need it."""
 
 BLOCKED_SHAPES = (
-    SparseShape(lead=(1,), contraction=64, columns=16, kept=2, group=64, pattern=8, width=16),  # the smallest
+    SparseShape(lead=(1,), contraction=128, columns=16, kept=2, group=64, pattern=8, width=16),  # one block
     SparseShape(lead=(3,), contraction=256, columns=48, kept=1, group=128, pattern=8, width=16),
     SparseShape(lead=(2, 2), contraction=512, columns=128, kept=3, group=256, pattern=16, width=64),
     SparseShape(lead=(), contraction=512, columns=96, kept=2, group=512, pattern=32, width=48),
-    SparseShape(lead=(1,), contraction=256, columns=2112, kept=2, group=64, pattern=8, width=2112),  # one block
+    SparseShape(
+        lead=(1,), contraction=256, columns=2112, kept=2, group=64, pattern=8, width=2112
+    ),  # a block of several tiles
     SparseShape(lead=(9,), contraction=128, columns=4160, kept=2, group=32, pattern=8, width=32),  # several tiles
 )
 """The same for V:N:M."""

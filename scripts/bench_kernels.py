@@ -1,7 +1,10 @@
 #!/usr/bin/env python
 """Measures the kernels: time, rates, percent of what this machine can do, and the ratio to the reference and to peers.
 
-    python scripts/bench_kernels.py [--quick] [--ops decode attention] [--json FILE]
+    python scripts/bench_kernels.py [--quick] [--ops decode attention] [--json FILE] [--tune]
+
+With --tune, the kernels' tiles are searched instead (scripts/bench/tuning.py); those that are faster by 5% at least go
+to kernels/hsai_kernels/tuned/DEVICE.json, where the kernels find them, and rows compare with the tiles as they were.
 
 Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the
 kernel's reference, for sparse formats our int4, and ONNX Runtime's int4 and int8 products where `onnxruntime` and
@@ -19,9 +22,11 @@ import jax
 from bench import cases, peers
 from bench.ceilings import measure_ceilings
 from bench.timing import Case, measure, write_line
+from bench.tuning import find_tiles
 
 from hsai.files import write_json_atomic
 from hsai.machine import describe_machine
+from hsai_kernels.tuning import Key, Sides, name_device, write_tuned
 
 OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "decode": lambda quick: cases.make_products((1,) if quick else (1, 4, 8), quick=quick),
@@ -29,6 +34,9 @@ OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "attention": lambda quick: cases.make_attention(quick=quick),
     "cross_entropy": lambda quick: cases.make_cross_entropy(quick=quick),
 }
+
+WORTH_STORING = 1.05
+"""A tile is stored for a ratio of at least this."""
 
 
 def main() -> None:
@@ -38,6 +46,7 @@ def main() -> None:
         "--ops", nargs="+", choices=OPS, default=list(OPS), help="what to measure (default: everything)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: under a minute")
+    parser.add_argument("--tune", action="store_true", help="search faster tiles of the kernels, and store them")
     parser.add_argument("--json", type=Path, help="writes machine, ceilings and rows to this file")
     arguments = parser.parse_args()
 
@@ -55,9 +64,17 @@ def main() -> None:
             f"ceilings: reading {ceilings.read:.1f} GB/s, float32 products {ceilings.multiply:.0f} GFLOP/s", flush=True
         )
         for case in OPS[op](arguments.quick):
+            tiles: dict[Key, Sides] = {}
+            if arguments.tune:
+                print(case.name, flush=True)
+                tiles, case = find_tiles(case, rounds=rounds, seconds=seconds)
+                if not tiles:
+                    continue
             measured = measure(case, ceilings, rounds=rounds, seconds=seconds)
             print(write_line(case, measured, ceilings), flush=True)
             rows += measured
+            if tiles and measured[1]["ratio"] >= WORTH_STORING:
+                print(f"stored in {write_tuned(name_device(), machine['command'], tiles)}", flush=True)
     if arguments.json is not None:
         write_json_atomic(arguments.json, {"machine": machine, "rows": rows})
 

@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from hsai_kernels import tuning
+from hsai_kernels.dispatch import compile_for
 
 ROOT = Path(__file__).resolve().parent.parent
 KEYS = "case, metric, ours, peer, peer_name, ratio, ceiling, percent_of_ceiling, spread, n".split(", ")
@@ -35,7 +39,7 @@ class Clock:
             self.now += next(left)
             self.order.append(name)
 
-        return timing.Runner(name=name, run=run, times=times)
+        return timing.Runner(name=name, build=lambda: run, times=times)
 
 
 def test_rows_compare_neighbours_in_time(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +72,64 @@ def test_time_ends_a_case_after_three_rounds(timing: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert len(timing.time_by_turns([clock.runner(timing, "a", [1.0] * 9)], rounds=8, seconds=4.5)[0]) == 5
     assert len(timing.time_by_turns([clock.runner(timing, "a", [1.0] * 9)], rounds=8, seconds=0.0)[0]) == 3
+
+
+@pytest.fixture
+def search(timing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Searches the tile of a kernel that is as fast as a function of it says, on an H100 that is not there."""
+    from bench import tuning as bench_tuning
+
+    from hsai_kernels import capabilities
+
+    refused = {"kernel": "k", "dtype": "float32", "shape": "s", "case": "c", "chip": "h100", "outcome": "refused"}
+    monkeypatch.setattr(capabilities, "FOLDER", tmp_path)
+    capabilities.write_capabilities(
+        "gpu", "ptxas 1", [refused | {"tile": {"rows": 64, "keys": 16}, "reason": "no room"}]
+    )
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+
+    def run_search(take: Callable[[int, int], float]) -> tuple[Any, Any, list[tuple[int, int]]]:
+        ran = []
+
+        def build() -> Callable[[], object]:
+            tile = tuning.choose_tile("k", dtype="float32", shape="s", own={"rows": 32, "keys": 16})
+            sides = tile["rows"], tile["keys"]
+            if sides[1] < 4:
+                raise ValueError(f"keys={sides[1]} is no block")
+
+            def run() -> None:
+                ran.append(sides)
+                clock.now += take(*sides)
+
+            return run
+
+        runner = timing.Runner(name="ours", build=build)
+        case = timing.Case(name="x", nbytes=1, flops=1, metric="GB/s", ours=runner)
+        with compile_for("gpu", "NVIDIA H100 80GB HBM3"):
+            tiles, found = bench_tuning.find_tiles(case, rounds=3, seconds=1e9)
+        return tiles, found, ran
+
+    return run_search
+
+
+def test_tuning_climbs_to_the_fastest_tile_and_never_runs_a_refused_one(
+    search: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The nearest is at 64 rows and 4 keys; the way over 64 x 16 is barred by the capability table.
+    tiles, case, ran = search(lambda rows, keys: 1 + abs(rows - 64) / 64 + abs(keys - 4) / 64)
+    assert tiles == {("k", "float32", "s"): {"rows": 64, "keys": 4}}
+    assert [peer.name for peer in case.peers] == ["tiles as they were"]
+    assert (64, 16) not in ran and {(32, 16), (64, 8), (64, 4)} <= set(ran)
+    printed = capsys.readouterr().out
+    assert "rows 64 keys 16: has no tile of 64 rows, 16 keys in k: h100: refused (no room)" in printed
+    assert "rows 64 keys 2: keys=2 is no block" in printed
+
+
+def test_tuning_leaves_a_tile_alone_that_nothing_beats(search: Any) -> None:
+    tiles, case, ran = search(lambda rows, keys: 1 + abs(rows - 32) + abs(keys - 16))
+    assert tiles == {} and case.peers == [] and len(set(ran)) == 4
+    assert search(lambda rows, keys: 1 - 0.0001 * rows)[0] == {}  # no more than noise
 
 
 @pytest.mark.slow

@@ -26,6 +26,9 @@ FOLDER = Path(__file__).parent / "tuned"
 Sides = Mapping[str, int]
 """Name of a side, or of another setting of the compiler -> its size, at least 1."""
 
+USE_TILES = "use_tiles"
+"""Where a tile is from that the context gives."""
+
 FEW_ROWS = 16
 """Up to here reading is all that takes an accelerator's time: decoding, whose tiles are a class of their own."""
 
@@ -68,7 +71,7 @@ def choose_tile(
 
     Raises:
       NotImplementedError: the capability table says that the tile does not compile well for the chip.
-      ValueError: the tuned file is malformed, or its tile has other sides.
+      ValueError: the same of a tile of `use_tiles`; the tuned file is malformed, or a tile has other sides.
     """
     key = (kernel, jax.numpy.dtype(dtype).name, shape)
     asked, origin = _find_tile(key)
@@ -80,7 +83,9 @@ def choose_tile(
     tile = fit(asked)
     refusal = capabilities.find_refusal(find_platform(), find_device_kind(), *key, tile)
     if refusal is not None:
-        raise NotImplementedError(f"has no tile of {capabilities.describe_tile(tile)} in {kernel}: {refusal}")
+        message = f"has no tile of {capabilities.describe_tile(tile)} in {kernel}: {refusal}"
+        # What was chosen explicitly never falls back to another backend.
+        raise ValueError(message) if origin == USE_TILES else NotImplementedError(message)
     for record in _records:
         record.append(Use(kernel=key[0], dtype=key[1], shape=key[2], asked=asked, tile=tile))
     return tile
@@ -151,7 +156,7 @@ def _find_tile(key: Key) -> tuple[Sides | None, object]:
     """The tile of a key that is not the kernel's own, or None; and where it is from."""
     chosen: Any = dict(_chosen.value)
     if key in chosen:
-        return dict(chosen[key]), "use_tiles"
+        return dict(chosen[key]), USE_TILES
     device = name_device()
     return (None, None) if device is None else (read_tuned(device).get(key), FOLDER / f"{device}.json")
 

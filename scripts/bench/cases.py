@@ -76,8 +76,7 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     ours = _chain("ours", rows, weight, multiply)
     others = [_chain("xla float32", rows, dense, _project)]
     if isinstance(weight, Packed):
-        with prefer("reference"):
-            others.append(_chain("reference", rows, weight, multiply, most=1))
+        others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
     if isinstance(weight, NM | NMInt4):
         others.append(_chain("our int4", rows, Int4Config().pack(dense), _project))
     # The peer of every packed format: that of 8 bits for int8, else that of 4.
@@ -94,6 +93,14 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     )
 
 
+def _prefer_reference(multiply: Multiply) -> Multiply:
+    def multiply_as_reference(x: jax.Array, w: Weight) -> jax.Array:
+        with prefer("reference"):
+            return multiply(x, w)
+
+    return multiply_as_reference
+
+
 def _count_copies(size: int, rows: int) -> int:
     """How many weights of `size` bytes fill the last-level cache twice; few for many rows, which wait for no memory."""
     copies = -(-2 * find_cache_size() // size)
@@ -101,25 +108,40 @@ def _count_copies(size: int, rows: int) -> int:
 
 
 def _chain(name: str, rows: int, weight: Weight, multiply: Multiply, *, most: int | None = None) -> Runner:
-    """x times each of the copies of a weight; a little of each result is added to the next product's x."""
+    """x times each of the copies of a weight."""
     copies = most or _count_copies(nbytes(weight), rows)
-    weights = [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)]
-    contraction = weight.shape[0]
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, contraction)), jnp.float32)
+
+    def build() -> Callable[[], object]:
+        return chain_products(rows, [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)], multiply)
+
+    return Runner(name=name, build=build, times=copies)
+
+
+def chain_products(rows: int, weights: Sequence[Weight], multiply: Multiply) -> Callable[[], object]:
+    """x (R, D) times each of `weights` (D, F) in one compiled program: a little of each result is added to the next x.
+
+    The x of each D is its own, and whatever follows one product in time waits for it, of whatever shape it is.
+    """
+    rng = np.random.default_rng(1)
+    inputs = {d: jnp.asarray(rng.standard_normal((rows, d)), jnp.float32) for d in {w.shape[0] for w in weights}}
 
     @jax.jit
-    def program(x: jax.Array, weights: list[Weight]) -> jax.Array:
+    def program(inputs: dict[int, jax.Array], weights: Sequence[Weight]) -> jax.Array:
+        total = jnp.zeros((rows, 1), jnp.float32)
         for weight in weights:
-            x += 1e-30 * multiply(x, weight)[:, :1]
-        return x
+            total += 1e-30 * multiply(inputs[weight.shape[0]] + total, weight)[:, :1]
+        return total
 
-    compiled = program.lower(x, weights).compile()
-    return Runner(name=name, run=lambda: compiled(x, weights).block_until_ready(), times=copies)
+    compiled = program.lower(inputs, weights).compile()
+    return lambda: compiled(inputs, weights).block_until_ready()
 
 
 def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[jax.Array]) -> Runner:
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return Runner(name=name, run=lambda: jax.block_until_ready(compiled(*arguments)))
+    def build() -> Callable[[], object]:
+        compiled = jax.jit(function).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    return Runner(name=name, build=build)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:

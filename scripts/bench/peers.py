@@ -3,6 +3,9 @@
 Dimensions: R rows, D contraction, F outputs.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 from bench.ceilings import count_cores
@@ -64,7 +67,17 @@ def make_int8_peer(rows: int, contraction: int, columns: int, copies: int) -> Ru
 def _make_runner(
     name: str, nodes: list, arrays: dict[str, np.ndarray], rows: int, contraction: int, columns: int
 ) -> Runner:
-    """A session whose graph multiplies one x by all copies of the weight, one after the other."""
+    """A graph that multiplies one x by all copies of the weight, one after the other."""
+    return Runner(
+        name=name,
+        build=functools.partial(_build_session, nodes, arrays, rows, contraction, columns),
+        times=len(nodes),
+    )
+
+
+def _build_session(
+    nodes: list, arrays: dict[str, np.ndarray], rows: int, contraction: int, columns: int
+) -> Callable[[], object]:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -83,4 +96,4 @@ def _make_runner(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((rows, contraction)).astype(np.float32)
-    return Runner(name=name, run=lambda: session.run(None, {"x": x}), times=len(nodes))
+    return lambda: session.run(None, {"x": x})

@@ -10,6 +10,7 @@ Dimensions: B batch, T query, S key, N heads, K kv heads, G = N / K, H head dim,
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,10 +61,16 @@ def attention_chunked(
     Where all scores are no more than those of a block (short rows; decoding, over however long a cache) they are the
     reference's: there is nothing to save, and its backward pass computes nothing twice.
     """
-    own = {"queries": BLOCK_QUERIES, "keys": BLOCK_KEYS}
-    tile = choose_tile("attention chunked", dtype=q.dtype, shape=f"head dim {q.shape[3]}", own=own)
+    queries, keys = q.shape[1], k.shape[1]
+    tile = choose_tile(
+        "attention chunked",
+        dtype=q.dtype,
+        shape=f"head dim {q.shape[3]}",
+        own={"queries": BLOCK_QUERIES, "keys": BLOCK_KEYS},
+        fit=lambda sides: {"queries": queries, "keys": keys} if queries * keys <= math.prod(sides.values()) else sides,
+    )
     block_queries, block_keys = block_queries or tile["queries"], block_keys or tile["keys"]
-    if q.shape[1] * k.shape[1] <= block_queries * block_keys:
+    if queries * keys <= block_queries * block_keys:
         at = (q_positions, kv_positions, q_segments, kv_segments)
         return attention_reference(q, k, v, *at, window=window, softcap=softcap, scale=scale)
     options = Options(window=window, softcap=softcap, scale=scale, block_queries=block_queries, block_keys=block_keys)

@@ -50,9 +50,14 @@ def cross_entropy_chunked(
     *lead, tokens, embed = x.shape
     if 0 in x.shape:
         return jnp.zeros(targets.shape, jnp.float32)
-    own = {"tokens": BLOCK_TOKENS, "words": BLOCK_VOCAB}
-    tile = choose_tile("cross_entropy chunked", dtype=x.dtype, shape=f"D {embed}", own=own)
     vocab = w.shape[1]
+    tile = choose_tile(
+        "cross_entropy chunked",
+        dtype=x.dtype,
+        shape=f"D {embed}",
+        own={"tokens": BLOCK_TOKENS, "words": BLOCK_VOCAB},
+        fit=lambda sides: {"tokens": min(sides["tokens"], tokens), "words": min(sides["words"], vocab)},
+    )
     options = Options(
         softcap=softcap,
         z_loss=z_loss,

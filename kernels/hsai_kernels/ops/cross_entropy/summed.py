@@ -44,7 +44,13 @@ def cross_entropy_sum_chunked(
     if 0 in x.shape:
         return jnp.zeros((), jnp.float32)
     tokens, embed = x.shape[-2:]
-    tile = choose_tile("cross_entropy_sum chunked", dtype=x.dtype, shape=f"D {embed}", own={"tokens": BLOCK_TOKENS})
+    tile = choose_tile(
+        "cross_entropy_sum chunked",
+        dtype=x.dtype,
+        shape=f"D {embed}",
+        own={"tokens": BLOCK_TOKENS},
+        fit=lambda sides: {"tokens": min(sides["tokens"], tokens)},
+    )
     options = Options(softcap=softcap, z_loss=z_loss, chunk=min(chunk or tile["tokens"], tokens))
     rows = (-1, tokens)
     return _compute(options, x.reshape(*rows, x.shape[-1]), w, targets.reshape(rows), weights.reshape(rows))

@@ -6,9 +6,13 @@
 With --tune, the kernels' tiles are searched instead (scripts/bench/tuning.py); those that are faster by 5% at least go
 to kernels/hsai_kernels/tuned/DEVICE.json, where the kernels find them, and rows compare with the tiles as they were.
 
-Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the
-kernel's reference, for sparse formats our int4, and ONNX Runtime's int4 and int8 products where `onnxruntime` and
-`onnx` are installed. Ours and peers take turns, and a ratio above 1 means that ours is faster; scripts/bench/timing.py
+Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the kernel's
+reference, for sparse formats our int4, and, where they are installed, ONNX Runtime's int4 and int8 for single products
+and llama.cpp for those of a whole model (scripts/bench/llama.py says what either side counts):
+
+    CMAKE_ARGS=-DGGML_NATIVE=ON pip install '.[peers]'      # builds llama.cpp for this processor; minutes
+
+Ours and peers take turns, and a ratio above 1 means that ours is faster; scripts/bench/timing.py
 says what a row holds.
 """
 
@@ -19,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from bench import cases, peers
+from bench import cases, llama, peers
 from bench.ceilings import measure_ceilings
 from bench.timing import Case, measure, write_line
 from bench.tuning import find_tiles
@@ -33,10 +37,13 @@ OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
     "prefill": lambda quick: cases.make_products((128,) if quick else (128, 512), quick=quick),
     "attention": lambda quick: cases.make_attention(quick=quick),
     "cross_entropy": lambda quick: cases.make_cross_entropy(quick=quick),
+    "model": lambda quick: llama.make_model((1, 128) if quick else (1, 128, 512), quick=quick),
 }
 
 WORTH_STORING = 1.05
 """A tile is stored for a ratio of at least this."""
+
+INSTALL_PEERS = "install it with CMAKE_ARGS=-DGGML_NATIVE=ON pip install '.[peers]'"
 
 
 def main() -> None:
@@ -52,8 +59,8 @@ def main() -> None:
 
     machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    absent = peers.find_absent()
-    print("peers: xla, reference, " + ("onnxruntime" if absent is None else f"onnxruntime is absent ({absent})"))
+    for peer, absent in (("onnxruntime", peers.find_absent()), ("llama.cpp", llama.find_absent())):
+        print(f"peer {peer}: " + ("present" if absent is None else f"absent ({absent}); {INSTALL_PEERS}"))
     rounds, seconds = (5, 0.5) if arguments.quick else (15, 5.0)
 
     ceilings, rows = None, []
@@ -72,6 +79,8 @@ def main() -> None:
                     continue
             measured = measure(case, ceilings, rounds=rounds, seconds=seconds)
             print(write_line(case, measured, ceilings), flush=True)
+            if case.explain is not None:
+                print(case.explain(measured), flush=True)
             rows += measured
             if tiles and measured[1]["ratio"] >= WORTH_STORING:
                 print(f"stored in {write_tuned(name_device(), machine['command'], tiles)}", flush=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hsai_kernels import tuning
@@ -132,12 +133,58 @@ def test_tuning_leaves_a_tile_alone_that_nothing_beats(search: Any) -> None:
     assert search(lambda rows, keys: 1 - 0.0001 * rows)[0] == {}  # no more than noise
 
 
+@pytest.fixture
+def llama(timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    from bench import llama
+
+    monkeypatch.setattr(llama, "LAYERS", 2)
+    return llama
+
+
+def test_a_model_is_the_products_of_all_its_layers(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "find_absent", lambda: "llama_cpp: not here")
+    monkeypatch.setattr(llama, "PRODUCTS", {"attn_q": (256, 128), "attn_k": (256, 64), "ffn_down": (512, 256)})
+    decode, prefill, *others = llama.make_model((1, 128), quick=False)
+    weights = 2 * (256 * 128 + 256 * 64 + 512 * 256)
+    assert (decode.flops, prefill.flops) == (2 * weights, 128 * 2 * weights)
+    assert decode.nbytes == prefill.nbytes == weights * 4.25 / 8  # a bfloat16 scale for 64
+    assert [case.metric for case in (decode, prefill)] == ["GB/s", "GFLOP/s"]
+    assert [case.name.split(",")[0] for case in others[::2]] == ["model int8 x int4", "model 2:4 int4"]
+    assert decode.ours.run() is not None
+    assert decode.peers == [] and "absent" in decode.explain([{"ours": 1.0}])
+
+
+def test_llamas_own_rates_count_all_that_it_does(llama: Any) -> None:
+    """A token that takes llama.cpp 0.1 s, and our products half of that."""
+    weights = 2 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632)
+    rows = [{"ours": 0.05e6}, {"ours": 2.0, "peer": 1.0, "ratio": 2.0}]
+    words = llama._explain(2, 1, rows)
+    assert "10.0 tokens/s" in words and "ours take 50.0% of its time" in words
+    assert f"{(weights + 2048 * 512) * 18 / 32 / 0.1 / 1e9:.2f} GB/s" in words
+    assert f"{2 * (weights + 2048 * 512) / 0.1 / 1e9:.1f} GFLOP/s" in words
+
+
+@pytest.mark.slow
+def test_llama_runs_the_file_that_is_written_for_it(llama: Any, tmp_path: Path) -> None:
+    if llama.find_absent() is not None:
+        pytest.skip(f"{llama.find_absent()}: pip install '.[peers]'")
+    model = llama._load_model(tmp_path / "model.gguf", 2)
+    for rows in (1, 128):
+        runner = llama._make_llama(lambda: model, rows)
+        runner.run()
+        runner.run()
+        assert model.n_tokens == (2 * llama.DECODED if rows == 1 else rows)
+    assert runner.times == 1 and model.n_vocab() == 512
+    logits = np.ctypeslib.as_array(model._ctx.get_logits(), (512,))
+    assert np.isfinite(logits).all() and 0.1 < logits.std() < 100
+
+
 @pytest.mark.slow
 def test_the_script_measures_and_writes_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, "scripts/bench_kernels.py", "--quick", "--ops", "cross_entropy", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "ceilings: reading" in done.stdout and "onnxruntime" in done.stdout
+    assert "ceilings: reading" in done.stdout and "peer onnxruntime: " in done.stdout
     found = json.loads(out.read_text())
     assert [row["peer_name"] for row in found["rows"]] == [None, "reference"]
     assert all(list(row) == KEYS for row in found["rows"])

@@ -37,19 +37,19 @@ from hsai_kernels import attention, cross_entropy_sum, prefer, quantized_matmul
 Multiply = Callable[[jax.Array, Weight], jax.Array]
 
 
-def _project(x: jax.Array, w: Weight) -> jax.Array:
+def multiply_weight(x: jax.Array, w: Weight) -> jax.Array:
     return project(x, w, out_axes=(None, None))
 
 
-def _multiply_rounded(x: jax.Array, w: Int8 | Int4) -> jax.Array:
+def multiply_rounded(x: jax.Array, w: Int8 | Int4) -> jax.Array:
     """Activations are rounded to 8 bits as they come, as ONNX Runtime does."""
     return quantized_matmul(x, jax.tree.leaves(w)[0], w.scale, activation_bits=8)
 
 
 FORMATS: list[tuple[str, Any, Multiply]] = [
-    *((config.format, config, _project) for config in (make() for make in typing.get_args(FormatConfig))),
-    ("int8 x int8", Int8Config(), _multiply_rounded),
-    ("int8 x int4", Int4Config(), _multiply_rounded),
+    *((config.format, config, multiply_weight) for config in (make() for make in typing.get_args(FormatConfig))),
+    ("int8 x int8", Int8Config(), multiply_rounded),
+    ("int8 x int4", Int4Config(), multiply_rounded),
 ]
 """Each weight format as it is by default, and what else the kernels multiply by."""
 
@@ -74,11 +74,11 @@ def make_products(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
 def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Array, rows: int) -> Case:
     contraction, columns = dense.shape
     ours = _chain("ours", rows, weight, multiply)
-    others = [_chain("xla float32", rows, dense, _project)]
+    others = [_chain("xla float32", rows, dense, multiply_weight)]
     if isinstance(weight, Packed):
         others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
     if isinstance(weight, NM | NMInt4):
-        others.append(_chain("our int4", rows, Int4Config().pack(dense), _project))
+        others.append(_chain("our int4", rows, Int4Config().pack(dense), multiply_weight))
     # The peer of every packed format: that of 8 bits for int8, else that of 4.
     if isinstance(weight, Packed) and peers.find_absent() is None:
         make, width = (peers.make_int8_peer, 8) if isinstance(weight, Int8) else (peers.make_int4_peer, 4)

@@ -39,6 +39,8 @@ class Case:
     """What bounds it: "GB/s" or "GFLOP/s"."""
     ours: Runner
     peers: Sequence[Runner] = ()
+    explain: Callable[[Sequence[dict[str, Any]]], str] | None = None
+    """From the case's rows, what else is to be said of them."""
 
     def rate(self, seconds: float) -> float:
         """`metric` for a time."""

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+
+import jax
 
 from hsai_kernels.aot.runner import TARGETS, compile_cases
 
@@ -17,6 +20,9 @@ def main() -> None:
         platform.add_argument("--quick", action="store_true", help="the small cases only")
     arguments = parser.parse_args()
     target = TARGETS[arguments.platform]
+    # For whoever did not start this by runner.run_apart: the compilers read it when they are loaded, jax has done so.
+    os.environ.update(target.environment)
+    jax.config.update("jax_platforms", target.environment["JAX_PLATFORMS"])
     for row in compile_cases(target, arguments.chips, arguments.kernels, quick=arguments.quick):
         print(json.dumps(row), flush=True)
 

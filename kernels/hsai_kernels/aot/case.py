@@ -28,7 +28,7 @@ class Case:
     operands: tuple[Any, ...]
     """Trees of jax.ShapeDtypeStruct."""
     quick: bool = False
-    """Small: compiled for every chip by each run of the tests."""
+    """Small and ragged: of a platform whose compiler is slow (TPU), the tests compile no other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,15 @@ def _list_attention() -> Iterator[Case]:
         marks = tuple(jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in (queries, keys))
         at_q, at_k = ((mark,) * (2 if options else 1) for mark in marks)
         forward = functools.partial(_attend, options)
-        yield Case(kernel="attention forward", name=name, dtype=dtype, function=forward, operands=(q, k, k, at_q, at_k))
+        quick = name.startswith("ragged")
+        yield Case(
+            kernel="attention forward",
+            name=name,
+            dtype=dtype,
+            function=forward,
+            operands=(q, k, k, at_q, at_k),
+            quick=quick,
+        )
         if queries == 1:
             continue
         plan = Plan(
@@ -63,6 +71,7 @@ def _list_attention() -> Iterator[Case]:
                 dtype=dtype,
                 function=functools.partial(_pull_back, plan, kernel),
                 operands=(arrays, at_q, at_k),
+                quick=quick,
             )
     for length in (4096, 8192):
         q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
@@ -127,6 +136,7 @@ def _list_sparse_matmul() -> Iterator[Case]:
             dtype=dtype,
             function=functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
             operands=_list_operands(((rows, contraction), dtype), values, ((kept // 16, columns), jnp.uint32), *scale),
+            quick=name.startswith("ragged"),
         )
 
 

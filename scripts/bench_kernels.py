@@ -17,6 +17,7 @@ says what a row holds.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import jax
 from bench import cases, llama, peers
-from bench.ceilings import measure_ceilings
+from bench.ceilings import count_cores, measure_ceilings
 from bench.timing import Case, measure, write_line
 from bench.tuning import find_tiles
 
@@ -43,6 +44,10 @@ OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
 WORTH_STORING = 1.05
 """A tile is stored for a ratio of at least this."""
 
+WAITING = (
+    "times are then of no use, llama.cpp's least of all: its threads wait for one another by spinning, "
+    "unless OMP_WAIT_POLICY=passive is set"
+)
 INSTALL_PEERS = "install it with CMAKE_ARGS=-DGGML_NATIVE=ON pip install '.[peers]'"
 
 
@@ -58,9 +63,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
+    machine["omp_wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "unset")
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    for peer, absent in (("onnxruntime", peers.find_absent()), ("llama.cpp", llama.find_absent())):
+    for peer, packages in (("onnxruntime", peers.ONNX), ("llama.cpp", llama.PACKAGES)):
+        absent = peers.find_absent(packages)
         print(f"peer {peer}: " + ("present" if absent is None else f"absent ({absent}); {INSTALL_PEERS}"))
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > count_cores() / 2:
+        print(f"warning: others use this machine (load {load:.1f}); {WAITING}")
     rounds, seconds = (5, 0.5) if arguments.quick else (15, 5.0)
 
     ceilings, rows = None, []

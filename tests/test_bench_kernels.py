@@ -142,7 +142,7 @@ def llama(timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_model_is_the_products_of_all_its_layers(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "find_absent", lambda: "llama_cpp: not here")
+    monkeypatch.setattr(llama, "find_absent", lambda packages: "llama_cpp: not here")
     monkeypatch.setattr(llama, "PRODUCTS", {"attn_q": (256, 128), "attn_k": (256, 64), "ffn_down": (512, 256)})
     decode, prefill, *others = llama.make_model((1, 128), quick=False)
     weights = 2 * (256 * 128 + 256 * 64 + 512 * 256)
@@ -166,8 +166,9 @@ def test_llamas_own_rates_count_all_that_it_does(llama: Any) -> None:
 
 @pytest.mark.slow
 def test_llama_runs_the_file_that_is_written_for_it(llama: Any, tmp_path: Path) -> None:
-    if llama.find_absent() is not None:
-        pytest.skip(f"{llama.find_absent()}: pip install '.[peers]'")
+    absent = llama.find_absent(llama.PACKAGES)
+    if absent is not None:
+        pytest.skip(f"{absent}: pip install '.[peers]'")
     model = llama._load_model(tmp_path / "model.gguf", 2)
     for rows in (1, 128):
         runner = llama._make_llama(lambda: model, rows)

@@ -80,7 +80,7 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     if isinstance(weight, NM | NMInt4):
         others.append(_chain("our int4", rows, Int4Config().pack(dense), multiply_weight))
     # The peer of every packed format: that of 8 bits for int8, else that of 4.
-    if isinstance(weight, Packed) and peers.find_absent() is None:
+    if isinstance(weight, Packed) and peers.find_absent(peers.ONNX) is None:
         make, width = (peers.make_int8_peer, 8) if isinstance(weight, Int8) else (peers.make_int4_peer, 4)
         others.append(make(rows, contraction, columns, _count_copies(contraction * columns * width // 8, rows)))
     return Case(

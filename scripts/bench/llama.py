@@ -21,8 +21,12 @@ import numpy as np
 
 from bench.cases import DECODE_ROWS, Multiply, chain_products, multiply_rounded, multiply_weight
 from bench.ceilings import count_cores
+from bench.peers import find_absent
 from bench.timing import Case, Runner
 from hsai.formats import Int4Config, NMInt4Config, Weight, nbytes
+
+PACKAGES = ("llama_cpp", "gguf")
+"""What the peer needs."""
 
 LAYERS, EMBED, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 22, 2048, 5632, 32, 4, 64, 512
 
@@ -51,16 +55,6 @@ Q4_0_BLOCK, Q4_0_BYTES = 32, 18
 """Weights of a block, and its bytes: a float16 scale and 4 bits each."""
 
 
-def find_absent() -> str | None:
-    """Why there is no llama.cpp, or None if there is."""
-    for name in ("llama_cpp", "gguf"):
-        try:
-            __import__(name)
-        except ImportError as error:
-            return f"{name}: {error}"
-    return None
-
-
 def make_model(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
     """A model's products in our formats, and the whole model in llama.cpp where it is installed; quick: of 4 layers."""
     layers = 4 if quick else LAYERS
@@ -69,7 +63,7 @@ def make_model(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
     dense = {shape: jnp.asarray(draw.standard_normal(shape, np.float32)) for shape in dict.fromkeys(PRODUCTS.values())}
     with tempfile.TemporaryDirectory(prefix="hsai_bench_") as folder:
         load: Callable[[], Any] | None = None
-        if find_absent() is None:
+        if find_absent(PACKAGES) is None:
             load = functools.cache(functools.partial(_load_model, Path(folder) / "model.gguf", layers))
         for name, config, multiply in FORMATS[:1] if quick else FORMATS:
             packed = {shape: config.pack(w) for shape, w in dense.items()}

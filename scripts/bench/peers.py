@@ -4,7 +4,7 @@ Dimensions: R rows, D contraction, F outputs.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,9 +15,13 @@ DOMAIN = "com.microsoft"
 GROUP = 64
 
 
-def find_absent() -> str | None:
-    """Why there are no peers, or None if there are."""
-    for name in ("onnxruntime", "onnx"):
+ONNX = ("onnxruntime", "onnx")
+"""Packages that the peers here need."""
+
+
+def find_absent(packages: Sequence[str]) -> str | None:
+    """Why a peer that needs these packages is not there, or None if it is."""
+    for name in packages:
         try:
             __import__(name)
         except ImportError as error:

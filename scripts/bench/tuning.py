@@ -32,13 +32,15 @@ def find_tiles(case: Case, *, rounds: int, seconds: float) -> tuple[dict[Key, Si
     with record_tiles() as used:
         case.ours.build()
     own = {use.key: use for use in used}
+    if not own:
+        print("  no kernel of it asks for a tile on this platform", flush=True)
     found: dict[Key, Sides] = {}
     best = case.ours
     for key in own:
         found, best = _climb(case, key, own[key], found, best, rounds=rounds, seconds=seconds)
     changed = {key: tile for key, tile in found.items() if tile != own[key].asked}
     before = dataclasses.replace(case.ours, name="tiles as they were")
-    return changed, dataclasses.replace(case, ours=best, peers=[before] if changed else [])
+    return changed, dataclasses.replace(case, ours=best, peers=[before] if changed else [], explain=None)
 
 
 def _climb(

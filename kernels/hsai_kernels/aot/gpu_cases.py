@@ -118,6 +118,7 @@ def _list_quantized_matmul() -> Iterator[Case]:
             operands=_list_operands(
                 ((rows, contraction), dtype), values, ((contraction // group, columns), jnp.float32)
             ),
+            quick=name.startswith("ragged"),
         )
 
 

@@ -126,3 +126,21 @@ def test_the_device_here_has_a_name_with_its_cores():
     assert re.fullmatch(r"[a-z0-9_]+_\d+_cores", name_device())
     with compile_for("gpu"):
         assert name_device() is None
+
+
+def test_the_stored_table_bars_what_the_compiler_refused():
+    """Of the tiles that tuning would try on an A100, the kernel's own with twice the rows spills; an H100 has room."""
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    at = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    tile = {"rows": 256, "keys": 64, "warps": 8, "stages": 3}
+
+    def trace():
+        return jax.make_jaxpr(lambda q, at: attention(q, q, q, q_positions=at, kv_positions=at))(q, at)
+
+    with use_tiles({("attention forward", "bfloat16", "head dim 64"): tile}):
+        with compile_for("gpu", H100):
+            assert "pallas_call" in str(trace())
+        with compile_for("gpu", "NVIDIA A100-SXM4-80GB"), pytest.raises(ValueError, match="a100: spills .*register"):
+            trace()
+    with compile_for("gpu", "NVIDIA A100-SXM4-80GB"):
+        assert "pallas_call" in str(trace())

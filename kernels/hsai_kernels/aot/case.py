@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from hsai_kernels.tuning import Key, Sides
+
 DTYPES = ("bfloat16", "float32")
 """Of the activations, of every case."""
 
@@ -29,6 +31,8 @@ class Case:
     """Trees of jax.ShapeDtypeStruct."""
     quick: bool = False
     """Small and ragged: of a platform whose compiler is slow (TPU), the tests compile no other."""
+    tiles: Mapping[Key, Sides] = dataclasses.field(default_factory=dict)
+    """Others than the kernel's own: what the table says of them, tuning need not try."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D 
 share a scale.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.aot.case import DTYPES, Case
+from hsai_kernels.dispatch import compile_for
 from hsai_kernels.ops.attention.api import attention
 from hsai_kernels.ops.attention.gpu import choose_tiles
 from hsai_kernels.ops.attention.gpu_backward import pull_back_keys, pull_back_rows
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.tuning import record_tiles
 
 
 def _list_attention() -> Iterator[Case]:
@@ -145,9 +148,30 @@ def _list_operands(*arrays: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeDtype
     return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays)
 
 
+LARGER = "twice the "
+"""In the names of cases whose tile is not the kernel's own."""
+
+
+def _with_larger_tiles(list_cases: Callable[[], Iterator[Case]]) -> Iterator[Case]:
+    """The cases, and of some in bfloat16 those with one side of the tile doubled, as tuning would try it."""
+    larger = []
+    for case in list_cases():
+        yield case
+        training = case.name in ("head dim 64", "head dim 128", "head dim 256", "prefill, groups of 32")
+        if training and case.dtype == "bfloat16" and not case.kernel.startswith("attention d_"):
+            larger.append(case)
+    for case in larger:
+        with compile_for("gpu"), record_tiles() as used:
+            jax.eval_shape(case.function, *case.operands)
+        own = next(use for use in used if use.kernel == case.kernel)
+        for side in sorted(own.asked.keys() - {"warps", "stages"}):
+            tiles = {own.key: {**own.asked, side: 2 * own.asked[side]}}
+            yield dataclasses.replace(case, name=f"{case.name}; {LARGER}{side}", tiles=tiles)
+
+
 LISTS: Mapping[str, Callable[[], Iterator[Case]]] = {
-    "attention": _list_attention,
-    "quantized_matmul": _list_quantized_matmul,
-    "sparse_matmul": _list_sparse_matmul,
+    "attention": functools.partial(_with_larger_tiles, _list_attention),
+    "quantized_matmul": functools.partial(_with_larger_tiles, _list_quantized_matmul),
+    "sparse_matmul": functools.partial(_with_larger_tiles, _list_sparse_matmul),
 }
 """Every API that has GPU kernels, and its cases."""

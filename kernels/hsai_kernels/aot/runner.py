@@ -18,7 +18,7 @@ import jax
 from hsai_kernels.aot import gpu, tpu
 from hsai_kernels.aot.case import Case, Row, Target
 from hsai_kernels.dispatch import compile_for
-from hsai_kernels.tuning import Use, record_tiles
+from hsai_kernels.tuning import Use, record_tiles, use_tiles
 
 TARGETS: Mapping[str, Target] = {target.platform: target for target in (gpu.TARGET, tpu.TARGET)}
 CUSTOM_CALLS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
@@ -70,7 +70,7 @@ def compile_case(target: Target, case: Case, chip: str, device: jax.Device) -> R
     compiled: jax.stages.Compiled | None = None
     # No chip is named to compile_for: what the table refuses is to be compiled again, and tiles are the kernels' own.
     with compile_for(target.platform), target.describe(device):
-        with record_tiles() as used:
+        with use_tiles(case.tiles), record_tiles() as used:
             lowered = jax.jit(case.function).lower(*operands)
         if not any(name in lowered.as_text() for name in CUSTOM_CALLS):
             raise RuntimeError(f"{case.kernel}, {case.name}, {case.dtype} is a program without a kernel")

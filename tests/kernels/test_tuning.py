@@ -74,7 +74,7 @@ def test_every_accelerated_kernel_reads_its_tile_from_here(platform):
     target = TARGETS[platform]
     first = {case.kernel: case for case in target.list_cases(target.kernels, quick=False)}
     for kernel, case in first.items():
-        with compile_for(platform), record_tiles() as used:
+        with compile_for(platform), use_tiles(case.tiles), record_tiles() as used:
             jax.eval_shape(case.function, *case.operands)
         assert used, kernel
         assert kernel == "attention gradient" or kernel in {use.kernel for use in used}

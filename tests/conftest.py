@@ -1,8 +1,11 @@
-"""Fakes 8 CPU devices for every test, before jax is imported anywhere."""
+"""Fakes 8 CPU devices for every test, before jax is imported anywhere.
+
+HSAI_TEST_PLATFORM=cuda (or tpu) leaves jax the accelerator: kernels/README.md says which tests are to run there.
+"""
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = ",".join(dict.fromkeys([os.environ.get("HSAI_TEST_PLATFORM", "cpu"), "cpu"]))
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -60,22 +60,30 @@ def prefer(implementation: str) -> Iterator[None]:
 
 
 @contextmanager
-def compile_for(platform: str) -> Iterator[None]:
+def compile_for(platform: str, device_kind: str | None = None) -> Iterator[None]:
     """Chooses the backends of `platform` for everything that is traced inside, though jax's default may be another.
 
     For programs that are lowered for devices that are not there (jax.experimental.topologies), and, with the
-    interpreter of its kernels (interpret.py), for tests. Raises ValueError for a platform that has no backends.
+    interpreter of its kernels (interpret.py), for tests. `device_kind` is jax's name for such a device, by which its
+    tuned tiles are found, and what its compiler refuses (tuning.py); None takes the kernels' own tiles.
+    Raises ValueError for a platform that has no backends.
     """
     if platform not in ORDER:
         raise ValueError(f"unknown platform {platform!r}: valid are {', '.join(sorted(ORDER))}")
-    with _target(platform):
+    with _target((platform, device_kind)):
         yield
 
 
 def find_platform() -> str:
     """The platform that programs traced here are for: that of `compile_for`, else jax's default."""
-    target: str | None = _target.value
-    return jax.default_backend() if target is None else target
+    target: tuple[str, str | None] | None = _target.value
+    return jax.default_backend() if target is None else target[0]
+
+
+def find_device_kind() -> str | None:
+    """jax's name for the device that programs traced here are for; None where `compile_for` did not say."""
+    target: tuple[str, str | None] | None = _target.value
+    return jax.devices()[0].device_kind if target is None else target[1]
 
 
 def check_platform(platform: str) -> None:

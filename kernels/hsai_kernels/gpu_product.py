@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from hsai_kernels.block_product import multiply
 from hsai_kernels.interpret import is_interpreting_gpu
 from hsai_kernels.triton_blocks import check_block, fit_block, index_matrix, load_matrix
+from hsai_kernels.tuning import FEW_ROWS, Sides, choose_tile, name_product_shape
 
 PROGRAMS = 256
 """How many programs fill a GPU of about 100 processors: no more splits than that takes."""
@@ -61,24 +62,35 @@ TILES: Mapping[tuple[str, int], ProductTile] = {
 """By the activations' dtype and E. Chosen so that on an A100 and an H100 operands fit the shared memory and nothing
 spills from registers (tests/kernels/test_aot_gpu.py), and not yet by time: no GPU was there."""
 
-FEW_ROWS = 16
-"""With so few, programs are narrow, so that there are many: reading is all that takes time."""
 
+def choose_product_tile(
+    kernel: str, positions: int, x: jax.Array, columns: int, scale: jax.Array | None
+) -> ProductTile:
+    """A tile for x (R, D) times (D, columns), whose units have `positions` positions; other arguments as below.
 
-def choose_tile(rows: int, columns: int, contraction: int, positions: int, dtype: jnp.dtype) -> ProductTile:
-    """A tile for x (rows, contraction) times (contraction, columns), whose units have `positions` positions."""
-    tile = TILES[jnp.dtype(dtype).name, positions]
+    Raises NotImplementedError if the chip's compiler is known to refuse it.
+    """
+    rows, contraction = x.shape
+    own = TILES[x.dtype.name, positions]
     if rows <= FEW_ROWS:
-        tile = dataclasses.replace(tile, columns=64, warps=4)
-    return dataclasses.replace(
-        tile,
-        rows=fit_block(tile.rows, rows),
-        columns=fit_block(tile.columns, columns),
-        units=fit_block(tile.units, contraction // positions),
-    )
+        # Programs are narrow, so that there are many.
+        own = dataclasses.replace(own, columns=64, warps=4)
+
+    def fit(sides: Sides) -> Sides:
+        return {
+            **sides,
+            "rows": fit_block(sides["rows"], rows),
+            "columns": fit_block(sides["columns"], columns),
+            "units": fit_block(sides["units"], contraction // positions),
+        }
+
+    shape = name_product_shape(rows, contraction, None if scale is None else scale.shape[0])
+    tile = choose_tile(kernel, dtype=x.dtype, shape=shape, own=dataclasses.asdict(own), fit=fit)
+    return ProductTile(**tile)
 
 
 def multiply_compressed(
+    kernel: str,
     read: Reader,
     positions: int,
     x: jax.Array,
@@ -90,16 +102,17 @@ def multiply_compressed(
     """(R, F) = x (R, D) @ weight in x's dtype, summed in float32.
 
     Args:
+      kernel: name of the API and of the weight's format, for tiles.
       read: how the format reads its `weight`.
       positions: E; divides D, and D/G where there are scales.
       scale: (G, F) or None.
       columns: F.
-      tile: for tests and tuning; None for `choose_tile`.
+      tile: for tests; None for `choose_product_tile`.
     """
     rows, contraction = x.shape
     units = contraction // positions
     if tile is None:
-        tile = choose_tile(rows, columns, contraction, positions, x.dtype)
+        tile = choose_product_tile(kernel, positions, x, columns, scale)
     unit_blocks = pl.cdiv(units, tile.units)
     grid = (pl.cdiv(columns, tile.columns), pl.cdiv(rows, tile.rows))
     splits = 1

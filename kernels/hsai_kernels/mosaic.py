@@ -6,6 +6,8 @@ Dimensions: R rows.
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.tuning import choose_tile
+
 LANES = 128
 """Elements of a tile's last dimension."""
 
@@ -27,3 +29,12 @@ def round_rows(rows: int) -> int:
 def pad_rows(x: jax.Array, block: int) -> jax.Array:
     """(R, F) with rows of zeros behind it, up to whole blocks."""
     return jnp.pad(x, ((0, -x.shape[0] % block), (0, 0)))
+
+
+def choose_sides(kernel: str, x: jax.Array, own: dict[str, int]) -> tuple[int, int]:
+    """The two sides of a block of a kernel over x (..., D), whose blocks hold all of D: tuned ones, or its `own`.
+
+    Raises NotImplementedError if the chip's compiler is known to refuse them.
+    """
+    first, second = choose_tile(kernel, dtype=x.dtype, shape=f"D {x.shape[-1]}", own=own).values()
+    return first, second

@@ -21,35 +21,47 @@ from bench.ceilings import find_cache_size
 from bench.timing import Case, Runner
 from hsai.formats import (
     NM,
+    VNM,
     FormatConfig,
     Int4,
     Int4Config,
     Int8,
     Int8Config,
     NMInt4,
+    NMInt4Config,
     Packed,
+    VNMInt4,
+    VNMInt4Config,
     Weight,
     nbytes,
     project,
 )
-from hsai_kernels import attention, cross_entropy_sum, prefer, quantized_matmul
+from hsai_kernels import attention, cross_entropy_sum, prefer, quantized_matmul, sparse_matmul
 
 Multiply = Callable[[jax.Array, Weight], jax.Array]
 
 
-def _project(x: jax.Array, w: Weight) -> jax.Array:
+def multiply_weight(x: jax.Array, w: Weight) -> jax.Array:
     return project(x, w, out_axes=(None, None))
 
 
-def _multiply_rounded(x: jax.Array, w: Int8 | Int4) -> jax.Array:
-    """Activations are rounded to 8 bits as they come, as ONNX Runtime does."""
-    return quantized_matmul(x, jax.tree.leaves(w)[0], w.scale, activation_bits=8)
+def multiply_rounded(x: jax.Array, w: Int8 | Int4 | NMInt4 | VNMInt4) -> jax.Array:
+    """Activations are rounded to 8 bits as they come, as llama.cpp and ONNX Runtime do."""
+    match w:
+        case Int8(values, scale) | Int4(values, scale):
+            return quantized_matmul(x, values, scale, activation_bits=8)
+        case NMInt4(words, indices, scale, n, m):
+            return sparse_matmul(x, words, indices, scale, n=n, m=m, activation_bits=8)
+        case VNMInt4(words, indices, scale, choices, n, m):
+            return sparse_matmul(x, words, indices, scale, choices, n=n, m=m, activation_bits=8)
 
 
 FORMATS: list[tuple[str, Any, Multiply]] = [
-    *((config.format, config, _project) for config in (make() for make in typing.get_args(FormatConfig))),
-    ("int8 x int8", Int8Config(), _multiply_rounded),
-    ("int8 x int4", Int4Config(), _multiply_rounded),
+    *((config.format, config, multiply_weight) for config in (make() for make in typing.get_args(FormatConfig))),
+    ("int8 x int8", Int8Config(), multiply_rounded),
+    ("int8 x int4", Int4Config(), multiply_rounded),
+    ("int8 x nm_int4", NMInt4Config(), multiply_rounded),
+    ("int8 x vnm_int4", VNMInt4Config(), multiply_rounded),
 ]
 """Each weight format as it is by default, and what else the kernels multiply by."""
 
@@ -74,14 +86,13 @@ def make_products(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
 def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Array, rows: int) -> Case:
     contraction, columns = dense.shape
     ours = _chain("ours", rows, weight, multiply)
-    others = [_chain("xla float32", rows, dense, _project)]
+    others = [_chain("xla float32", rows, dense, multiply_weight)]
     if isinstance(weight, Packed):
-        with prefer("reference"):
-            others.append(_chain("reference", rows, weight, multiply, most=1))
-    if isinstance(weight, NM | NMInt4):
-        others.append(_chain("our int4", rows, Int4Config().pack(dense), _project))
+        others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
+    if isinstance(weight, NM | NMInt4 | VNM | VNMInt4):
+        others.append(_chain("our int4", rows, Int4Config().pack(dense), multiply_weight))
     # The peer of every packed format: that of 8 bits for int8, else that of 4.
-    if isinstance(weight, Packed) and peers.find_absent() is None:
+    if isinstance(weight, Packed) and peers.find_absent(peers.ONNX) is None:
         make, width = (peers.make_int8_peer, 8) if isinstance(weight, Int8) else (peers.make_int4_peer, 4)
         others.append(make(rows, contraction, columns, _count_copies(contraction * columns * width // 8, rows)))
     return Case(
@@ -94,6 +105,14 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     )
 
 
+def _prefer_reference(multiply: Multiply) -> Multiply:
+    def multiply_as_reference(x: jax.Array, w: Weight) -> jax.Array:
+        with prefer("reference"):
+            return multiply(x, w)
+
+    return multiply_as_reference
+
+
 def _count_copies(size: int, rows: int) -> int:
     """How many weights of `size` bytes fill the last-level cache twice; few for many rows, which wait for no memory."""
     copies = -(-2 * find_cache_size() // size)
@@ -101,25 +120,40 @@ def _count_copies(size: int, rows: int) -> int:
 
 
 def _chain(name: str, rows: int, weight: Weight, multiply: Multiply, *, most: int | None = None) -> Runner:
-    """x times each of the copies of a weight; a little of each result is added to the next product's x."""
+    """x times each of the copies of a weight."""
     copies = most or _count_copies(nbytes(weight), rows)
-    weights = [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)]
-    contraction = weight.shape[0]
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, contraction)), jnp.float32)
+
+    def build() -> Callable[[], object]:
+        return chain_products(rows, [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)], multiply)
+
+    return Runner(name=name, build=build, times=copies)
+
+
+def chain_products(rows: int, weights: Sequence[Weight], multiply: Multiply) -> Callable[[], object]:
+    """x (R, D) times each of `weights` (D, F) in one compiled program: a little of each result is added to the next x.
+
+    The x of each D is its own, and whatever follows one product in time waits for it, of whatever shape it is.
+    """
+    rng = np.random.default_rng(1)
+    inputs = {d: jnp.asarray(rng.standard_normal((rows, d)), jnp.float32) for d in {w.shape[0] for w in weights}}
 
     @jax.jit
-    def program(x: jax.Array, weights: list[Weight]) -> jax.Array:
+    def program(inputs: dict[int, jax.Array], weights: Sequence[Weight]) -> jax.Array:
+        total = jnp.zeros((rows, 1), jnp.float32)
         for weight in weights:
-            x += 1e-30 * multiply(x, weight)[:, :1]
-        return x
+            total += 1e-30 * multiply(inputs[weight.shape[0]] + total, weight)[:, :1]
+        return total
 
-    compiled = program.lower(x, weights).compile()
-    return Runner(name=name, run=lambda: compiled(x, weights).block_until_ready(), times=copies)
+    compiled = program.lower(inputs, weights).compile()
+    return lambda: compiled(inputs, weights).block_until_ready()
 
 
 def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Runner:
-    compiled = jax.jit(function).lower(*arguments).compile()
-    return Runner(name=name, run=lambda: jax.block_until_ready(compiled(*arguments)))
+    def build() -> Callable[[], object]:
+        compiled = jax.jit(function).lower(*arguments).compile()
+        return lambda: jax.block_until_ready(compiled(*arguments))
+
+    return Runner(name=name, build=build)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -3,6 +3,9 @@
 Dimensions: R rows, D contraction, F outputs.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from bench.ceilings import count_cores
@@ -12,9 +15,13 @@ DOMAIN = "com.microsoft"
 GROUP = 64
 
 
-def find_absent() -> str | None:
-    """Why there are no peers, or None if there are."""
-    for name in ("onnxruntime", "onnx"):
+ONNX = ("onnxruntime", "onnx")
+"""Packages that the peers here need."""
+
+
+def find_absent(packages: Sequence[str]) -> str | None:
+    """Why a peer that needs these packages is not there, or None if it is."""
+    for name in packages:
         try:
             __import__(name)
         except ImportError as error:
@@ -64,7 +71,17 @@ def make_int8_peer(rows: int, contraction: int, columns: int, copies: int) -> Ru
 def _make_runner(
     name: str, nodes: list, arrays: dict[str, np.ndarray], rows: int, contraction: int, columns: int
 ) -> Runner:
-    """A session whose graph multiplies one x by all copies of the weight, one after the other."""
+    """A graph that multiplies one x by all copies of the weight, one after the other."""
+    return Runner(
+        name=name,
+        build=functools.partial(_build_session, nodes, arrays, rows, contraction, columns),
+        times=len(nodes),
+    )
+
+
+def _build_session(
+    nodes: list, arrays: dict[str, np.ndarray], rows: int, contraction: int, columns: int
+) -> Callable[[], object]:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -83,4 +100,4 @@ def _make_runner(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(1).standard_normal((rows, contraction)).astype(np.float32)
-    return Runner(name=name, run=lambda: session.run(None, {"x": x}), times=len(nodes))
+    return lambda: session.run(None, {"x": x})

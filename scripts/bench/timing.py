@@ -1,6 +1,7 @@
 """Times ours and its peers by turns, so that a ratio is one of neighbours in time and not of two different minutes."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,9 +15,15 @@ class Runner:
     """One way to do the work of a case."""
 
     name: str
-    run: Callable[[], object]
-    """Does it `times` times over and waits for the last result."""
+    build: Callable[[], Callable[[], object]]
+    """Allocates and compiles, with the tiles of the context (hsai_kernels/tuning.py), and returns what does the work
+    `times` times over and waits for the last result."""
     times: int = 1
+
+    @functools.cached_property
+    def run(self) -> Callable[[], object]:
+        """What `build` returns, the first time that it is asked for."""
+        return self.build()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,8 @@ class Case:
     """What bounds it: "GB/s" or "GFLOP/s"."""
     ours: Runner
     peers: Sequence[Runner] = ()
+    explain: Callable[[Sequence[dict[str, Any]]], str] | None = None
+    """From the case's rows, what else is to be said of them."""
 
     def rate(self, seconds: float) -> float:
         """`metric` for a time."""

@@ -2,18 +2,24 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from hsai_kernels import capabilities
+from hsai_kernels import attention, capabilities
+from hsai_kernels.capabilities import find_refusal, name_chip
+from hsai_kernels.dispatch import compile_for
+from hsai_kernels.ops.attention.tpu_blocks import choose_blocks
 
 
-def row(chip="v5e", outcome="compiles", reason=None, tile="8x128", dtype="float32"):
+def row(chip="v5e", outcome="compiles", reason=None, rows=8, dtype="float32"):
     return {
         "kernel": "attention forward",
         "case": "ragged",
         "dtype": dtype,
         "chip": chip,
-        "tile": tile,
+        "shape": "head dim 64",
+        "tile": {"rows": rows, "keys": 128},
         "outcome": outcome,
         "reason": reason,
         "seconds": 3.2,
@@ -41,7 +47,7 @@ def test_what_is_stored_is_read_back_without_what_depends_on_the_machine():
     ("found", "differences"),
     [
         (row(), []),
-        (row(tile="16x128"), ["attention forward, ragged, float32, v5e: tile is '16x128' (None), stored '8x128'"]),
+        (row(rows=16), ["v5e: tile is {'rows': 16, 'keys': 128} (None), stored {'rows': 8, 'keys': 128}"]),
         (row(outcome="refused", reason="no room"), ["outcome is 'refused' (no room), stored 'compiles'"]),
         (row(chip="v7"), ["attention forward, ragged, float32, v7: not stored"]),
     ],
@@ -58,6 +64,67 @@ def test_the_table_has_a_column_a_chip_and_the_reasons_under_it():
     capabilities.write_capabilities("tpu", "libtpu 1", rows)
     lines = capabilities.render_markdown("tpu").splitlines()
     assert lines[0].endswith("| v5e | v6e |")
-    assert lines[2] == "| attention forward | ragged | float32 | 8x128 | compiles | refused |"
-    assert lines[3] == "| attention forward | ragged | bfloat16 | 8x128 | compiles |  |"
+    assert lines[2] == "| attention forward | ragged | float32 | 8 rows, 128 keys | compiles | refused |"
+    assert lines[3] == "| attention forward | ragged | bfloat16 | 8 rows, 128 keys | compiles |  |"
     assert lines[-1] == "- attention forward, ragged, float32, v6e: no room"
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "chip"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A10", None),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("TPU v4", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_have_the_tables_names(device_kind, chip):
+    assert name_chip(device_kind) == chip
+
+
+def test_a_refusal_is_of_a_chip_a_dtype_a_shape_and_a_tile():
+    rows = [row(), row(chip="v6e", outcome="refused", reason="no room"), row(chip="v6e", rows=16, outcome="spills")]
+    capabilities.write_capabilities("tpu", "libtpu 1", rows)
+    at = {"kernel": "attention forward", "dtype": "float32", "shape": "head dim 64", "tile": {"keys": 128, "rows": 8}}
+    assert find_refusal("tpu", "TPU v6 lite", **at) == "v6e: refused (no room)"
+    assert find_refusal("tpu", "TPU v6 lite", **(at | {"tile": {"rows": 16, "keys": 128}})) == "v6e: spills (None)"
+    for platform, device_kind, other in (
+        ("tpu", "TPU v5 lite", {}),
+        ("tpu", "TPU v9", {}),
+        ("tpu", None, {}),
+        ("gpu", "NVIDIA H100 80GB HBM3", {}),
+        ("tpu", "TPU v6 lite", {"dtype": "bfloat16"}),
+        ("tpu", "TPU v6 lite", {"shape": "head dim 128"}),
+        ("tpu", "TPU v6 lite", {"tile": {"rows": 8, "keys": 256}}),
+    ):
+        assert find_refusal(platform, device_kind, **(at | other)) is None
+
+
+def test_the_automatic_choice_falls_through_where_the_table_refuses():
+    """For a v6e the next backend serves what its compiler refuses; other chips, and unknown ones, take the kernel."""
+    blocks, _ = choose_blocks(600, 600, 64, "float32")
+    refused = row(chip="v6e", outcome="refused", reason="no room in vmem")
+    refused |= {"shape": "head dim 128", "tile": {"rows": blocks[0], "keys": blocks[1]}}
+    capabilities.write_capabilities("tpu", "libtpu 1", [refused])
+    q = jax.ShapeDtypeStruct((1, 600, 1, 64), jnp.float32)
+    at = jax.ShapeDtypeStruct((1, 600), jnp.int32)
+
+    def trace(implementation=None):
+        return str(
+            jax.make_jaxpr(
+                lambda q, at: attention(q, q, q, q_positions=at, kv_positions=at, implementation=implementation)
+            )(q, at)
+        )
+
+    for device_kind, taken in (("TPU v6 lite", False), ("TPU v5 lite", True), ("TPU v9", True), (None, True)):
+        with compile_for("tpu", device_kind):
+            assert ("pallas_call" in trace()) is taken
+    with compile_for("tpu", "TPU v6 lite"), pytest.raises(NotImplementedError, match="v6e: refused .no room in vmem"):
+        trace("tpu")

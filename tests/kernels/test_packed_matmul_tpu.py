@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import quantized_matmul, sparse_matmul
+from hsai_kernels.dispatch import compile_for
 from hsai_kernels.interpret import interpret_tpu
 from hsai_kernels.ops.quantized_matmul.shapes import SHAPES as QUANTIZED_SHAPES
 from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
@@ -173,5 +174,5 @@ def test_other_platforms_are_refused():
         (quantized_matmul, draw_quantized(QUANTIZED_SHAPES[0], "int8", "float32")[0]),
         (functools.partial(sparse_matmul, n=2, m=4), draw_sparse(SPARSE_SHAPES[0], "int4", "float32")[0]),
     ):
-        with pytest.raises(NotImplementedError, match="tpu platform only"):
+        with compile_for("cpu"), pytest.raises(NotImplementedError, match="tpu platform only"):
             multiply(*operands, implementation="tpu")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import pack_words, quantized_matmul, sparse_matmul
+from hsai_kernels.dispatch import compile_for
 from hsai_kernels.gpu_product import ProductTile
 from hsai_kernels.interpret import interpret_gpu
 from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
@@ -145,7 +146,7 @@ def test_refusals() -> None:
             quantized_matmul(x[:0], words, scale[:1], implementation="gpu")
         with pytest.raises(NotImplementedError, match=r"not x \(0, 64\)"):
             sparse_matmul(jnp.ones((0, 64)), jnp.ones((32, 5)), indices, n=2, m=4, implementation="gpu")
-    with pytest.raises(NotImplementedError, match="gpu platform only"):
+    with compile_for("cpu"), pytest.raises(NotImplementedError, match="gpu platform only"):
         quantized_matmul(x, words, scale[:1], implementation="gpu")
     with pytest.raises(ValueError, match="units=8 is no block"):
         ProductTile(rows=16, columns=16, units=8)

@@ -10,6 +10,7 @@ Dimensions: B batch, T query, S key, N heads, K kv heads, G = N / K, H head dim,
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.ops.attention.reference import attention_reference, find_visible, read_cache
+from hsai_kernels.tuning import choose_tile
 
 BLOCK_QUERIES = 512
 BLOCK_KEYS = 512
+"""The kernel's own; tuning.py may know better ones for a device."""
 LOWEST = float(jnp.finfo(jnp.float32).min)
 Marks = tuple[jax.Array, jax.Array | None]
 """Positions and segments of some queries or keys."""
@@ -52,15 +55,24 @@ def attention_chunked(
     window: int | None,
     softcap: float | None,
     scale: float,
-    block_queries: int = BLOCK_QUERIES,
-    block_keys: int = BLOCK_KEYS,
+    block_queries: int | None = None,
+    block_keys: int | None = None,
 ) -> jax.Array:
     """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated.
 
     Where all scores are no more than those of a block (short rows; decoding, over however long a cache) they are the
     reference's: there is nothing to save, and its backward pass computes nothing twice.
     """
-    if q.shape[1] * k.shape[1] <= block_queries * block_keys:
+    queries, keys = q.shape[1], k.shape[1]
+    tile = choose_tile(
+        "attention chunked",
+        dtype=q.dtype,
+        shape=f"head dim {q.shape[3]}",
+        own={"queries": BLOCK_QUERIES, "keys": BLOCK_KEYS},
+        fit=lambda sides: {"queries": queries, "keys": keys} if queries * keys <= math.prod(sides.values()) else sides,
+    )
+    block_queries, block_keys = block_queries or tile["queries"], block_keys or tile["keys"]
+    if queries * keys <= block_queries * block_keys:
         at = (q_positions, kv_positions, q_segments, kv_segments)
         return attention_reference(q, k, v, *at, k_scale, v_scale, window=window, softcap=softcap, scale=scale)
     k, v = read_cache(k, k_scale, q.dtype), read_cache(v, v_scale, q.dtype)

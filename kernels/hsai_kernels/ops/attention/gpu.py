@@ -23,6 +23,7 @@ from hsai_kernels.ops.attention.gpu_backward import pull_back
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan, Tile, Tiles
 from hsai_kernels.ops.attention.gpu_forward import attend
 from hsai_kernels.triton_blocks import fit_block
+from hsai_kernels.tuning import FEW_ROWS, Sides, choose_tile
 
 LARGEST_HEAD_DIM = 256
 
@@ -81,7 +82,7 @@ def attention_gpu(
 ) -> jax.Array:
     """Softmax attention over the visible keys; arguments and shapes as in api.py, already validated.
 
-    `tiles` are for tests and tuning; None takes TILES. Raises NotImplementedError for what it does not support.
+    `tiles` are for tests; None for `choose_tiles`. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
     if k.dtype != q.dtype:
@@ -116,11 +117,21 @@ def attention_gpu(
 
 
 def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any) -> Tiles:
-    """TILES of a dtype and head dim, no larger than the call has rows (queries times heads a kv head) and keys."""
+    """Tuned ones or TILES, no larger than the call has rows (queries times heads a kv head) and keys.
+
+    Raises NotImplementedError if the chip's compiler is known to refuse any of them.
+    """
     name = jnp.dtype(dtype).name
     width = min(limit for kind, limit in TILES if kind == name and limit >= head_dim)
+    shape = f"head dim {width}{', few rows' if rows <= FEW_ROWS else ''}"
+
+    def fit(sides: Sides) -> Sides:
+        return {**sides, "rows": fit_block(sides["rows"], rows), "keys": fit_block(sides["keys"], keys)}
+
     return {
-        kernel: dataclasses.replace(tile, rows=fit_block(tile.rows, rows), keys=fit_block(tile.keys, keys))
+        kernel: Tile(
+            **choose_tile(f"attention {kernel}", dtype=name, shape=shape, own=dataclasses.asdict(tile), fit=fit)
+        )
         for kernel, tile in TILES[name, width].items()
     }
 

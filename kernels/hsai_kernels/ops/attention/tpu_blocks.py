@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.block_product import multiply
 from hsai_kernels.mosaic import LANES, MEMORY_LIMIT, TILE_ROWS
+from hsai_kernels.tuning import FEW_ROWS, choose_tile
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -50,17 +51,31 @@ class Options:
 def choose_blocks(
     rows: int, keys: int, head_dim: int, dtype: jax.typing.DTypeLike
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and keys a block in the forward and the backward pass.
+    """Rows and keys a block in the forward and the backward pass: tuned ones, or LARGEST_BLOCKS.
 
-    Raises NotImplementedError for a dtype or a head dim that has none.
+    Raises NotImplementedError for a dtype or a head dim that has none, and where the chip's compiler is known to refuse
+    them.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"has operands of float32 or bfloat16, not of {dtype}")
     for (itemsize, largest), blocks in LARGEST_BLOCKS.items():
         if itemsize == dtype.itemsize and head_dim <= largest:
-            forward, backward = ((_fit(rows, r, TILE_ROWS), _fit(keys, s, LANES)) for r, s in blocks)
-            return forward, backward
+            shape = f"head dim {largest}{', few rows' if rows <= FEW_ROWS else ''}"
+            forward, backward = (
+                choose_tile(
+                    f"attention {name}",
+                    dtype=dtype,
+                    shape=shape,
+                    own={"rows": r, "keys": s},
+                    fit=lambda sides: {
+                        "rows": _fit(rows, sides["rows"], TILE_ROWS),
+                        "keys": _fit(keys, sides["keys"], LANES),
+                    },
+                )
+                for name, (r, s) in zip(("forward", "backward"), blocks, strict=True)
+            )
+            return (forward["rows"], forward["keys"]), (backward["rows"], backward["keys"])
     raise NotImplementedError(f"has head dims up to {max(largest for _, largest in LARGEST_BLOCKS)}, not {head_dim}")
 
 

@@ -16,9 +16,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.tuning import choose_tile
+
 WIDE = {"preferred_element_type": jnp.float32}
 BLOCK_TOKENS = 512
 BLOCK_VOCAB = 8192
+"""The kernel's own; tuning.py may know better ones for a device."""
 Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """x, w, targets, and the logarithm of each token's sum."""
 
@@ -41,17 +44,25 @@ def cross_entropy_chunked(
     softcap: float | None,
     z_loss: float,
     chunk: int | None,
-    block_vocab: int = BLOCK_VOCAB,
+    block_vocab: int | None = None,
 ) -> jax.Array:
     """float32 (..., T); arguments as in api.py, already validated, targets in [0, V)."""
     *lead, tokens, embed = x.shape
     if 0 in x.shape:
         return jnp.zeros(targets.shape, jnp.float32)
+    vocab = w.shape[1]
+    tile = choose_tile(
+        "cross_entropy chunked",
+        dtype=x.dtype,
+        shape=f"D {embed}",
+        own={"tokens": BLOCK_TOKENS, "words": BLOCK_VOCAB},
+        fit=lambda sides: {"tokens": min(sides["tokens"], tokens), "words": min(sides["words"], vocab)},
+    )
     options = Options(
         softcap=softcap,
         z_loss=z_loss,
-        block_tokens=min(chunk or BLOCK_TOKENS, tokens),
-        block_vocab=w.shape[1] if jax.sharding.get_abstract_mesh().size > 1 else min(block_vocab, w.shape[1]),
+        block_tokens=min(chunk or tile["tokens"], tokens),
+        block_vocab=vocab if jax.sharding.get_abstract_mesh().size > 1 else min(block_vocab or tile["words"], vocab),
     )
     loss = _compute(options, x.reshape(-1, tokens, embed), w, targets.reshape(-1, tokens))
     return loss.reshape(*lead, tokens)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.ops.cross_entropy.chunked import BLOCK_TOKENS, WIDE, cross_entropy_chunked, join_tokens, split_tokens
+from hsai_kernels.tuning import choose_tile
 
 Operands = tuple[jax.Array, jax.Array, jax.Array]
 """Gradients of x, w and weights."""
@@ -42,8 +43,15 @@ def cross_entropy_sum_chunked(
     """float32 scalar; arguments as in api.py, already validated, targets in [0, V)."""
     if 0 in x.shape:
         return jnp.zeros((), jnp.float32)
-    tokens = x.shape[-2]
-    options = Options(softcap=softcap, z_loss=z_loss, chunk=min(chunk or BLOCK_TOKENS, tokens))
+    tokens, embed = x.shape[-2:]
+    tile = choose_tile(
+        "cross_entropy_sum chunked",
+        dtype=x.dtype,
+        shape=f"D {embed}",
+        own={"tokens": BLOCK_TOKENS},
+        fit=lambda sides: {"tokens": min(sides["tokens"], tokens)},
+    )
+    options = Options(softcap=softcap, z_loss=z_loss, chunk=min(chunk or tile["tokens"], tokens))
     rows = (-1, tokens)
     return _compute(options, x.reshape(*rows, x.shape[-1]), w, targets.reshape(rows), weights.reshape(rows))
 

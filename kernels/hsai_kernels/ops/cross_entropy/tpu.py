@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
 
 Blocks = tuple[int, int]
 """C and E."""
@@ -56,7 +56,12 @@ def cross_entropy_tpu(
     """
     del chunk
     check_platform("tpu")
-    forward, backward = choose_blocks(x.shape[-1], x.dtype.itemsize)
+    forward, backward = (
+        choose_sides(f"cross_entropy {name}", x, {"tokens": tokens, "words": words})
+        for name, (tokens, words) in zip(
+            ("forward", "backward"), choose_blocks(x.shape[-1], x.dtype.itemsize), strict=True
+        )
+    )
     return lose_in_blocks(x, w, targets, softcap=softcap, z_loss=z_loss, forward=forward, backward=backward)
 
 

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
 from hsai_kernels.ops.gated_mlp.reference import ACTIVATIONS, gated_mlp_reference
 
 BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128), (64, 128))
@@ -43,7 +43,8 @@ def gated_mlp_tpu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array,
     Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
-    blocks = choose_blocks(x.shape[-1], x.dtype.itemsize)
+    rows, hidden = choose_blocks(x.shape[-1], x.dtype.itemsize)
+    blocks = choose_sides("gated_mlp", x, {"rows": rows, "hidden": hidden})
     return multiply_in_blocks(x, gate, up, down, activation=activation, blocks=blocks)
 
 

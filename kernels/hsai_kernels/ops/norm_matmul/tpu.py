@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
 from hsai_kernels.ops.norm_matmul.reference import norm_matmul_reference, normalize
 
 BLOCKS = ((512, 512), (256, 512), (256, 256), (128, 128))
@@ -41,7 +41,9 @@ def norm_matmul_tpu(x: jax.Array, gain: jax.Array, w: jax.Array, *, eps: float) 
     Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
-    return multiply_in_blocks(x, gain, w, eps=eps, blocks=choose_blocks(x.shape[-1], x.dtype.itemsize))
+    rows, columns = choose_blocks(x.shape[-1], x.dtype.itemsize)
+    blocks = choose_sides("norm_matmul", x, {"rows": rows, "columns": columns})
+    return multiply_in_blocks(x, gain, w, eps=eps, blocks=blocks)
 
 
 def choose_blocks(contraction: int, itemsize: int) -> tuple[int, int]:

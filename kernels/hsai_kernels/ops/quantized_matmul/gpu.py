@@ -35,7 +35,7 @@ def quantized_matmul_gpu(
 
     Sums are float32, and float32 activations are multiplied exactly. With bfloat16 activations a weight's scale is
     applied after the product where a block lies in one group, and otherwise the weight is rounded to bfloat16.
-    `tile` is for tests and tuning. Raises NotImplementedError for what it does not support.
+    `tile` is for tests. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
     if bits != 4 or activation_bits is not None:
@@ -53,7 +53,8 @@ def _multiply(tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: 
     columns = values.shape[1]
     read, positions = (_read_int8, 1) if values.dtype == jnp.int8 else (_read_int4, ELEMENTS)
     rows = x.reshape(-1, x.shape[-1])
-    out = multiply_compressed(read, positions, rows, (values,), scale, columns, tile)
+    kernel = f"quantized_matmul int{8 if positions == 1 else 4}"
+    out = multiply_compressed(kernel, read, positions, rows, (values,), scale, columns, tile)
     return out.reshape(*x.shape[:-1], columns)
 
 

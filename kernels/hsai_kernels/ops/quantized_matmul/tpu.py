@@ -38,7 +38,8 @@ def quantized_matmul_tpu(
 
 
 def _multiply(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    return multiply_packed(choose_packing(values, bits), x, (values,), scale, "quantized_matmul")
+    kernel = f"quantized_matmul int{8 if values.dtype == jnp.int8 else bits}"
+    return multiply_packed(kernel, choose_packing(values, bits), x, (values,), scale)
 
 
 def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:

@@ -32,11 +32,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.block_product import multiply
 from hsai_kernels.mosaic import LANES, MEMORY_LIMIT, round_rows
+from hsai_kernels.tuning import Sides, choose_tile, name_product_shape
 
 SUBLANES = 8
 """Rows of a tile of 32-bit elements."""
-LARGEST_ROWS, LARGEST_COLUMNS, LARGEST_CONTRACTION = 512, 512, 1024
-"""Of a block. A weight block of float32 is 2 MiB, and building it needs a few of them."""
+LARGEST_BLOCK: Sides = {"rows": 512, "columns": 512, "contraction": 1024}
+"""A weight block of float32 is 2 MiB, and building it needs a few of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +67,11 @@ class Plan:
     group: int
     """Dense rows that share a scale: all of the padded contraction, if there is one scale a column."""
 
-    def describe(self) -> str:
-        """For people."""
-        return f"{self.rows} rows x {self.contraction} deep x {self.columns} columns, {self.planes} planes"
 
-
-def plan_product(packing: Packing, rows: int, contraction: int, columns: int, group: int | None) -> Plan:
-    """Chooses the blocks of a product; `group` is None without scales.
+def plan_product(
+    packing: Packing, rows: int, contraction: int, columns: int, group: int | None, largest: Sides = LARGEST_BLOCK
+) -> Plan:
+    """The blocks of a product, of at most `largest` sides; `group` is None without scales.
 
     Raises NotImplementedError for groups that no block holds whole.
     """
@@ -85,16 +84,15 @@ def plan_product(packing: Packing, rows: int, contraction: int, columns: int, gr
             planes = math.lcm(period, group)
         step = math.lcm(LANES, group)
     step = math.lcm(step, planes * SUBLANES)
-    if step > 4 * LARGEST_CONTRACTION:
-        raise NotImplementedError(
-            f"has scale groups that divide blocks of up to {4 * LARGEST_CONTRACTION} positions, not of {group}"
-        )
-    count = pl.cdiv(contraction, max(LARGEST_CONTRACTION, step))
+    deepest = 4 * LARGEST_BLOCK["contraction"]
+    if step > deepest:
+        raise NotImplementedError(f"has scale groups that divide blocks of up to {deepest} positions, not of {group}")
+    count = pl.cdiv(contraction, max(largest["contraction"], step))
     depth = pl.cdiv(pl.cdiv(contraction, count), step) * step
-    row_blocks = pl.cdiv(rows, LARGEST_ROWS)
+    row_blocks = pl.cdiv(rows, largest["rows"])
     return Plan(
         rows=round_rows(pl.cdiv(rows, row_blocks)),
-        columns=min(pl.cdiv(columns, LANES) * LANES, LARGEST_COLUMNS),
+        columns=min(pl.cdiv(columns, LANES) * LANES, largest["columns"]),
         planes=planes,
         contraction=depth,
         group=count * depth if single else group or 0,
@@ -102,17 +100,26 @@ def plan_product(packing: Packing, rows: int, contraction: int, columns: int, gr
 
 
 def multiply_packed(
-    packing: Packing, x: jax.Array, packed: tuple[jax.Array, ...], scale: jax.Array | None, name: str
+    kernel: str, packing: Packing, x: jax.Array, packed: tuple[jax.Array, ...], scale: jax.Array | None
 ) -> jax.Array:
     """(..., F) of x's dtype = x (..., D) @ the weight that `packed` (arrays (rows, F)) and scale (D/g, F) mean.
 
-    Sums are float32. Raises NotImplementedError for what it does not support.
+    `kernel` names the API and the weight's format, for tiles. Sums are float32. Raises NotImplementedError for what it
+    does not support.
     """
     *lead, contraction = x.shape
     rows, columns = math.prod(lead), packed[0].shape[1]
     if 0 in (rows, contraction, columns):
         raise NotImplementedError(f"multiplies arrays that are not empty, not x {x.shape} by {packed[0].shape}")
-    plan = plan_product(packing, rows, contraction, columns, None if scale is None else contraction // scale.shape[0])
+    group = None if scale is None else contraction // scale.shape[0]
+    sides = choose_tile(
+        kernel,
+        dtype=x.dtype,
+        shape=name_product_shape(rows, contraction, None if scale is None else scale.shape[0]),
+        own=LARGEST_BLOCK,
+        fit=lambda sides: dataclasses.asdict(plan_product(packing, rows, contraction, columns, group, sides)),
+    )
+    plan = Plan(**sides)
     ordered = _order_contraction(plan, x.reshape(rows, contraction))
     grid = (ordered.shape[0] // plan.rows, pl.cdiv(columns, plan.columns), ordered.shape[1] // plan.contraction)
 
@@ -147,7 +154,7 @@ def multiply_packed(
             + grid[0] * sum(array.nbytes for array in operands[1:])
             + ordered.shape[0] * columns * x.dtype.itemsize,
         ),
-        name=name,
+        name=kernel.split()[0],
     )(*operands)
     return out[:rows].reshape(*lead, columns)
 

@@ -42,7 +42,7 @@ def sparse_matmul_gpu(
 
     Sums are float32, and float32 activations are multiplied exactly; floating values are rounded to x's dtype, and so
     are scaled ones, except that int4 stays exact where a block lies in one scale group.
-    `tile` is for tests and tuning. Raises NotImplementedError for what it does not support.
+    `tile` is for tests. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
     if choices is not None:
@@ -68,7 +68,9 @@ def _multiply(
     columns = values.shape[1]
     rows = x.reshape(-1, x.shape[-1])
     read = functools.partial(_read_groups, n, m)
-    return multiply_compressed(read, m, rows, (values, indices), scale, columns, tile).reshape(*x.shape[:-1], columns)
+    kernel = f"sparse_matmul {n}:{m} {'int4' if values.dtype == jnp.uint32 else values.dtype.name}"
+    out = multiply_compressed(kernel, read, m, rows, (values, indices), scale, columns, tile)
+    return out.reshape(*x.shape[:-1], columns)
 
 
 def _read_groups(

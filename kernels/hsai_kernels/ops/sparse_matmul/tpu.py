@@ -49,7 +49,8 @@ def sparse_matmul_tpu(
 
 
 def _multiply(n: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None) -> jax.Array:
-    return multiply_packed(choose_packing(n, values), x, (values, indices), scale, "sparse_matmul")
+    kernel = f"sparse_matmul {n}:4 {'int4' if values.dtype == jnp.uint32 else values.dtype.name}"
+    return multiply_packed(kernel, choose_packing(n, values), x, (values, indices), scale)
 
 
 def choose_packing(n: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:

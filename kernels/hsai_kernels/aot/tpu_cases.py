@@ -1,55 +1,24 @@
-"""The programs that aot_tpu.py compiles: for every TPU kernel a few shapes, a ragged one among them, in each dtype.
+"""The programs for TPUs: for every kernel a few shapes, a ragged one among them, in each dtype.
 
 Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D embed or contraction,
 F ffn or outputs, V vocabulary, g positions that share a scale.
 """
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.aot.case import DTYPES, Case
 from hsai_kernels.ops.attention.api import attention
-from hsai_kernels.ops.attention.tpu_blocks import choose_blocks
-from hsai_kernels.ops.cross_entropy import tpu as cross_entropy_tpu
 from hsai_kernels.ops.cross_entropy.api import cross_entropy
-from hsai_kernels.ops.gated_mlp import tpu as gated_mlp_tpu
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
-from hsai_kernels.ops.norm_matmul import tpu as norm_matmul_tpu
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
-from hsai_kernels.ops.quantized_matmul.tpu import choose_packing as choose_quantized_packing
-from hsai_kernels.ops.quantized_matmul.tpu_product import plan_product
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
-from hsai_kernels.ops.sparse_matmul.tpu import choose_packing as choose_sparse_packing
-
-DTYPES = ("bfloat16", "float32")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One program to compile, by the API with `implementation="tpu"`."""
-
-    kernel: str
-    name: str
-    dtype: str
-    """Of the activations."""
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]
-    """jax.ShapeDtypeStruct each."""
-    tile: str
-    """The blocks that the backend chose, for people."""
-    quick: bool
-    """Small and ragged: compiled by the tests for every chip."""
-
-
-def list_cases(kernel: str, *, quick: bool) -> Iterator[Case]:
-    """The cases of one of KERNELS: all, or the quick ones."""
-    return (case for case in _LISTS[kernel]() if case.quick or not quick)
 
 
 def _list_attention() -> Iterator[Case]:
@@ -71,13 +40,12 @@ def _list_attention() -> Iterator[Case]:
         q = jax.ShapeDtypeStruct((batch, queries, heads, head_dim), dtype)
         k = jax.ShapeDtypeStruct((batch, keys, kv_heads, head_dim), dtype)
         marks = tuple(jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in (queries, keys))
-        blocks = choose_blocks(queries * heads // kv_heads, keys, head_dim, dtype)
         attend = functools.partial(_attend, options)
         passes: tuple[tuple[str, Callable[..., Any]], ...] = (
             ("attention forward", attend),
             ("attention backward", functools.partial(_pull_back, attend)),
         )
-        for (kernel, function), (rows, columns) in zip(passes, blocks, strict=True):
+        for kernel, function in passes:
             if queries == 1 and kernel == "attention backward":
                 continue
             yield Case(
@@ -86,7 +54,6 @@ def _list_attention() -> Iterator[Case]:
                 dtype=dtype,
                 function=function,
                 operands=(q, k, k, *marks * (2 if segments else 1)),
-                tile=f"{rows} rows x {columns} keys",
                 quick=queries <= 64,
             )
 
@@ -116,20 +83,18 @@ def _list_cross_entropy() -> Iterator[Case]:
         x = jax.ShapeDtypeStruct((tokens, embed), dtype)
         w = jax.ShapeDtypeStruct((embed, vocab), jnp.float32)
         targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-        blocks = cross_entropy_tpu.choose_blocks(embed, x.dtype.itemsize)
         lose = functools.partial(cross_entropy, **options, implementation="tpu")
         passes: tuple[tuple[str, Callable[..., Any]], ...] = (
             ("cross_entropy forward", lose),
             ("cross_entropy backward", functools.partial(_pull_back_loss, lose)),
         )
-        for (kernel, function), (rows, words) in zip(passes, blocks, strict=True):
+        for kernel, function in passes:
             yield Case(
                 kernel=kernel,
                 name=name,
                 dtype=dtype,
                 function=function,
                 operands=(x, w, targets),
-                tile=f"{rows} tokens x {words} words",
                 quick=tokens <= 64,
             )
 
@@ -156,18 +121,15 @@ def _list_layers(kernel: str) -> Iterator[Case]:
         if kernel == "norm_matmul":
             function = functools.partial(norm_matmul, eps=1e-5, implementation="tpu")
             operands = (x, jax.ShapeDtypeStruct((embed,), jnp.float32), w)
-            blocks = norm_matmul_tpu.choose_blocks(embed, x.dtype.itemsize)
         else:
             function = functools.partial(gated_mlp, implementation="tpu")
             operands = (x, w, w, jax.ShapeDtypeStruct((ffn, embed), dtype))
-            blocks = gated_mlp_tpu.choose_blocks(embed, x.dtype.itemsize)
         yield Case(
             kernel=kernel,
             name=name,
             dtype=dtype,
             function=function,
             operands=operands,
-            tile=f"{blocks[0]} rows x {blocks[1]}",
             quick=rows <= 64,
         )
 
@@ -192,14 +154,12 @@ def _list_quantized() -> Iterator[Case]:
         ):
             if kind == "int2" and depth % 16:
                 continue
-            plan = plan_product(choose_quantized_packing(values, bits), rows, depth, columns, group)
             yield Case(
                 kernel=f"quantized_matmul {kind}",
                 name=name,
                 dtype=dtype,
                 function=functools.partial(quantized_matmul, bits=bits, implementation="tpu"),
                 operands=(x, values, scale),
-                tile=plan.describe(),
                 quick=rows < 8,
             )
 
@@ -222,15 +182,12 @@ def _list_sparse() -> Iterator[Case]:
             (dtype, _shape(dtype, kept, columns), None),
             ("int4", _shape("uint32", kept // 8, columns), _shape("float32", depth // group, columns)),
         ):
-            packing = choose_sparse_packing(n, values)
-            plan = plan_product(packing, rows, depth, columns, None if scale is None else group)
             yield Case(
-                kernel=f"sparse_matmul {kind}",
+                kernel=f"sparse_matmul {n}:4 {kind}",
                 name=name,
                 dtype=dtype,
                 function=functools.partial(sparse_matmul, n=n, m=4, implementation="tpu"),
                 operands=(x, values, indices) if scale is None else (x, values, indices, scale),
-                tile=plan.describe(),
                 quick=rows < 8 and columns < 300,
             )
 
@@ -239,7 +196,7 @@ def _shape(dtype: str, *dimensions: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dimensions, dtype)
 
 
-_LISTS: dict[str, Callable[[], Iterator[Case]]] = {
+LISTS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "attention": _list_attention,
     "cross_entropy": _list_cross_entropy,
     "gated_mlp": functools.partial(_list_layers, "gated_mlp"),
@@ -247,5 +204,4 @@ _LISTS: dict[str, Callable[[], Iterator[Case]]] = {
     "quantized_matmul": _list_quantized,
     "sparse_matmul": _list_sparse,
 }
-KERNELS = tuple(_LISTS)
-"""Every API that has TPU kernels here."""
+"""Every API that has TPU kernels, and its cases."""

@@ -1,46 +1,30 @@
-"""The programs that aot_gpu.py compiles: for every GPU kernel a few shapes, a ragged one among them, in each dtype."""
+"""The programs for GPUs: for every kernel a few shapes, a ragged one among them, in each dtype.
+
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D contraction, F outputs, g positions that
+share a scale.
+"""
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.gpu_product import choose_tile
+from hsai_kernels.aot.case import DTYPES, Case
+from hsai_kernels.dispatch import compile_for
 from hsai_kernels.ops.attention.api import attention
 from hsai_kernels.ops.attention.gpu import choose_tiles
 from hsai_kernels.ops.attention.gpu_backward import pull_back_keys, pull_back_rows
-from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan, Tiles
+from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
-
-DTYPES = ("bfloat16", "float32")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One program to compile."""
-
-    kernel: str
-    name: str
-    dtype: str
-    """Of the activations."""
-    function: Callable[..., Any]
-    operands: tuple[Any, ...]
-    """Trees of jax.ShapeDtypeStruct."""
-    tile: str
-    """The blocks that were chosen, for people."""
+from hsai_kernels.tuning import record_tiles
 
 
-def list_cases(kernel: str) -> Iterator[Case]:
-    """The cases of one of KERNELS."""
-    return _LISTS[kernel]()
-
-
-def list_attention(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
+def _list_attention() -> Iterator[Case]:
     """Each kernel with its own tile: the forward one as the API calls it."""
     # B, T, S, N, K, H
     shapes: tuple[tuple[str, tuple[int, ...], dict[str, Any]], ...] = (
@@ -50,15 +34,22 @@ def list_attention(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
         ("head dim 256", (1, 1024, 1024, 2, 2, 256), {}),
         ("decoding, split keys", (2, 1, 5000, 8, 2, 128), {}),
     )
-    for (name, shape, options), dtype in itertools.product(shapes, dtypes):
+    for (name, shape, options), dtype in itertools.product(shapes, DTYPES):
         batch, queries, keys, heads, kv_heads, head_dim = shape
         q = jax.ShapeDtypeStruct((batch, queries, heads, head_dim), dtype)
         k = jax.ShapeDtypeStruct((batch, keys, kv_heads, head_dim), dtype)
         marks = tuple(jax.ShapeDtypeStruct((batch, length), jnp.int32) for length in (queries, keys))
         at_q, at_k = ((mark,) * (2 if options else 1) for mark in marks)
-        tiles = choose_tiles(queries * heads // kv_heads, keys, head_dim, dtype)
-        case = functools.partial(_describe_attention, name, dtype, tiles)
-        yield case("forward", functools.partial(_attend, options), (q, k, k, at_q, at_k))
+        forward = functools.partial(_attend, options)
+        quick = name.startswith("ragged")
+        yield Case(
+            kernel="attention forward",
+            name=name,
+            dtype=dtype,
+            function=forward,
+            operands=(q, k, k, at_q, at_k),
+            quick=quick,
+        )
         if queries == 1:
             continue
         plan = Plan(
@@ -76,8 +67,15 @@ def list_attention(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
         rows = jax.ShapeDtypeStruct((batch, queries * heads, head_dim), dtype)
         vector = jax.ShapeDtypeStruct(rows.shape[:2], jnp.float32)
         arrays = (rows, rows, vector, vector, k, k)
-        for kernel, function in (("d_rows", pull_back_rows), ("d_keys", pull_back_keys)):
-            yield case(kernel, functools.partial(function, plan, tiles[kernel]), (arrays, at_q, at_k))
+        for kernel in ("d_rows", "d_keys"):
+            yield Case(
+                kernel=f"attention {kernel}",
+                name=name,
+                dtype=dtype,
+                function=functools.partial(_pull_back, plan, kernel),
+                operands=(arrays, at_q, at_k),
+                quick=quick,
+            )
     for length in (4096, 8192):
         q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
         k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16")
@@ -89,22 +87,12 @@ def list_attention(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
             dtype="bfloat16",
             function=gradient,
             operands=(q, k, k, at, at),
-            tile="all three",
         )
 
 
-def _describe_attention(
-    name: str, dtype: str, tiles: Tiles, kernel: str, function: Callable[..., Any], operands: tuple[Any, ...]
-) -> Case:
-    tile = tiles[kernel]
-    return Case(
-        kernel=f"attention {kernel}",
-        name=name,
-        dtype=dtype,
-        function=function,
-        operands=operands,
-        tile=f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages",
-    )
+def _pull_back(plan: Plan, kernel: str, arrays: tuple[jax.Array, ...], at_q: Marks, at_k: Marks) -> Any:
+    tile = choose_tiles(plan.rows, plan.keys, plan.head_dim, arrays[0].dtype)[kernel]
+    return {"d_rows": pull_back_rows, "d_keys": pull_back_keys}[kernel](plan, tile, arrays, at_q, at_k)
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks) -> jax.Array:
@@ -125,13 +113,15 @@ def _list_quantized_matmul() -> Iterator[Case]:
     shapes = (*PRODUCTS, ("ragged, groups of 8", (37, 520, 1001, 8)))
     for (name, (rows, contraction, columns, group)), dtype, bits in itertools.product(shapes, DTYPES, (8, 4)):
         values = ((contraction, columns), jnp.int8) if bits == 8 else ((contraction // 8, columns), jnp.uint32)
-        yield _describe_product(
-            f"quantized_matmul int{bits}",
-            name,
-            functools.partial(quantized_matmul, implementation="gpu"),
-            jax.ShapeDtypeStruct((rows, contraction), dtype),
-            (values, ((contraction // group, columns), jnp.float32)),
-            1 if bits == 8 else 8,
+        yield Case(
+            kernel=f"quantized_matmul int{bits}",
+            name=name,
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, implementation="gpu"),
+            operands=_list_operands(
+                ((rows, contraction), dtype), values, ((contraction // group, columns), jnp.float32)
+            ),
+            quick=name.startswith("ragged"),
         )
 
 
@@ -144,39 +134,45 @@ def _list_sparse_matmul() -> Iterator[Case]:
         kept = contraction * n // 4
         values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
         scale = [((contraction // group, columns), jnp.float32)] if packed else []
-        yield _describe_product(
-            f"sparse_matmul {n}:4 {'int4' if packed else 'bfloat16'}",
-            name,
-            functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
-            jax.ShapeDtypeStruct((rows, contraction), dtype),
-            (values, ((kept // 16, columns), jnp.uint32), *scale),
-            4,
+        yield Case(
+            kernel=f"sparse_matmul {n}:4 {'int4' if packed else 'bfloat16'}",
+            name=name,
+            dtype=dtype,
+            function=functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
+            operands=_list_operands(((rows, contraction), dtype), values, ((kept // 16, columns), jnp.uint32), *scale),
+            quick=name.startswith("ragged"),
         )
 
 
-def _describe_product(
-    kernel: str,
-    name: str,
-    function: Callable[..., Any],
-    x: jax.ShapeDtypeStruct,
-    weight: tuple[tuple[tuple[int, int], Any], ...],
-    positions: int,
-) -> Case:
-    tile = choose_tile(x.shape[0], weight[0][0][1], x.shape[1], positions, x.dtype)
-    return Case(
-        kernel=kernel,
-        name=name,
-        dtype=x.dtype.name,
-        function=function,
-        operands=(x, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in weight)),
-        tile=f"{tile.rows}x{tile.columns}x{tile.units}, {tile.warps} warps, {tile.stages} stages",
-    )
+def _list_operands(*arrays: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays)
 
 
-_LISTS: dict[str, Callable[[], Iterator[Case]]] = {
-    "attention": list_attention,
-    "quantized_matmul": _list_quantized_matmul,
-    "sparse_matmul": _list_sparse_matmul,
+LARGER = "twice the "
+"""In the names of cases whose tile is not the kernel's own."""
+
+
+def _with_larger_tiles(list_cases: Callable[[], Iterator[Case]]) -> Iterator[Case]:
+    """The cases, and of some in bfloat16 those with one side of the tile doubled, as tuning would try it."""
+    larger = []
+    for case in list_cases():
+        yield case
+        training = case.name in ("head dim 64", "head dim 128", "head dim 256", "prefill, groups of 32")
+        if training and case.dtype == "bfloat16" and not case.kernel.startswith("attention d_"):
+            larger.append(case)
+    for case in larger:
+        with compile_for("gpu"), record_tiles() as used:
+            # By a function of its own: what jax has traced before would record nothing.
+            jax.eval_shape(functools.partial(case.function), *case.operands)
+        own = next(use for use in used if use.kernel == case.kernel)
+        for side in sorted(own.asked.keys() - {"warps", "stages"}):
+            tiles = {own.key: {**own.asked, side: 2 * own.asked[side]}}
+            yield dataclasses.replace(case, name=f"{case.name}; {LARGER}{side}", tiles=tiles)
+
+
+LISTS: Mapping[str, Callable[[], Iterator[Case]]] = {
+    "attention": functools.partial(_with_larger_tiles, _list_attention),
+    "quantized_matmul": functools.partial(_with_larger_tiles, _list_quantized_matmul),
+    "sparse_matmul": functools.partial(_with_larger_tiles, _list_sparse_matmul),
 }
-KERNELS = tuple(_LISTS)
-"""Every API that has GPU kernels."""
+"""Every API that has GPU kernels, and its cases."""

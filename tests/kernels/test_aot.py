@@ -1,0 +1,118 @@
+"""Every kernel compiles for its chips, by their real compilers, with no device present: TPUs v5e, v5p, v6e and 7x by
+XLA:TPU and Mosaic; A100 and H100 by XLA's CUDA compiler, without spilling registers.
+
+Of the TPUs' cases the small ones; the large ones too are in the table that scripts/write_capabilities.py writes, and
+what is compiled here must agree with it.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+
+from hsai_kernels.aot.case import Row
+from hsai_kernels.aot.gpu_cases import LARGER
+from hsai_kernels.aot.runner import TARGETS, compile_kernels, run_apart
+from hsai_kernels.capabilities import CHIPS, find_differences, read_capabilities
+
+FOLDER = Path(__file__).resolve().parents[2] / ".aot"
+GPU, TPU = TARGETS["gpu"], TARGETS["tpu"]
+needs_gpu, needs_tpu = (
+    pytest.mark.skipif(
+        not (FOLDER / platform / ".installed").exists(),
+        reason=f"no compiler in {FOLDER / platform}: bash scripts/install_aot.sh {sys.executable} brings it",
+    )
+    for platform in ("gpu", "tpu")
+)
+
+
+@functools.cache
+def compile_for_gpus(kernel: str) -> list[Row]:
+    return compile_kernels("gpu", FOLDER / "gpu", kernels=[kernel])
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", GPU.kernels)
+def test_gpu_kernels_compile_and_none_spills(kernel: str) -> None:
+    rows = compile_for_gpus(kernel)
+    assert {row["chip"] for row in rows} == set(GPU.chips) == {"a100", "h100"}
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float32"}
+    assert any("ragged" in row["case"] for row in rows)
+    own = [row for row in rows if LARGER not in row["case"]]
+    assert [row for row in own if row["outcome"] != "compiles"] == []
+    assert len(rows) > len(own)
+    assert find_differences(rows, read_capabilities("gpu")) == []
+
+
+@needs_gpu
+@pytest.mark.slow
+def test_the_memory_of_an_attention_gradient_follows_the_length() -> None:
+    sizes = {(row["chip"], row["case"]): row["temporary_bytes"] for row in compile_for_gpus("attention")}
+    for chip in GPU.chips:
+        short, long = (sizes[chip, f"length {length}"] for length in (4096, 8192))
+        assert long < 2.1 * short
+        assert long < 8192 * 8192  # a byte for every score of one of the four heads
+
+
+@needs_tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TPU.chips)
+def test_tpu_kernels_compile(chip: str) -> None:
+    rows = compile_kernels("tpu", FOLDER / "tpu", [chip], quick=True)
+    assert len(rows) == sum(1 for _ in TPU.list_cases(TPU.kernels, quick=True))
+    assert [row for row in rows if row["outcome"] != "compiles"] == []
+    assert find_differences(rows, read_capabilities("tpu")) == []
+
+
+# Tiles other than the kernels' own, by `use_tiles`: that all cases compile is an answer, and not a constant.
+OTHER_TILE = """
+import json
+from hsai_kernels.aot.runner import TARGETS, compile_case
+from hsai_kernels.tuning import use_tiles
+target = TARGETS[{platform!r}]
+cases = target.list_cases(["attention"], quick=False)
+case = next(c for c in cases if c.dtype == "float32" and c.kernel == "attention forward" and c.name == {name!r})
+for tile in {tiles!r}:
+    with use_tiles({{("attention forward", "float32", {shape!r}): tile}}):
+        print(json.dumps(compile_case(target, case, {chip!r}, target.find_device({chip!r}))))
+"""
+
+
+@needs_gpu
+def test_what_spills_and_what_is_refused_are_rows_with_their_reasons() -> None:
+    """Too large for the registers, and for the shared memory."""
+    tiles = [{"rows": rows, "keys": keys, "warps": 4, "stages": 2} for rows, keys in ((64, 32), (256, 128))]
+    options = {"platform": "gpu", "chip": "a100", "name": "head dim 256", "shape": "head dim 256", "tiles": tiles}
+    spilled, refused = run_apart(GPU, FOLDER / "gpu", ["-c", OTHER_TILE.format(**options)])
+    assert spilled["outcome"] == "spills" and spilled["temporary_bytes"] is not None
+    assert refused["outcome"] == "refused" and "Shared memory size limit exceeded" in refused["reason"]
+    assert [spilled["tile"], refused["tile"]] == tiles
+    assert len(find_differences([spilled, refused], read_capabilities("gpu"))) == 4
+
+
+@needs_tpu
+def test_what_mosaic_refuses_is_a_row_with_its_reason() -> None:
+    """More fast memory than a kernel may use."""
+    tiles = [{"rows": 256, "keys": 128}]
+    options = {"platform": "tpu", "chip": "v5e", "shape": "head dim 128", "tiles": tiles}
+    options["name"] = "ragged, head dim 80, window, softcap, segments"
+    less_memory = "from hsai_kernels.ops.attention import tpu_blocks; tpu_blocks.MEMORY_LIMIT = 2**17\n"
+    (row,) = run_apart(TPU, FOLDER / "tpu", ["-c", less_memory + OTHER_TILE.format(**options)])
+    assert row["outcome"] == "refused" and "vmem" in row["reason"].lower()
+    assert len(find_differences([row], read_capabilities("tpu"))) == 1
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_jax_names_every_chip_as_the_table_expects(platform: str) -> None:
+    if not (FOLDER / platform / ".installed").exists():
+        pytest.skip(f"no compiler in {FOLDER / platform}: bash scripts/install_aot.sh {sys.executable} brings it")
+    script = (
+        "import json; from hsai_kernels.aot.runner import TARGETS; from hsai_kernels.capabilities import name_chip;"
+        f"target = TARGETS[{platform!r}];"
+        "print(json.dumps({chip: name_chip(target.find_device(chip).device_kind) for chip in target.chips}))"
+    )
+    (found,) = run_apart(TARGETS[platform], FOLDER / platform, ["-c", script])
+    assert found == {chip: chip for chip in TARGETS[platform].chips}
+    assert set(found) <= set(CHIPS)

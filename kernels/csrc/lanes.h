@@ -13,9 +13,15 @@
 #include <arm_neon.h>
 #endif
 
+// The second is written between a lambda's parameters and its body; sums live in registers only where everything is
+// inlined. Sanitized, such functions would grow until GCC needs many minutes for them.
+#if defined(__SANITIZE_ADDRESS__)
+#define HSAI_INLINE inline
+#define HSAI_INLINE_LAMBDA
+#else
 #define HSAI_INLINE __attribute__((always_inline)) inline
-// Written between a lambda's parameters and its body; sums live in registers only where everything is inlined.
 #define HSAI_INLINE_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace hsai {
 namespace {

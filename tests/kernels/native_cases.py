@@ -27,7 +27,7 @@ THREADS = 3
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-# In units of a block's scale, float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
+# Float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
 # (-126, -128, -128) and the opposite, biased (253, 255, 255) and (3, 0, 0).
 EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2**23
 

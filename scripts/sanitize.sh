@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests of the native kernels against a build with the address and undefined behaviour sanitizers, FFI handlers
-# included. For a change of kernels/csrc: minutes of compiling, so CI has test_native_builds.py, which runs the kernels alone.
+# included. It takes minutes: for a change of kernels/csrc. CI has test_native_builds.py, which runs the kernels alone.
 #
 #   bash scripts/sanitize.sh [PYTEST ARGUMENTS ...]
 set -euo pipefail

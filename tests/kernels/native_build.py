@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,10 @@ INSTRUCTION_SETS = {
 """By processor, slowest first, as in select.cc; all have the first."""
 
 
+PROCESSOR = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+"""That of this machine, by its name above."""
+
+
 def list_missing(*tools: str) -> list[str]:
     """Those of the command-line tools that are not here."""
     return [tool for tool in tools if find_tool(tool) is None]
@@ -30,11 +35,11 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def list_runnable(processor: str) -> list[str]:
+def list_runnable() -> list[str]:
     """Those of INSTRUCTION_SETS that the installed library can use on this machine."""
     fastest = native.name_instruction_set()
     runnable = []
-    for name in INSTRUCTION_SETS[processor]:
+    for name in INSTRUCTION_SETS.get(PROCESSOR, ("baseline",)):
         with contextlib.suppress(ValueError):
             native.use_instruction_set(name)
             runnable.append(name)
@@ -67,7 +72,9 @@ def build(name: str, targets: Sequence[str], *options: str) -> Path:
     with open_folder(name) as folder:
         cmake = find_tool("cmake")
         common = ("-DCMAKE_BUILD_TYPE=Release", "-DHSAI_WERROR=ON", f"-DPython_EXECUTABLE={sys.executable}")
-        generator = () if list_missing("ninja") else ("-G", "Ninja")
+        ninja = find_tool("ninja")
+        generator = () if ninja is None else ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}")
         run(cmake, "-S", ROOT, "-B", folder, *generator, *common, *options)
-        run(cmake, "--build", folder, "--target", *targets)
+        # One compiler at a time: pytest runs in several processes already.
+        run(cmake, "--build", folder, "--parallel", 1, "--target", *targets)
     return folder

@@ -1,7 +1,6 @@
 """The kernels of other machines: ARM's cross-compiled and run by qemu, AVX-VNNI's in an encoding that AVX-512 runs."""
 
 import dataclasses
-import platform
 from pathlib import Path
 
 import pytest
@@ -93,9 +92,9 @@ def _compile_avxvnni(folder: Path, compiler: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-VNNI is x86's")
+@pytest.mark.skipif(native_build.PROCESSOR != "x86_64", reason="AVX-VNNI is x86's")
 def test_avxvnni_kernels_match_the_oracle(cases, tmp_path):
-    runnable = native_build.list_runnable("x86_64")
+    runnable = native_build.list_runnable()
     if "avxvnni" in runnable:
         pytest.skip("this machine has AVX-VNNI: test_native.py tests it")
     compiler = native_build.find_tool("g++")

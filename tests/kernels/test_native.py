@@ -1,7 +1,5 @@
 """The native library: every instruction set, the same bits every time, and wrong calls that end in an error status."""
 
-import platform
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
 from tests.kernels import native_build, oracles
 from tests.kernels.tolerances import assert_close
 
-INSTRUCTION_SETS = native_build.INSTRUCTION_SETS.get(platform.machine(), ("baseline",))
+INSTRUCTION_SETS = native_build.INSTRUCTION_SETS.get(native_build.PROCESSOR, ("baseline",))
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 import shlex
 import subprocess
 from pathlib import Path
@@ -24,7 +23,7 @@ def test_sanitizers_find_nothing(tmp_path):
     """Every instruction set that this machine runs, at ragged sizes, in buffers of exactly their size."""
     if native_build.list_missing("cmake") or not _has_sanitizers(tmp_path):
         pytest.skip("needs cmake and a compiler with the address and undefined behaviour sanitizers")
-    names = native_build.list_runnable(platform.machine())
+    names = native_build.list_runnable()
     options = ("-DHSAI_SANITIZE=ON", f"-DHSAI_INSTRUCTION_SETS={';'.join(names)}")
     driver = native_build.build("sanitized", ("native_driver",), *options) / "native_driver"
     cases = list(native_cases.list_cases())
@@ -47,7 +46,7 @@ def test_sanitizers_find_nothing(tmp_path):
 def test_clang_has_no_warning(processor):
     """All sources with all flags, ffi.cc and the driver among them; GCC's turn is the build of the library in CI."""
     options = ("-DCMAKE_CXX_COMPILER=clang++", "-DHSAI_WERROR=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
-    if processor != platform.machine():
+    if processor != native_build.PROCESSOR:
         if native_build.list_missing(f"{processor}-linux-gnu-g++"):
             pytest.skip(f"no headers and libraries for {processor}")
         options += (f"-DCMAKE_CXX_COMPILER_TARGET={processor}-linux-gnu", f"-DCMAKE_SYSTEM_PROCESSOR={processor}")

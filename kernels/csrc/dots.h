@@ -8,8 +8,8 @@ namespace hsai {
 namespace {
 
 // Most calls of Dots::add before `finish`. AVX2 alone sums pairs of products in 16 bits, and 8 times 2 products of a
-// digit (255) and a 4-bit value (8), or of a digit (128) and a 4-bit code (15), is what they hold; NEON alone sums single
-// ones there, twice as many. The others sum in 32 bits, and what limits them is combine_planes.
+// digit (255) and a 4-bit value (8), or of a digit (128) and a 4-bit code (15), is what they hold; NEON alone sums
+// single ones there, twice as many. The others sum in 32 bits, and what limits them is combine_planes.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__aarch64__)
 constexpr int kMostDots = 16;
 #else

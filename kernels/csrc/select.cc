@@ -1,5 +1,5 @@
-// Picks the kernels for the machine that the program runs on. Compiled for the baseline instruction set, with HSAI_HAS_*
-// for every other one that the compiler knew.
+// Picks the kernels for the machine that the program runs on. Compiled for the baseline instruction set, with a macro
+// HSAI_HAS_* for every other one that the compiler knew.
 
 #include <atomic>
 #include <cstring>
@@ -29,7 +29,7 @@ bool runs_avx2() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-// Asked of the processor: compilers of before 2022 know no name for it. The system keeps its registers if it does AVX2's.
+// Asked of the processor, since compilers of before 2022 have no name for it; its registers are those of AVX2.
 [[maybe_unused]] bool runs_avxvnni() {
   unsigned a, b, c, d;
   return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1) != 0;

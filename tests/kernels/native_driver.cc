@@ -25,8 +25,8 @@ struct Header {
   std::int64_t bytes[4];
 };
 
-// Exactly so many bytes: reading one more ends the program. With the address sanitizer that is its work; without, a page
-// that nobody may touch follows the last byte, which works under an emulator too.
+// Exactly so many bytes: reading one more ends the program. With the address sanitizer that is its work; without, a
+// page that nobody may touch follows the last byte, which works under an emulator too.
 class Buffer {
  public:
   explicit Buffer(std::int64_t size) : size_(static_cast<std::size_t>(size)) {

@@ -7,15 +7,24 @@
 namespace hsai {
 namespace {
 
-// Most calls of Dots::add before `finish`. Without VNNI, pairs of products are summed in 16 bits, and 8 times 2 products
-// of a digit (255) and a 4-bit value (8), or of a digit (128) and a 4-bit code (15), is what they hold.
-#if defined(__AVX512VNNI__)
+// Most calls of Dots::add before `finish`. AVX2 alone sums pairs of products in 16 bits, and 8 times 2 products of a
+// digit (255) and a 4-bit value (8), or of a digit (128) and a 4-bit code (15), is what they hold; NEON alone sums
+// single ones there, twice as many. The others sum in 32 bits, and what limits them is combine_planes.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__aarch64__)
 constexpr int kMostDots = 16;
 #else
 constexpr int kMostDots = 8;
 #endif
 
-// In every lane, the sum of the products of 4 bytes of `a`, unsigned, with those of `b`, signed.
+// Whether `a` of Dots::add is unsigned, so that the digits which N:4 codes pick must be biased (planes.h). Before i8mm,
+// ARM multiplies only bytes that are both signed or both unsigned; codes of dense weights are below 16 and fit either.
+#if defined(__aarch64__) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool kBiasedDigits = false;
+#else
+constexpr bool kBiasedDigits = true;
+#endif
+
+// In every lane, the sum of the products of 4 bytes of `a`, unsigned if kBiasedDigits, with those of `b`, signed.
 template <int L>
 struct Dots {
   typename Lanes<L>::Int sum = {};
@@ -23,7 +32,8 @@ struct Dots {
   HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
     using Int = typename Lanes<L>::Int;
     unroll<4>([&](auto byte) HSAI_INLINE_LAMBDA {
-      const Int left = (Int)((a >> (8 * byte.value)) & 0xffu);
+      const Int left =
+          kBiasedDigits ? (Int)((a >> (8 * byte.value)) & 0xffu) : (Int)(a << (24 - 8 * byte.value)) >> 24;
       const Int right = (Int)(b << (24 - 8 * byte.value)) >> 24;
       sum += left * right;
     });
@@ -43,6 +53,17 @@ struct Dots<16> {
 
   HSAI_INLINE Lanes<16>::Int finish() const { return (Lanes<16>::Int)sum; }
 };
+#elif defined(__AVXVNNI__)
+template <>
+struct Dots<8> {
+  __m256i sum = {};
+
+  HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
+    sum = _mm256_dpbusd_avx_epi32(sum, (__m256i)a, (__m256i)b);
+  }
+
+  HSAI_INLINE Lanes<8>::Int finish() const { return (Lanes<8>::Int)sum; }
+};
 #elif defined(__AVX2__)
 template <>
 struct Dots<8> {
@@ -56,10 +77,40 @@ struct Dots<8> {
     return (Lanes<8>::Int)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
   }
 };
+#elif defined(__ARM_FEATURE_MATMUL_INT8) || defined(__ARM_FEATURE_DOTPROD)
+template <>
+struct Dots<4> {
+  int32x4_t sum = {};
+
+  HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    sum = vusdotq_s32(sum, (uint8x16_t)a, (int8x16_t)b);
+#else
+    sum = vdotq_s32(sum, (int8x16_t)a, (int8x16_t)b);
+#endif
+  }
+
+  HSAI_INLINE Lanes<4>::Int finish() const { return (Lanes<4>::Int)sum; }
+};
+#elif defined(__aarch64__)
+template <>
+struct Dots<4> {
+  int16x8_t low = {}, high = {};  // of the bytes of the first two lanes, and of the last two
+
+  HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
+    low = vmlal_s8(low, vget_low_s8((int8x16_t)a), vget_low_s8((int8x16_t)b));
+    high = vmlal_high_s8(high, (int8x16_t)a, (int8x16_t)b);
+  }
+
+  HSAI_INLINE Lanes<4>::Int finish() const {
+    return (Lanes<4>::Int)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+  }
+};
 #endif
 
 // The 4-bit codes kPart, kPart + 2, ... of every word, which are in offset binary, as signed bytes: kCodeUnit times the
-// value. Left in the upper half of its byte a value costs two instructions less; without VNNI its products would not fit.
+// value. Left in the upper half of its byte, a value costs AVX-512 two instructions less; 16 bits would not hold its
+// products.
 #if defined(__AVX512VNNI__)
 constexpr int kCodeUnit = 16;
 #else
@@ -88,6 +139,8 @@ HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const 
     const __m256i sixteen = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
     return (Word)_mm256_shuffle_epi8(sixteen, (__m256i)places);
   }
+#elif defined(__aarch64__)
+  if constexpr (L == 4) return (Word)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
 #endif
   Word picked = {};
   for (int lane = 0; lane < L; ++lane) {

@@ -221,6 +221,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
                                   .Attr<std::int64_t>("m")
                                   .Attr<std::int64_t>("activation_bits"));
 
-// The instruction set that the kernels use, "avx512", "avx2" or "baseline", and the choice of another; 0 if it has none.
+// The name of the instruction set that the kernels use (select.cc), and the choice of another; 0 if it has none.
 HSAI_EXPORT const char* HsaiInstructionSet() { return hsai::current_products().name; }
 HSAI_EXPORT int HsaiUseInstructionSet(const char* name) { return hsai::use_products(name); }

@@ -80,8 +80,8 @@ struct Codes {
 };
 
 // N of 4, 4-bit codes in offset binary. 4 kept elements of a lane pick their 4 digits out of the 16 that begin with the
-// first one's group (Slot in products.h). Digits are biased to be unsigned (planes.h); what the bias adds, 128 times the
-// sum of the values, is kept in `excess`.
+// first one's group (Slot in products.h). Where digits are biased to be unsigned (kBiasedDigits), what the bias adds, 128
+// times the sum of the values, is kept in `excess`.
 struct SparseCodes {
   static constexpr bool kSparse = true;
   static constexpr int kZeroPoint = 0;
@@ -97,7 +97,7 @@ struct SparseCodes {
     unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
       values[u.value] = extract_signed<L, kPart>(packed[u.value]);
       places[u.value] = (index[u.value] & 0x03030303u) | slot.offsets;
-      excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
+      if constexpr (kBiasedDigits) excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
     });
     unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
       unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
@@ -194,7 +194,7 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
       unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
         sum[p.value] = sums.at[p.value][r.value][u.value].finish();
         if constexpr (Format::kSparse) {
-          if constexpr (p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
+          if constexpr (kBiasedDigits && p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
         } else {
           sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
         }

@@ -9,11 +9,19 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
+// The second is written between a lambda's parameters and its body; sums live in registers only where everything is
+// inlined. Sanitized, such functions would grow until GCC needs many minutes for them.
+#if defined(__SANITIZE_ADDRESS__)
+#define HSAI_INLINE inline
+#define HSAI_INLINE_LAMBDA
+#else
 #define HSAI_INLINE __attribute__((always_inline)) inline
-// Written between a lambda's parameters and its body; sums live in registers only where everything is inlined.
 #define HSAI_INLINE_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace hsai {
 namespace {
@@ -63,6 +71,11 @@ HSAI_INLINE typename Lanes<L>::Int load_int8(const void* from) {
   if constexpr (L == 16) return (typename Lanes<L>::Int)_mm512_maskz_cvtepi8_epi32(0xffff, load<__m128i>(from));
 #elif defined(__AVX2__)
   if constexpr (L == 8) return (typename Lanes<L>::Int)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#elif defined(__aarch64__)
+  if constexpr (L == 4) {
+    const int8x8_t bytes = vreinterpret_s8_u32(vdup_n_u32(load<std::uint32_t>(from)));
+    return (typename Lanes<L>::Int)vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+  }
 #endif
   return __builtin_convertvector(load<typename Lanes<L>::Byte>(from), typename Lanes<L>::Int);
 }
@@ -88,6 +101,12 @@ HSAI_INLINE typename Lanes<L>::Float pick(const float* quad, const typename Lane
   if constexpr (L == 8) {
     const __m128 four = _mm_loadu_ps(quad);
     return (Float)_mm256_permutevar_ps(_mm256_set_m128(four, four), (__m256i)index);
+  }
+#elif defined(__aarch64__)
+  if constexpr (L == 4) {
+    // Byte b of the number that an index names stands at 4 * index + b.
+    const typename Lanes<L>::Word bytes = (index & 3u) * 0x04040404u + 0x03020100u;
+    return (Float)vqtbl1q_u8(vreinterpretq_u8_f32(vld1q_f32(quad)), (uint8x16_t)bytes);
   }
 #endif
   const Float zero = {};

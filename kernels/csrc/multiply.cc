@@ -135,7 +135,7 @@ struct Plan {
 void plan_planes(Format format, const Weight& weight, const Activations& a, const Products& products, Plan& plan) {
   Planes& planes = plan.planes;
   planes.planes = a.int8 ? 1 : a.bfloat16 ? 2 : 3;
-  planes.biased = weight.indices != nullptr;
+  planes.biased = products.biased && weight.indices != nullptr;
   planes.rows = static_cast<int>(a.rows);
   planes.stride = weight.dense + kPlanePadding;
   planes.block = choose_block(weight, format, products.most_block);

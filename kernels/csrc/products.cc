@@ -19,6 +19,7 @@ const Products HSAI_PRODUCTS = {
     HSAI_PRODUCTS_NAME,
     kLanes,
     4 * kMostDots,
+    kBiasedDigits,
     multiply<Int8>,
     multiply<SparseFloat<0>>,
     multiply<SparseFloat<1>>,

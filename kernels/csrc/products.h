@@ -58,6 +58,7 @@ struct Products {
   const char* name;
   int lanes;       // columns a vector register holds
   int most_block;  // most stored elements of a block of activations
+  bool biased;     // whether N:4 codes take biased digits; those of dense weights never are
   ProductTile int8;
   ProductTile sparse_float32;
   ProductTile sparse_bfloat16;
@@ -72,7 +73,11 @@ struct Products {
 extern const Products kBaselineProducts;
 #if defined(__x86_64__)
 extern const Products kAvx2Products;
+extern const Products kAvxVnniProducts;
 extern const Products kAvx512Products;
+#elif defined(__aarch64__)
+extern const Products kDotprodProducts;
+extern const Products kI8mmProducts;
 #endif
 
 // The table in use: the fastest that this machine runs, unless use_products chose another.

@@ -56,7 +56,10 @@ def load_library() -> ctypes.CDLL:
 
 
 def name_instruction_set() -> str:
-    """The instruction set that the native kernels use: "avx512", "avx2" or "baseline" (SSE2 or NEON)."""
+    """The instruction set that the native kernels use, one of those that select.cc lists.
+
+    "avx512" (with VNNI), "avxvnni", "avx2" or "baseline" (SSE2); on ARM "i8mm", "dotprod" or "baseline" (NEON).
+    """
     describe = load_library().HsaiInstructionSet
     describe.restype = ctypes.c_char_p
     return describe().decode()

@@ -1,0 +1,200 @@
+"""Products for native_driver.cc to run without Python, as a file of cases, and what must come out of them.
+
+Dimensions: R rows, D contraction, C stored elements a column, F columns. Shapes are small, for emulators, and ragged:
+columns that fill no vector, every number of rows that a kernel is compiled for, and what lies between.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from tests.kernels import oracles
+from tests.kernels.tolerances import assert_close
+
+FORMATS = ("int8", "int4", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4")
+"""In the order of Format in multiply.h."""
+
+SCALE_TYPES = (None, "float32", "bfloat16")
+"""In the order of ScaleType in products.h."""
+
+COLUMNS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 257)
+
+CONTRACTION, GROUP = 128, 32
+THREADS = 3
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
+# (-126, -128, -128) and the opposite, biased (253, 255, 255) and (3, 0, 0).
+EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2**23
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One product: the driver's header and arrays (x, values, indices, scale, choices), and the float64 result to expect."""
+
+    name: str
+    header: tuple[int, ...]
+    arrays: tuple[np.ndarray, ...]
+    dtype: str
+    expected: np.ndarray
+    magnitude: np.ndarray
+
+
+def _round_activations(x: np.ndarray, groups: int) -> np.ndarray:
+    """float64 (R, D) as the kernels round (R, D) to int8, in float32, so that no tie falls to another side."""
+    split = x.astype(np.float32).reshape(len(x), groups, -1)
+    step = np.abs(split).max(axis=-1, keepdims=True) / np.float32(127)
+    return (np.rint(split / step) * step.astype(np.float64)).reshape(x.shape)
+
+
+def make_case(
+    kind: str,
+    rows: int,
+    columns: int,
+    *,
+    kept: int = 4,
+    dtype: str = "float32",
+    scale_type: str = "float32",
+    group: int = GROUP,
+    activation_bits: int | None = None,
+    extreme: bool = False,
+    pattern: int = 4,
+    width: int = 0,
+) -> Case:
+    """A product of `rows` activations with a (D, `columns`) weight of one of FORMATS, drawn from its own arguments.
+
+    `kept` of 4 for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
+    With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M).
+    """
+    name = f"{kind} {kept}:4, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
+    name += f", activations {activation_bits}, {extreme=}"
+    name += f", {width}:{pattern}" if width else ""
+    rng = np.random.default_rng(list(name.encode()))
+    sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
+    stored, groups = CONTRACTION * kept // pattern, CONTRACTION // group
+    x = rng.standard_normal((rows, CONTRACTION)).astype(np.float32)
+    if extreme:
+        x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], CONTRACTION, axis=1)
+    x = x.astype(DTYPES[dtype])
+    exact = x.astype(np.float64)
+    scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
+
+    if packed or kind == "int8":
+        bits = {"int8": 8, "int2": 2}.get(kind, 4)
+        zero = 1 << (bits - 1)
+        codes = rng.integers(-zero, zero, (stored, columns))
+        if extreme:  # every column as far from zero as codes go, on one side
+            codes[:] = np.where(np.arange(columns) % 2, zero - 1, -zero)
+        values = oracles.pack(codes + zero, bits) if packed else codes.astype(np.int8)
+        weight = oracles.scale_rows(codes, scale)
+        # Offset binary may be summed before the offset is taken off, so that errors follow codes of up to 15.
+        largest = oracles.scale_rows(np.full(codes.shape, 2 * zero - 1), scale)
+    else:
+        scale, scale_type_index = scale[:0], 0
+        values = rng.standard_normal((stored, columns)).astype(DTYPES[kind.removeprefix("sparse_")])
+        weight = largest = values.astype(np.float64)
+    if packed or kind == "int8":
+        scale_type_index = SCALE_TYPES.index(scale_type)
+
+    indices = np.zeros((0, columns), np.uint32)
+    if sparse:
+        positions = oracles.draw_positions(rng, CONTRACTION * 4 // pattern, columns, kept)
+        indices = oracles.pack(positions, 2)
+        weight = oracles.densify(weight, positions, kept)
+        largest = oracles.densify(np.abs(largest), positions, kept)
+    choices = np.zeros((0, columns), np.uint32)
+    if width:
+        chosen = oracles.draw_choices(rng, CONTRACTION, columns // width, pattern)
+        choices = oracles.pack_choices(chosen, pattern)
+        weight, largest = (oracles.spread(each, chosen, pattern) for each in (weight, largest))
+    if activation_bits is not None:
+        exact = _round_activations(x, groups)
+    return Case(
+        name=name,
+        header=(
+            FORMATS.index(kind),
+            CONTRACTION,
+            stored,
+            stored // groups if scale_type_index else stored,
+            columns,
+            pattern,
+            width,
+            scale_type_index,
+            rows,
+            dtype == "bfloat16",
+            activation_bits == 8,
+            THREADS,
+        ),
+        arrays=(x, values, indices, scale, choices),
+        dtype=dtype,
+        expected=exact @ weight,
+        magnitude=np.abs(exact) @ np.abs(largest),
+    )
+
+
+def list_cases() -> Iterator[Case]:
+    """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
+    for kind in FORMATS:
+        packed = kind in ("int4", "int2", "sparse_int4")
+        for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
+            for columns in COLUMNS:
+                yield make_case(kind, 1 + columns % 3, columns, kept=kept)
+            for rows in (*range(1, 10), 21) if packed else range(1, 9):
+                yield make_case(kind, rows, 37, kept=kept, dtype="bfloat16" if rows % 2 else "float32")
+            # Enough for several tiles and threads.
+            yield make_case(kind, 4, 1029, kept=kept, scale_type="bfloat16")
+            if packed:
+                for rows, dtype in ((1, "float32"), (2, "bfloat16"), (9, "float32")):
+                    yield make_case(kind, rows, 37, kept=kept, dtype=dtype, activation_bits=8)
+                for bits in (None, 8):
+                    yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
+                    yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    for kept, pattern, width, columns in (
+        (1, 8, 16, 48),
+        (2, 8, 32, 64),
+        (3, 8, 16, 16),
+        (2, 16, 48, 96),
+        (2, 8, 80, 80),
+    ):
+        for rows, dtype, bits in ((1, "float32", None), (3, "bfloat16", None), (9, "float32", 8), (4, "float32", None)):
+            yield make_case(
+                "sparse_int4",
+                rows,
+                columns,
+                kept=kept,
+                dtype=dtype,
+                group=CONTRACTION,
+                activation_bits=bits,
+                extreme=rows == 4,
+                pattern=pattern,
+                width=width,
+            )
+
+
+def write_cases(path: Path, cases: list[Case]) -> None:
+    """As native_driver.cc reads them: for each a header of int64, then its arrays."""
+    with path.open("wb") as file:
+        for case in cases:
+            sizes = (array.nbytes for array in case.arrays)
+            file.write(np.array([*case.header, *sizes], np.int64).tobytes())
+            for array in case.arrays:
+                file.write(array.tobytes())
+
+
+def check_results(path: Path, cases: list[Case]) -> None:
+    """Fails unless the file that the driver wrote holds every case's result, within tolerances.py."""
+    content = path.read_bytes()
+    at = 0
+    for case in cases:
+        out = np.frombuffer(content, DTYPES[case.dtype], case.expected.size, at).reshape(case.expected.shape)
+        at += out.nbytes
+        try:
+            assert_close(out.astype(np.float64), case.expected, case.magnitude, case.dtype)
+        except AssertionError as error:
+            error.add_note(case.name)
+            raise
+    assert at == len(content), f"{len(content) - at} bytes more than the cases' results"

@@ -1,0 +1,120 @@
+// Runs products from a file of cases (native_cases.py writes it) and writes their results to another, without Python:
+// under an emulator, or built with sanitizers.
+//
+//   native_driver                               prints the instruction set that this machine's kernels use
+//   native_driver CASES RESULTS [NAME]          uses the one called NAME; exit status 3 if this machine lacks it
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "multiply.h"
+
+namespace {
+
+// What stands before a case's arrays: x, values, indices, scale and choices, each of as many bytes as it says.
+struct Header {
+  std::int64_t format, dense, stored, group, columns, pattern, width, scale_type;
+  std::int64_t rows, bfloat16, int8, threads;
+  std::int64_t bytes[5];
+};
+
+// Exactly so many bytes: reading one more ends the program. With the address sanitizer that is its work; without, a
+// page that nobody may touch follows the last byte, which works under an emulator too.
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t size) : size_(static_cast<std::size_t>(size)) {
+#if defined(__SANITIZE_ADDRESS__)
+    data_ = static_cast<char*>(std::malloc(size_));
+#else
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    mapped_ = (size_ + page - 1) / page * page + page;
+    void* const start = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED || mprotect(static_cast<char*>(start) + mapped_ - page, page, PROT_NONE) != 0) std::abort();
+    start_ = static_cast<char*>(start);
+    data_ = start_ + mapped_ - page - size_;
+#endif
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  ~Buffer() {
+#if defined(__SANITIZE_ADDRESS__)
+    std::free(data_);
+#else
+    munmap(start_, mapped_);
+#endif
+  }
+
+  char* data() { return size_ == 0 ? nullptr : data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  std::size_t size_;
+  char* data_;
+#if !defined(__SANITIZE_ADDRESS__)
+  std::size_t mapped_;
+  char* start_;
+#endif
+};
+
+std::unique_ptr<Buffer> read_buffer(std::int64_t bytes, std::FILE* file) {
+  auto buffer = std::make_unique<Buffer>(bytes);
+  if (std::fread(buffer->data(), 1, buffer->size(), file) != buffer->size()) {
+    std::fprintf(stderr, "the file of cases ends within one\n");
+    std::exit(2);
+  }
+  return buffer;
+}
+
+void run_case(const Header& header, std::FILE* cases, std::FILE* results) {
+  std::unique_ptr<Buffer> arrays[5];
+  for (int i = 0; i < 5; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
+  Buffer out(header.rows * header.columns * (header.bfloat16 != 0 ? 2 : 4));
+
+  hsai::Weight weight = {};
+  weight.values = arrays[1]->data();
+  weight.indices = reinterpret_cast<const std::uint32_t*>(arrays[2]->data());
+  weight.scale = arrays[3]->data();
+  weight.scale_type = static_cast<hsai::ScaleType>(header.scale_type);
+  weight.dense = header.dense;
+  weight.stored = header.stored;
+  weight.group = header.group;
+  weight.columns = header.columns;
+  weight.choices = reinterpret_cast<const std::uint32_t*>(arrays[4]->data());
+  weight.pattern = header.pattern;
+  weight.width = header.width;
+  const hsai::Activations activations = {arrays[0]->data(), out.data(), header.bfloat16 != 0, header.rows,
+                                         header.int8 != 0};
+  std::vector<std::thread> helpers;
+  hsai::multiply_packed(static_cast<hsai::Format>(header.format), weight, activations, header.threads,
+                        [&](std::function<void()> task) { helpers.emplace_back(std::move(task)); });
+  for (std::thread& helper : helpers) helper.join();
+  std::fwrite(out.data(), 1, out.size(), results);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count == 1) {
+    std::puts(hsai::current_products().name);
+    return 0;
+  }
+  if (count > 3 && !hsai::use_products(arguments[3])) return 3;
+  std::FILE* const cases = std::fopen(arguments[1], "rb");
+  std::FILE* const results = count > 2 ? std::fopen(arguments[2], "wb") : nullptr;
+  if (cases == nullptr || results == nullptr) {
+    std::fprintf(stderr, "cannot open the files\n");
+    return 2;
+  }
+  Header header;
+  while (std::fread(&header, sizeof(header), 1, cases) == 1) run_case(header, cases, results);
+  std::fclose(cases);
+  return std::fclose(results) == 0 ? 0 : 2;
+}

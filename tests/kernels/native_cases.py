@@ -34,7 +34,7 @@ EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2*
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One product: the driver's header and arrays (x, values, indices, scale, choices), and the float64 result to expect."""
+    """One product: the driver's header and arrays (x, values, indices, scale, choices), and the float64 result."""
 
     name: str
     header: tuple[int, ...]

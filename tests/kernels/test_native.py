@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
-from tests.kernels import native_build, oracles
+from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
 

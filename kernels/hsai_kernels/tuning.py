@@ -102,8 +102,10 @@ def name_product_shape(rows: int, contraction: int, groups: int | None) -> str:
 
 @contextmanager
 def use_tiles(tiles: Mapping[Key, Sides]) -> Iterator[None]:
-    """Gives kernels that are traced inside these tiles, before tuned ones and their own."""
-    with _chosen(tuple((key, tuple(sorted(tile.items()))) for key, tile in sorted(tiles.items()))):
+    """Gives kernels that are traced inside these tiles, before those of a context around, tuned ones and their own."""
+    inside = {key: tuple(sorted(tile.items())) for key, tile in tiles.items()}
+    around: Any = dict(_chosen.value)
+    with _chosen(tuple(sorted((around | inside).items()))):
         yield
 
 

@@ -86,8 +86,10 @@ def test_tiles_of_a_context_come_first_and_are_traced_anew():
     assert program() == 16
     with use_tiles({("k", "float32", "s"): {"rows": 32}}), record_tiles() as used:
         assert program() == 32
+        with use_tiles({("other", "float32", "s"): {"rows": 64}}):  # adds to those around
+            assert choose_tile("k", dtype="float32", shape="s", own={"rows": 8}) == {"rows": 32}
     assert program() == 16
-    assert [(use.key, use.asked) for use in used] == [(("k", "float32", "s"), {"rows": 32})]
+    assert [(use.key, use.asked) for use in used] == [(("k", "float32", "s"), {"rows": 32})] * 2
 
 
 def test_what_is_stored_joins_what_was_there(folder):

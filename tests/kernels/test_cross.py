@@ -86,8 +86,8 @@ def _compile_avxvnni(folder: Path, compiler: str) -> Path:
     text = (folder / "products.s").read_text()
     assert "zmm" not in text and text.count("{vex} vpdpbusd") == text.count("vpdpbusd\t") > 0
     (folder / "evex.s").write_text(text.replace("{vex} vpdpbusd", "vpdpbusd"))
-    sources = (SOURCES / "multiply.cc", SOURCES / "select.cc", Path(__file__).with_name("native_driver.cc"))
-    run(compiler, *FLAGS, f"-I{SOURCES}", *sources, folder / "evex.s", "-pthread", "-o", folder / "driver")
+    sources = (SOURCES / "multiply.cc", SOURCES / "select.cc", SOURCES / "native_driver.cc")
+    run(compiler, *FLAGS, *sources, folder / "evex.s", "-pthread", "-o", folder / "driver")
     return folder / "driver"
 
 

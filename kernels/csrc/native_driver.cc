@@ -1,4 +1,4 @@
-// Runs products from a file of cases (native_cases.py writes it) and writes their results to another, without Python:
+// Runs products from a file of cases (tests/kernels/native_cases.py writes it) and writes their results to another, without Python:
 // under an emulator, or built with sanitizers.
 //
 //   native_driver                               prints the instruction set that this machine's kernels use

@@ -1,5 +1,5 @@
-// Runs products from a file of cases (tests/kernels/native_cases.py writes it) and writes their results to another, without Python:
-// under an emulator, or built with sanitizers.
+// Runs products from a file of cases (tests/kernels/native_cases.py writes it) and writes their results to another,
+// without Python: under an emulator, or built with sanitizers.
 //
 //   native_driver                               prints the instruction set that this machine's kernels use
 //   native_driver CASES RESULTS [NAME]          uses the one called NAME; exit status 3 if this machine lacks it

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "lanes.h"
+#include "planes.h"
 
 namespace hsai {
 namespace {
@@ -28,32 +29,45 @@ constexpr std::array<Bytes8, 256> list_members() {
 
 constexpr std::array<Bytes8, 256> kMembers = list_members();
 
-// Writes the members of `set` of the 8 bytes at `from` to `to`, and zeros up to 8.
-HSAI_INLINE void compact_bytes(const std::uint8_t* from, std::uint32_t set, std::uint8_t* to) {
-  const std::uint8_t* members = kMembers[set].data();
+// Bytes behind a row of the result that gather_chosen may write.
+constexpr int kGatherPadding = 8;
+
+// Writes the members of a set (a row of kMembers) of the 8 bytes at `from` to `to`, and zeros up to 8.
+HSAI_INLINE void compact_bytes(const std::uint8_t* from, const Bytes8& members, std::uint8_t* to) {
 #if defined(__AVX2__)
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  const __m128i picked = _mm_shuffle_epi8(bytes, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(members)));
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), picked);
+  const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(members.data()));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, places));
+#elif defined(__aarch64__)
+  vst1_u8(to, vtbl1_u8(vld1_u8(from), vld1_u8(members.data())));
 #else
   for (int i = 0; i < 8; ++i) to[i] = members[i] < 8 ? from[members[i]] : 0;
 #endif
 }
 
-// Bytes behind the result that gather_chosen may write.
-constexpr int kGatherPadding = 8;
-
-// Of `span` digits the 4 of every `pattern` (8, 16 or 32) that are set in `choices`, `stride` apart. A group of fewer
-// than 4 ends in zeros; of more, the first 4 are taken.
-HSAI_INLINE void gather_chosen(const std::uint8_t* from, const std::uint32_t* choices, std::int64_t stride,
-                               std::int64_t span, std::int64_t pattern, std::uint8_t* to) {
-  int filled = 0;
-  for (std::int64_t first = 0; first < span; first += 8) {
-    if (first % pattern == 0) filled = 0;
-    const std::uint32_t set = choices[first / 32 * stride] >> (first % 32) & 255u;
-    compact_bytes(from + first, set, to + first / pattern * 4 + filled);
-    filled += __builtin_popcount(set);
-    filled = filled < 4 ? filled : 4;
+// Of R rows of P planes, and of `span` digits each from `first` on, the 4 of every `pattern` (8, 16 or 32) that are set
+// in `choices`, whose words are `stride` apart; to P * R rows of kStride bytes. A group of fewer than 4 ends in zeros; of
+// more, the first 4 are taken.
+template <int P, int R, int kStride>
+HSAI_INLINE void gather_chosen(const Planes& x, int row, std::int64_t first, std::int64_t span,
+                               const std::uint32_t* choices, std::int64_t stride, std::int64_t pattern,
+                               std::uint8_t* to) {
+  const std::uint8_t* from = x.digits + row * x.stride + first;
+  const std::int64_t plane = x.rows * x.stride;
+  for (std::int64_t at = 0; at < span;) {
+    std::int64_t filled = 0;
+    for (const std::int64_t end = at + pattern; at < end; at += 8) {
+      const std::uint32_t set = choices[at / 32 * stride] >> (at & 31) & 255u;
+      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+          compact_bytes(from + p.value * plane + r.value * x.stride + at, kMembers[set],
+                        to + (p.value * R + r.value) * kStride + filled);
+        });
+      });
+      filled += __builtin_popcount(set);
+      filled = filled < 4 ? filled : 4;
+    }
+    to += 4;
   }
 }
 

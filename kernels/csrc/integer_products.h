@@ -241,12 +241,7 @@ HSAI_INLINE void add_chosen_columns(const Weight& w, const Planes& x, int row, s
     const std::int64_t next = (column / w.width + 1) * w.width;
     const std::int64_t end = next < begin + length ? next : begin + length;
     const std::uint32_t* choices = w.choices + block * x.span / 32 * words + column / w.width;
-    for (int p = 0; p < P; ++p) {
-      for (int r = 0; r < R; ++r) {
-        gather_chosen(find_digits(x, p, row + r) + block * x.span, choices, words, x.span, w.pattern,
-                      digits + (p * R + r) * kGathered);
-      }
-    }
+    gather_chosen<P, R, kGathered>(x, row, block * x.span, x.span, choices, words, w.pattern, digits);
     add_integer_columns<Format, L, P, R>(w, chosen, 0, block, column, end - column, out + (column - begin), stride);
     column = end;
   }

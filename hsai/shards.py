@@ -34,34 +34,36 @@ def find_splits(*operands: tuple[Axes, Any]) -> Splits:
 
     Names stand for one split each, as letters of an einsum stand for one size. An axis takes the mesh axes that `RULES`
     allow it and that no earlier one has taken, as far as each of its sizes divides by them: a packed weight has words,
-    indices and scales of fewer rows than the contraction is long. A floating leaf with one row (the scale of a whole
+    indices and scales of fewer rows than the contraction is long. A floating array with one row (the scale of a whole
     column) has no say, and stays whole.
 
     Raises ValueError for an axis that is not in `RULES`, one that an operand names twice, and a wrong number of axes.
     """
-    sizes: dict[str, list[tuple[int, bool]]] = {}
-    for axes, operand in operands:
+    for axes, _ in operands:
         named = [axis for axis in axes if axis is not None]
         if unknown := [axis for axis in named if axis not in RULES]:
             raise ValueError(f"unknown logical axis {unknown[0]!r} in {axes}; known: {', '.join(RULES)}")
         if len(set(named)) < len(named):
             raise ValueError(f"axes {axes} name one axis twice")
+    if not (mesh := mesh_sizes()):
+        return {axis: () for axes, _ in operands for axis in axes if axis is not None}
+    sizes: dict[str, list[int]] = {}
+    for axes, operand in operands:
         for leaf in jax.tree.leaves(operand):
             if len(axes) != leaf.ndim:
                 raise ValueError(f"{len(axes)} logical axes {axes} for an array of shape {leaf.shape}")
-            shared = jnp.issubdtype(leaf.dtype, jnp.floating)
             for axis, size in zip(axes, leaf.shape, strict=True):
                 if axis is not None:
-                    sizes.setdefault(axis, []).append((size, shared and size == 1))
-    mesh = mesh_sizes()
+                    voices = sizes.setdefault(axis, [])
+                    if size > 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+                        voices.append(size)
     used: set[str] = set()
     splits = {}
-    for axis, found in sizes.items():
-        parted = [size for size, shared in found if not shared] or [1]
+    for axis, voices in sizes.items():
         taken: list[str] = []
         for name in RULES[axis]:
             parts = math.prod(mesh[other] for other in taken) * mesh.get(name, 1)
-            if name in mesh and name not in used and mesh[name] > 1 and all(size % parts == 0 for size in parted):
+            if name in mesh and name not in used and mesh[name] > 1 and all(size % parts == 0 for size in voices or [1]):
                 taken.append(name)
         used.update(taken)
         splits[axis] = tuple(taken)

@@ -63,7 +63,12 @@ def find_splits(*operands: tuple[Axes, Any]) -> Splits:
         taken: list[str] = []
         for name in RULES[axis]:
             parts = math.prod(mesh[other] for other in taken) * mesh.get(name, 1)
-            if name in mesh and name not in used and mesh[name] > 1 and all(size % parts == 0 for size in voices or [1]):
+            if (
+                name in mesh
+                and name not in used
+                and mesh[name] > 1
+                and all(size % parts == 0 for size in voices or [1])
+            ):
                 taken.append(name)
         used.update(taken)
         splits[axis] = tuple(taken)

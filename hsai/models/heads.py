@@ -37,13 +37,29 @@ def attend_heads(
 
     Args and result: as of `attention`; q (B, T, N, H), k and v (B, S, K, H).
     """
-    marks = (q_positions, kv_positions, q_segments, kv_segments)
     splits = dict(find_splits((HEADS, q), (KEY_MARKS, kv_positions)))
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array | None) -> jax.Array:
-        names = ("q_positions", "kv_positions", "q_segments", "kv_segments")
-        return attention(q, k, v, **dict(zip(names, marks, strict=True)), window=window)
+    def attend(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_positions: jax.Array,
+        kv_positions: jax.Array,
+        q_segments: jax.Array | None,
+        kv_segments: jax.Array | None,
+    ) -> jax.Array:
+        return attention(
+            q,
+            k,
+            v,
+            q_positions=q_positions,
+            kv_positions=kv_positions,
+            q_segments=q_segments,
+            kv_segments=kv_segments,
+            window=window,
+        )
 
+    marks = (q_positions, kv_positions, q_segments, kv_segments)
     if splits["seq"] or splits["cache"]:
         return attend(q, k, v, *marks)
     kv_heads, devices = k.shape[2], count_parts(splits["heads"])

@@ -60,8 +60,11 @@ def _sum(chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, wei
 def _sum_forward(
     chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, Gradients]:
-    """The sum and its gradients. They are made where the parts are, so that each is added up once, over just the devices
-    that have parts of it, in float32: jax's transposition of the sum would round that of bfloat16 operands first."""
+    """The sum and its gradients.
+
+    They are made where the parts are, so that each is added up once, over just the devices that have parts of it, in
+    float32: jax's transposition of the sum would round that of bfloat16 operands first.
+    """
     splits = _split(hidden, head)
     rows = splits["batch"] + splits["seq"]
 

@@ -12,7 +12,12 @@ from hsai.sharding import MeshConfig, make_mesh, use_mesh
 
 FORMATS = [Int8Config(), Int4Config(group=32), NMConfig(n=3, dtype="float32"), NMInt4Config(n=1, group=64)]
 # Axes of contraction and result, rows, and the mesh axis that the contraction is split over.
-CASES = [("embed", "mlp", 8, None), ("mlp", "embed", 8, "model"), ("embed", "mlp", 1, "fsdp"), ("mlp", "embed", 1, "model")]
+CASES = [
+    ("embed", "mlp", 8, None),
+    ("mlp", "embed", 8, "model"),
+    ("embed", "mlp", 1, "fsdp"),
+    ("mlp", "embed", 1, "model"),
+]
 
 
 def draw(*shape: int) -> jax.Array:
@@ -45,12 +50,12 @@ def test_products_and_gradients_are_those_of_one_device(
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=2e-4)
     for one, other in zip(jax.tree.leaves(others), jax.tree.leaves(slopes), strict=True):
         assert one.dtype == other.dtype
-        # Of a bfloat16 scale each device rounds its part of the gradient, as large as any, and the sum is rounded again.
+        # Of a bfloat16 scale each device rounds its part of the gradient, and the sum is rounded once more.
         step = 2**-7 if one.dtype == jnp.bfloat16 else 1e-5
         one, other = one.astype(np.float32), other.astype(np.float32)
         np.testing.assert_allclose(one, other, rtol=0, atol=step * np.abs(other).max())
     text = program.as_text()
-    assert "custom_call_target=\"hsai_" in text
+    assert 'custom_call_target="hsai_' in text
     assert ("all-reduce" in text) == (summed is not None)
 
 

@@ -28,15 +28,18 @@ def run_split(function: Any, operands: tuple[jax.Array, ...]) -> Any:
     mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     split = P(None, "model")
     with jax.set_mesh(mesh):
-        shard = jax.shard_map(
-            compute, in_specs=(P(), split, P(), P()), out_specs=(P(), (P(), split)), check_vma=False
-        )
+        shard = jax.shard_map(compute, in_specs=(P(), split, P(), P()), out_specs=(P(), (P(), split)), check_vma=False)
         return jax.jit(shard)(*operands)
 
 
 SOFT = {"softcap": 4.0, "z_loss": 0.1}
 CASES: list[tuple[bool, str, dict[str, Any]]] = [
-    *[(summed, name, options) for summed in (False, True) for name in ("reference", "chunked") for options in ({}, SOFT)],
+    *[
+        (summed, name, options)
+        for summed in (False, True)
+        for name in ("reference", "chunked")
+        for options in ({}, SOFT)
+    ],
     (False, "tpu", SOFT),  # the interpreter is slow, and the sum is of the same kernels
 ]
 

@@ -1,6 +1,5 @@
-"""Packed weights on a mesh: each device multiplies its part by the native kernel, and logits are those of one device."""
+"""Packed weights on a mesh: each device multiplies its part by the native kernel; logits are those of one."""
 
-import dataclasses
 import functools
 
 import jax
@@ -44,7 +43,9 @@ def decode(model: Transformer, tokens: jax.Array) -> jax.Array:
 def test_logits_are_those_of_one_device(format: FormatConfig, sizes: tuple[int, int, int]) -> None:
     model = packed_model(format)
     wanted = jax.jit(decode)(model, TOKENS)
-    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "model"), sizes, strict=True))), jax.devices()[: np.prod(sizes)])
+    mesh = make_mesh(
+        MeshConfig(**dict(zip(("data", "fsdp", "model"), sizes, strict=True))), jax.devices()[: np.prod(sizes)]
+    )
     with use_mesh(mesh):
         placed = jax.device_put(model, tree_shardings(model, mesh))
         tokens = jax.device_put(TOKENS, array_sharding(mesh, ("batch", "seq"), TOKENS.shape))

@@ -19,10 +19,8 @@ from hsai.train.step import make_train_step
 from hsai_kernels.dispatch import compile_for, prefer
 
 # More kv heads than devices of a tensor-parallel group, and rows long enough for several blocks of attention.
-MODEL = TransformerConfig(
-    vocab=4096, embed=256, layers=2, heads=8, kv_heads=4, head_dim=64, mlp=1024, max_length=2048
-)
-ROWS, LENGTH = 8, 2048
+MODEL = TransformerConfig(vocab=4096, embed=256, layers=2, heads=8, kv_heads=4, head_dim=64, mlp=1024, max_length=2048)
+ROWS, LENGTH = 8, 1024
 
 
 def compile_step(mesh: jax.sharding.Mesh) -> jax.stages.Compiled:

@@ -174,7 +174,7 @@ def _find_visible(options: Options, index: jax.Array, keys: int, at_q: Marks, at
 
 
 def _unless_hidden(visible: jax.Array, update: Callable[[], Sums], keep: Callable[[], Sums]) -> Sums:
-    """`update()` if anything is visible. Split over a mesh always: all devices would have to agree on each block first."""
+    """`update()` if anything is visible. Split over a mesh always: all devices would have to agree on each block."""
     if count_devices() > 1:
         return update()
     result: Sums = jax.lax.cond(jnp.any(visible), update, keep)

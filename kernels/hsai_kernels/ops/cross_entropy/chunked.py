@@ -4,8 +4,8 @@ Logits exist for one block of tokens and of vocabulary at a time, under a runnin
 Milakov and Gimelshein, 1805.02867). The backward pass makes them again from x and w and what the forward pass keeps,
 one logarithm a token: 4 products where the reference has 3, and none of its 3 arrays of (T, V).
 
-Where the compiler splits over a mesh the vocabulary stays whole: it may be split over devices, and a block of it would be
-one device's work while the others wait. For the same reason leading dimensions stay apart from T, and blocks are cut from T alone.
+Where the compiler splits over a mesh the vocabulary stays whole: a block of it might be one device's work while the
+others wait. For the same reason leading dimensions stay apart from T, and blocks are cut from T alone.
 
 Dimensions: B leading dimensions, T tokens, D embed, V vocabulary, C tokens and E vocabulary a block.
 """

@@ -139,9 +139,7 @@ def lose_in_blocks(
     def shrink(blocks: Blocks) -> Blocks:
         return min(blocks[0], round_rows(rows)), min(blocks[1], vocab)
 
-    options = Options(
-        softcap=softcap, z_loss=z_loss, forward=shrink(forward), backward=shrink(backward), split=split
-    )
+    options = Options(softcap=softcap, z_loss=z_loss, forward=shrink(forward), backward=shrink(backward), split=split)
     return _compute(options, x.reshape(rows, embed), w, targets.reshape(rows)).reshape(lead)
 
 

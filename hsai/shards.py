@@ -102,9 +102,13 @@ def map_shards(
     if all(size == 1 for size in mesh.values()):
         return function
 
+    # Named somewhere, for jax adds up gradients over every mesh axis that is not, be it of one device.
+    single = tuple(name for name, size in mesh.items() if size == 1)
+
     def lay(axes: Axes, shape: Sequence[int | None]) -> PartitionSpec:
         named = zip(axes, shape, strict=True)
-        return PartitionSpec(*(None if size == 1 else splits.get(axis or "") or None for axis, size in named))
+        entries = [() if size == 1 else splits.get(axis or "", ()) for axis, size in named]
+        return PartitionSpec(*(entry + (single if place == 0 else ()) or None for place, entry in enumerate(entries)))
 
     def call(*operands: Any) -> Any:
         leaves, structure = jax.tree.flatten(operands)

@@ -1,4 +1,4 @@
-"""A whole training step compiles for 8 chips of a TPU v5e, by the real XLA:TPU and Mosaic, with kernels on each chip."""
+"""A training step compiles for 8 chips of a TPU v5e, by the real XLA:TPU and Mosaic, with kernels on each chip."""
 
 import sys
 from pathlib import Path

@@ -5,8 +5,6 @@ With `split`, the mesh axes it is split over, empty, one device has all of it, a
 Dimensions: T tokens, D embed, V vocabulary of a device.
 """
 
-from typing import TypeVar
-
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +12,6 @@ ELSEWHERE = -2
 """A target that is another device's: no column of any backend has this number."""
 
 Split = tuple[str, ...]
-T = TypeVar("T")
 
 
 def count_parts(split: Split) -> int:

@@ -1,4 +1,4 @@
-"""Logical axes to mesh axes: the only file that knows both.
+"""Logical axes to mesh axes: the only rules that name both.
 
 A weight or activation names what its dimensions *are* (`"embed"`, `"mlp"`, `"batch"`). A `MeshConfig` says which mesh
 axes exist and how large they are; `RULES` says which of them each logical axis may be laid over. Everything else is

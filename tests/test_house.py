@@ -18,6 +18,7 @@ ROOMS = [
     ("hsai.data",),
     ("hsai.models",),
     ("hsai.formats",),
+    ("hsai.shards",),
     ("hsai.sharding", "hsai.devices", "hsai.processes", "hsai.progress", "hsai.machine", "hsai.processes"),
     ("hsai.config_file", "hsai.overrides"),
     ("hsai.configuration",),

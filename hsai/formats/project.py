@@ -16,40 +16,69 @@ from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.packed import Packed, Weight, to_dense
 from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
+from hsai.shards import add_parts, find_splits, map_shards
 from hsai_kernels import quantized_matmul, sparse_matmul
 
 
-def project(x: jax.Array, w: Weight, *, out_axes: Axes, out_dtype: DTypeLike | None = None) -> jax.Array:
+def project(
+    x: jax.Array, w: Weight, *, out_axes: Axes, in_axis: str | None = None, out_dtype: DTypeLike | None = None
+) -> jax.Array:
     """x @ w for a dense or packed weight.
+
+    On a mesh each device multiplies its part of x by its part of a packed weight, with the kernel of one device.
 
     Args:
       x: (..., D) activations, bfloat16 or float32.
       w: dense (D, F), or any packed format with that logical shape.
       out_axes: logical axes of the result.
+      in_axis: logical axis of the contraction. Where x's is split over a mesh, so is that of a packed weight, and the
+        parts of the sum are added in float32; without a name every device has the contraction whole.
       out_dtype: of the result, x's by default; float32 keeps what bfloat16 products sum to, as logits need it.
     Returns: (..., F), constrained to `out_axes`.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
-        x = x.astype(out_dtype)
+        y = _multiply_parts(x.astype(out_dtype), w, in_axis, out_axes)
+    else:
+        y = _multiply(out_dtype, x, w)
+    return constrain(y, *out_axes)
+
+
+def _multiply_parts(x: jax.Array, w: Packed, in_axis: str | None, out_axes: Axes) -> jax.Array:
+    """x @ w, (..., F) in x's dtype, each device's part by a kernel. Columns are split as the result is.
+
+    The batch claims its mesh axes first: a weight that is stored split over them is collected, packed as it is.
+    """
+    x_axes, w_axes = (*out_axes[:-1], in_axis), (in_axis, out_axes[-1])
+    splits = find_splits((x_axes, x), (w_axes, w))
+    parts = splits.get(in_axis, ()) if in_axis is not None else ()
+
+    def multiply(x: jax.Array, w: Packed) -> jax.Array:
+        # A part of the sum is not rounded before the others are added to it.
+        y = _multiply_packed(x.astype(jnp.float32) if parts else x, w)
+        return add_parts(y, parts).astype(x.dtype)
+
+    y: jax.Array = map_shards(multiply, splits, (x_axes, w_axes), out_axes)(x, w)
+    return y
+
+
+def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
+    """x @ w for (..., D) and (D, F), in x's dtype."""
     match w:
         case Int8(values, scale):
-            y = quantized_matmul(x, values, scale)
+            return quantized_matmul(x, values, scale)
         case Int4(words, scale):
-            y = quantized_matmul(x, words, scale)
+            return quantized_matmul(x, words, scale)
         case NM(values, indices, n, m):
-            y = sparse_matmul(x, values, indices, n=n, m=m)
+            return sparse_matmul(x, values, indices, n=n, m=m)
         case NMInt4(words, indices, scale, n, m):
-            y = sparse_matmul(x, words, indices, scale, n=n, m=m)
+            return sparse_matmul(x, words, indices, scale, n=n, m=m)
         case VNM(values, indices, choices, n, m):
-            y = sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
+            return sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
         case VNMInt4(words, indices, scale, choices, n, m):
-            y = sparse_matmul(x, words, indices, scale, choices, n=n, m=m)
-        case Packed():
-            raise NotImplementedError(f"project does not know the format {type(w).__name__}")
+            return sparse_matmul(x, words, indices, scale, choices, n=n, m=m)
         case _:
-            y = _multiply(out_dtype, x, w)
-    return constrain(y, *out_axes)
+            raise NotImplementedError(f"project does not know the format {type(w).__name__}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

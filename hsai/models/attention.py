@@ -11,10 +11,10 @@ from flax import nnx
 
 from hsai.formats import project
 from hsai.models.cache import LayerCache
+from hsai.models.heads import attend_heads
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.rope import Rotation, rotate
 from hsai.sharding import constrain
-from hsai_kernels import attention
 
 if TYPE_CHECKING:
     from hsai.models.transformer import TransformerConfig
@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
 
         def heads(weight: nnx.Param, axis: str, count: int) -> jax.Array:
-            flat = project(x, weight.get_value(), out_axes=("batch", "seq", axis))
+            flat = project(x, weight.get_value(), out_axes=("batch", "seq", axis), in_axis="embed")
             # The flat axis may be cut inside a head, where there are fewer kv heads than devices; heads are whole.
             return constrain(flat.reshape(batch, length, count, c.head_dim), "batch", "seq", axis, "head_dim")
 
@@ -73,7 +73,7 @@ class Attention(nnx.Module):
             cache = cache.write(k, v, positions)
             k, v = (part.astype(x.dtype) for part in cache.read())
             kv_positions, kv_segments = jnp.broadcast_to(jnp.arange(k.shape[1]), (batch, k.shape[1])), None
-        y = attention(
+        y = attend_heads(
             q,
             k,
             v,
@@ -83,5 +83,5 @@ class Attention(nnx.Module):
             kv_segments=kv_segments,
             window=c.sliding_window,
         )
-        y = project(y.reshape(batch, length, -1), self.o.get_value(), out_axes=("batch", "seq", "embed"))
-        return y, cache
+        y = y.reshape(batch, length, -1)
+        return project(y, self.o.get_value(), out_axes=("batch", "seq", "embed"), in_axis="heads"), cache

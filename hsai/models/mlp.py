@@ -27,8 +27,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D)."""
-        gate = project(x, self.gate.get_value(), out_axes=("batch", "seq", "mlp"))
-        up = project(x, self.up.get_value(), out_axes=("batch", "seq", "mlp"))
+        gate = project(x, self.gate.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
+        up = project(x, self.up.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
         # The tanh form of GELU is the one that released GeGLU checkpoints were trained with.
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return project(gate * up, self.down.get_value(), out_axes=("batch", "seq", "embed"))
+        return project(gate * up, self.down.get_value(), out_axes=("batch", "seq", "embed"), in_axis="mlp")

@@ -189,7 +189,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) in float32."""
-        return project(hidden, self.head.get_value(), out_axes=("batch", "seq", "vocab"), out_dtype=jnp.float32)
+        axes = ("batch", "seq", "vocab")
+        return project(hidden, self.head.get_value(), out_axes=axes, in_axis="embed", out_dtype=jnp.float32)
 
     def make_cache(self, batch: int, slots: int | None = None) -> KVCache:
         """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations."""

@@ -9,6 +9,7 @@ The choice is made in Python while jax traces, so that a compiled program holds 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -86,14 +87,28 @@ def find_device_kind() -> str | None:
     return jax.devices()[0].device_kind if target is None else target[1]
 
 
+def count_devices() -> int:
+    """Over how many devices the compiler is to split what is traced here: 1 without a mesh.
+
+    And 1 inside of `jax.shard_map`, where all axes are manual: each device then runs the program on its own part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in sizes if kind != jax.sharding.AxisType.Manual)
+
+
 def check_platform(platform: str) -> None:
-    """For backends: raises NotImplementedError unless programs go to one device of `platform` by default."""
+    """For backends: raises NotImplementedError unless programs go to one device of `platform` by default.
+
+    On a mesh of several they do inside of `jax.shard_map`.
+    """
     actual = find_platform()
     if actual != platform:
         raise NotImplementedError(f"runs on the {platform} platform only, and jax's default platform here is {actual}")
-    devices = jax.sharding.get_abstract_mesh().size
-    if devices > 1:
-        raise NotImplementedError(f"runs on one device only, and the active mesh has {devices}")
+    if (devices := count_devices()) > 1:
+        raise NotImplementedError(
+            f"runs on one device only, and the active mesh has {devices}: jax.shard_map gives each its part"
+        )
 
 
 def run_kernel(

@@ -60,7 +60,7 @@ TILES: Mapping[tuple[str, int], ProductTile] = {
     ("float32", 8): ProductTile(rows=32, columns=64, units=16, warps=8),
 }
 """By the activations' dtype and E. Chosen so that on an A100 and an H100 operands fit the shared memory and nothing
-spills from registers (tests/kernels/test_aot_gpu.py), and not yet by time: no GPU was there."""
+spills from registers (tests/kernels/test_aot.py), and not yet by time: no GPU was there."""
 
 
 def choose_product_tile(

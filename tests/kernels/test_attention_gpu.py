@@ -1,6 +1,6 @@
 """The GPU backend of attention in the interpreter: numbers, gradients, blocks, what is skipped, and refusals.
 
-That it compiles for GPUs is shown by test_aot_gpu.py.
+That it compiles for GPUs is shown by test_aot.py.
 """
 
 import functools

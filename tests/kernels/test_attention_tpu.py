@@ -1,6 +1,6 @@
 """The TPU backend of attention in TPU interpret mode: numbers, gradients, blocks that are passed over, and no races.
 
-That its kernels compile for real chips is shown by test_aot_tpu.py.
+That its kernels compile for real chips is shown by test_aot.py.
 """
 
 import functools

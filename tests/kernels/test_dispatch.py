@@ -1,5 +1,6 @@
 """dispatch.py: the automatic choice, what it logs, explicit choices, and `prefer` against jit's caches."""
 
+import functools
 import logging
 
 import jax
@@ -104,6 +105,37 @@ def test_a_mesh_of_several_devices_gets_the_reference():
         assert native.QUANTIZED_MATMUL not in jax.jit(quantized_matmul).lower(*_operands()).as_text()
         with pytest.raises(NotImplementedError, match="one device only, and the active mesh has 2"):
             quantized_matmul(*_operands(), implementation="cpu")
+
+
+def test_each_device_of_a_mesh_runs_the_kernel_on_its_part():
+    """Inside of jax.shard_map programs are for one device, once all axes of the mesh are manual."""
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:4])
+    x, values, scale = _operands()
+    rows, columns = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec(None, "model")
+    x = jnp.concatenate([x, 2 * x])
+    wanted = quantized_matmul(x, values, scale)
+
+    def spread(implementation, **axes):
+        multiply = functools.partial(quantized_matmul, implementation=implementation)
+        out = jax.sharding.PartitionSpec("data", "model")
+        return jax.jit(
+            jax.shard_map(multiply, in_specs=(rows, columns, columns), out_specs=out, check_vma=False, **axes)
+        )
+
+    with jax.set_mesh(mesh):
+        found = spread("cpu")(x, values, scale)
+        assert native.QUANTIZED_MATMUL in spread(None).lower(x, values, scale).as_text()
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="one device only, and the active mesh has 2"):
+        half = jax.shard_map(
+            functools.partial(quantized_matmul, implementation="cpu"),
+            in_specs=(rows, jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec()),
+            out_specs=rows,
+            axis_names={"data"},
+            check_vma=False,
+        )
+        jax.jit(half)(x, values, scale)
 
 
 def test_other_platforms_are_refused():

@@ -1,6 +1,6 @@
 """The TPU backends of quantized_matmul and sparse_matmul in TPU interpret mode, against the float64 oracles.
 
-That their kernels compile for real chips is shown by test_aot_tpu.py.
+That their kernels compile for real chips is shown by test_aot.py.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The GPU backends of quantized_matmul and sparse_matmul in the interpreter: numbers, gradients, blocks and refusals.
 
-That they compile for GPUs is shown by test_aot_gpu.py.
+That they compile for GPUs is shown by test_aot.py.
 """
 
 import functools

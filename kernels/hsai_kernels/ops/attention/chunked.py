@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.dispatch import count_devices
 from hsai_kernels.ops.attention.reference import attention_reference, find_visible, read_cache
 from hsai_kernels.tuning import choose_tile
 
@@ -188,8 +189,8 @@ def _find_visible(options: Options, index: jax.Array, keys: int, at_q: Marks, at
 
 
 def _unless_hidden(visible: jax.Array, update: Callable[[], Sums], keep: Callable[[], Sums]) -> Sums:
-    """`update()` if anything is visible. On a mesh always: all devices would have to agree on each block first."""
-    if jax.sharding.get_abstract_mesh().size > 1:
+    """`update()` if anything is visible. Split over a mesh always: all devices would have to agree on each block."""
+    if count_devices() > 1:
         return update()
     result: Sums = jax.lax.cond(jnp.any(visible), update, keep)
     return result

@@ -60,7 +60,7 @@ TILES: Mapping[tuple[str, int], Tiles] = {
     },
 }
 """By dtype and the largest head dim that a row of the table serves. Chosen so that on an A100 and an H100 operands fit
-the shared memory and nothing spills from registers (tests/kernels/test_aot_gpu.py), and not yet by time: no GPU was
+the shared memory and nothing spills from registers (tests/kernels/test_aot.py), and not yet by time: no GPU was
 there."""
 
 

@@ -19,6 +19,7 @@ from hsai_kernels.ops.cross_entropy.chunked import cross_entropy_chunked
 from hsai_kernels.ops.cross_entropy.reference import cross_entropy_reference, cross_entropy_sum_reference
 from hsai_kernels.ops.cross_entropy.summed import cross_entropy_sum_chunked
 from hsai_kernels.ops.cross_entropy.tpu import cross_entropy_sum_tpu, cross_entropy_tpu
+from hsai_kernels.ops.cross_entropy.vocabulary import count_parts
 
 BACKENDS = {"tpu": cross_entropy_tpu, "chunked": cross_entropy_chunked, "reference": cross_entropy_reference}
 
@@ -37,6 +38,7 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    split: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """-log softmax(x @ w)[target] of each token, in nats; differentiable in x and w by reverse mode.
@@ -51,6 +53,9 @@ def cross_entropy(
       softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, 2408.00118).
       z_loss: this many times log(sum(exp(logits)))**2 is added, which keeps logits near 0 (PaLM, 2204.02311, sec. 5).
       chunk: tokens of axis T whose logits exist together in the chunked backend; None for its own choice.
+      split: inside of jax.shard_map, the mesh axes that the vocabulary is split over, outermost first: w is then this
+        device's part of it, V words of V * devices that targets name. Each of these devices gets the whole loss, the
+        whole gradient of x, and that of its part of w.
       implementation: "reference", "chunked" (memory linear in T and in V, its gradient's too), "tpu" (Pallas), or
         None for the platform's best.
 
@@ -61,8 +66,8 @@ def cross_entropy(
       ValueError: shapes, dtypes or options that do not fit together.
       NotImplementedError: the implementation was named and does not support this call.
     """
-    targets, valid = _check(x, w, targets, softcap, z_loss, chunk)
-    options = {"softcap": softcap, "z_loss": float(z_loss), "chunk": chunk}
+    targets, valid = _check(x, w, targets, softcap, z_loss, chunk, split)
+    options = {"softcap": softcap, "z_loss": float(z_loss), "chunk": chunk, "split": split}
     loss = run_kernel("cross_entropy", BACKENDS, implementation, x, w, targets, **options)
     return jnp.where(valid, loss, jnp.nan)
 
@@ -76,6 +81,7 @@ def cross_entropy_sum(
     softcap: float | None = None,
     z_loss: float = 0.0,
     chunk: int | None = None,
+    split: tuple[str, ...] = (),
     implementation: str | None = None,
 ) -> jax.Array:
     """The sum of weights * cross_entropy(x, w, targets) over all tokens; differentiable in x, w and weights.
@@ -87,26 +93,32 @@ def cross_entropy_sum(
     Returns:
       A float32 scalar; NaN, with gradients of NaN, if a token that counts has a target outside of [0, V).
     """
-    targets, valid = _check(x, w, targets, softcap, z_loss, chunk)
+    targets, valid = _check(x, w, targets, softcap, z_loss, chunk, split)
     if weights.shape != targets.shape or weights.dtype != jnp.float32:
         raise ValueError(f"weights are {weights.dtype} {weights.shape}, must be float32 {targets.shape}")
-    options = {"softcap": softcap, "z_loss": float(z_loss), "chunk": chunk}
+    options = {"softcap": softcap, "z_loss": float(z_loss), "chunk": chunk, "split": split}
     # By way of the weights, since a question about all tokens would be one more exchange between devices.
     weights = jnp.where(valid | (weights == 0.0), weights, jnp.nan)
     return run_kernel("cross_entropy_sum", SUM_BACKENDS, implementation, x, w, targets, weights, **options)
 
 
 def _check(
-    x: jax.Array, w: jax.Array, targets: jax.Array, softcap: float | None, z_loss: float, chunk: int | None
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    softcap: float | None,
+    z_loss: float,
+    chunk: int | None,
+    split: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Targets (int32) that are all in [0, V), and which of them were; raises ValueError for what does not fit."""
+    """Targets (int32) that are all in the vocabulary, and which of them were; ValueError for what does not fit."""
     _check_operands(x, w, targets)
     for name, value in (("softcap", softcap), ("chunk", chunk)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} must be positive, or None")
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"z_loss={z_loss} must be finite and at least 0")
-    safe = jnp.clip(targets, 0, w.shape[1] - 1).astype(jnp.int32)
+    safe = jnp.clip(targets, 0, w.shape[1] * count_parts(split) - 1).astype(jnp.int32)
     return safe, safe == targets
 
 

@@ -4,8 +4,8 @@ Logits exist for one block of tokens and of vocabulary at a time, under a runnin
 Milakov and Gimelshein, 1805.02867). The backward pass makes them again from x and w and what the forward pass keeps,
 one logarithm a token: 4 products where the reference has 3, and none of its 3 arrays of (T, V).
 
-On a mesh the vocabulary stays whole: it may be split over devices, and a block of it would be one device's work while
-the others wait. For the same reason leading dimensions stay apart from T, and blocks are cut from T alone.
+Where the compiler splits over a mesh the vocabulary stays whole: a block of it might be one device's work while the
+others wait. For the same reason leading dimensions stay apart from T, and blocks are cut from T alone.
 
 Dimensions: B leading dimensions, T tokens, D embed, V vocabulary, C tokens and E vocabulary a block.
 """
@@ -16,6 +16,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.dispatch import count_devices
+from hsai_kernels.ops.cross_entropy.vocabulary import Split, add_parts, find_own, join_parts
 from hsai_kernels.tuning import choose_tile
 
 WIDE = {"preferred_element_type": jnp.float32}
@@ -34,6 +36,7 @@ class Options:
     z_loss: float
     block_tokens: int
     block_vocab: int
+    split: Split
 
 
 def cross_entropy_chunked(
@@ -44,6 +47,7 @@ def cross_entropy_chunked(
     softcap: float | None,
     z_loss: float,
     chunk: int | None,
+    split: Split = (),
     block_vocab: int | None = None,
 ) -> jax.Array:
     """float32 (..., T); arguments as in api.py, already validated, targets in [0, V)."""
@@ -62,7 +66,8 @@ def cross_entropy_chunked(
         softcap=softcap,
         z_loss=z_loss,
         block_tokens=min(chunk or tile["tokens"], tokens),
-        block_vocab=vocab if jax.sharding.get_abstract_mesh().size > 1 else min(block_vocab or tile["words"], vocab),
+        block_vocab=vocab if count_devices() > 1 else min(block_vocab or tile["words"], vocab),
+        split=split,
     )
     loss = _compute(options, x.reshape(-1, tokens, embed), w, targets.reshape(-1, tokens))
     return loss.reshape(*lead, tokens)
@@ -79,6 +84,7 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
 
     def read_tokens(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         hidden, targets = block
+        targets = find_own(targets, w.shape[1], options.split)
 
         def add(sums: tuple[jax.Array, jax.Array, jax.Array], start: jax.Array) -> tuple[tuple, None]:
             largest, total, picked = sums
@@ -92,7 +98,7 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
         zeros = jnp.zeros(targets.shape, jnp.float32)
         start = (jnp.full(targets.shape, -jnp.inf), zeros, zeros)
         (largest, total, picked), _ = jax.lax.scan(add, start, _list_starts(options, w))
-        log_sum = largest + jnp.log(total)
+        log_sum, picked = join_parts(largest + jnp.log(total), picked, options.split)
         return None, (log_sum - picked + options.z_loss * jnp.square(log_sum), log_sum)
 
     _, (loss, log_sum) = jax.lax.scan(
@@ -107,6 +113,7 @@ def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Arra
 
     def read_tokens(d_w: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, log_sum, grad = block
+        targets = find_own(targets, w.shape[1], options.split)
         # d loss / d log_sum is one, and what z_loss adds.
         pull = grad * (1.0 + 2.0 * options.z_loss * log_sum)
 
@@ -125,7 +132,7 @@ def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Arra
 
         sums = (jnp.zeros(hidden.shape, jnp.float32), d_w)
         (d_hidden, d_w), _ = jax.lax.scan(add, sums, _list_starts(options, w))
-        return d_w, d_hidden.astype(x.dtype)
+        return d_w, add_parts(d_hidden, options.split).astype(x.dtype)
 
     blocks = (
         split_tokens(x, options.block_tokens),

@@ -8,12 +8,22 @@ Dimensions: T tokens, D embed, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.ops.cross_entropy.vocabulary import collect_vocabulary
+
 
 def cross_entropy_reference(
-    x: jax.Array, w: jax.Array, targets: jax.Array, *, softcap: float | None, z_loss: float, chunk: int | None
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None,
+    z_loss: float,
+    chunk: int | None,
+    split: tuple[str, ...] = (),
 ) -> jax.Array:
     """float32 (..., T); arguments as in api.py, already validated, targets in [0, V). `chunk` means nothing here."""
     del chunk
+    w = collect_vocabulary(w, split)
     logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -31,6 +41,8 @@ def cross_entropy_sum_reference(
     softcap: float | None,
     z_loss: float,
     chunk: int | None,
+    split: tuple[str, ...] = (),
 ) -> jax.Array:
     """float32 scalar: the losses, weighted and summed."""
-    return jnp.sum(weights * cross_entropy_reference(x, w, targets, softcap=softcap, z_loss=z_loss, chunk=chunk))
+    losses = cross_entropy_reference(x, w, targets, softcap=softcap, z_loss=z_loss, chunk=chunk, split=split)
+    return jnp.sum(weights * losses)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.ops.cross_entropy.chunked import BLOCK_TOKENS, WIDE, cross_entropy_chunked, join_tokens, split_tokens
+from hsai_kernels.ops.cross_entropy.vocabulary import ELSEWHERE, Split, add_parts, find_own, join_parts
 from hsai_kernels.tuning import choose_tile
 
 Operands = tuple[jax.Array, jax.Array, jax.Array]
@@ -28,6 +29,7 @@ class Options:
     softcap: float | None
     z_loss: float
     chunk: int
+    split: Split
 
 
 def cross_entropy_sum_chunked(
@@ -39,6 +41,7 @@ def cross_entropy_sum_chunked(
     softcap: float | None,
     z_loss: float,
     chunk: int | None,
+    split: Split = (),
 ) -> jax.Array:
     """float32 scalar; arguments as in api.py, already validated, targets in [0, V)."""
     if 0 in x.shape:
@@ -51,7 +54,7 @@ def cross_entropy_sum_chunked(
         own={"tokens": BLOCK_TOKENS},
         fit=lambda sides: {"tokens": min(sides["tokens"], tokens)},
     )
-    options = Options(softcap=softcap, z_loss=z_loss, chunk=min(chunk or tile["tokens"], tokens))
+    options = Options(softcap=softcap, z_loss=z_loss, chunk=min(chunk or tile["tokens"], tokens), split=split)
     rows = (-1, tokens)
     return _compute(options, x.reshape(*rows, x.shape[-1]), w, targets.reshape(rows), weights.reshape(rows))
 
@@ -72,16 +75,18 @@ def _forward(
         logits = jnp.einsum("bcd,dv->bcv", hidden, rounded, **WIDE)
         if options.softcap is not None:
             logits = options.softcap * jnp.tanh(logits / options.softcap)
-        log_sum = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        own = find_own(targets, w.shape[1], options.split)
+        picked = jnp.take_along_axis(logits, jnp.maximum(own, 0)[..., None], axis=-1)[..., 0]
+        picked = jnp.where(own == ELSEWHERE, 0.0, picked)
+        log_sum, picked = join_parts(jax.nn.logsumexp(logits, axis=-1), picked, options.split)
         # d loss / d log_sum is one, and what z_loss adds.
         pull = weights * (1.0 + 2.0 * options.z_loss * log_sum)
         d_logits = jnp.exp(logits - log_sum[..., None]) * pull[..., None]
-        d_logits -= jnp.where(jnp.arange(w.shape[1]) == targets[..., None], weights[..., None], 0.0)
+        d_logits -= jnp.where(jnp.arange(w.shape[1]) == own[..., None], weights[..., None], 0.0)
         if options.softcap is not None:
             d_logits *= 1.0 - jnp.square(logits / options.softcap)
         d_logits = d_logits.astype(x.dtype)
-        d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, rounded, **WIDE)
+        d_hidden = add_parts(jnp.einsum("bcv,dv->bcd", d_logits, rounded, **WIDE), options.split)
         # (D, V), not (V, D) to be turned: on a CPU that takes a fifth of a training step.
         d_w += jnp.einsum("bcd,bcv->dv", hidden, d_logits, **WIDE)
         return d_w, (log_sum - picked + options.z_loss * jnp.square(log_sum), d_hidden.astype(x.dtype))

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
+from hsai_kernels.ops.cross_entropy.vocabulary import Split, add_parts, find_own, join_parts
 
 Blocks = tuple[int, int]
 """C and E."""
@@ -45,10 +46,18 @@ class Options:
     z_loss: float
     forward: Blocks
     backward: Blocks
+    split: Split
 
 
 def cross_entropy_tpu(
-    x: jax.Array, w: jax.Array, targets: jax.Array, *, softcap: float | None, z_loss: float, chunk: int | None
+    x: jax.Array,
+    w: jax.Array,
+    targets: jax.Array,
+    *,
+    softcap: float | None,
+    z_loss: float,
+    chunk: int | None,
+    split: Split = (),
 ) -> jax.Array:
     """float32 (..., T); arguments as in api.py, already validated, targets in [0, V). `chunk` means nothing here.
 
@@ -62,7 +71,8 @@ def cross_entropy_tpu(
             ("forward", "backward"), choose_blocks(x.shape[-1], x.dtype.itemsize), strict=True
         )
     )
-    return lose_in_blocks(x, w, targets, softcap=softcap, z_loss=z_loss, forward=forward, backward=backward)
+    blocks = {"forward": forward, "backward": backward}
+    return lose_in_blocks(x, w, targets, softcap=softcap, z_loss=z_loss, split=split, **blocks)
 
 
 def cross_entropy_sum_tpu(
@@ -74,6 +84,7 @@ def cross_entropy_sum_tpu(
     softcap: float | None,
     z_loss: float,
     chunk: int | None,
+    split: Split = (),
 ) -> jax.Array:
     """float32 scalar: the losses, weighted and summed. Raises NotImplementedError for what it does not support.
 
@@ -84,7 +95,8 @@ def cross_entropy_sum_tpu(
         raise NotImplementedError(
             f"sums for embeddings (D) of up to {SUM_EMBED}, where it saves time, not {x.shape[-1]}"
         )
-    return jnp.sum(weights * cross_entropy_tpu(x, w, targets, softcap=softcap, z_loss=z_loss, chunk=chunk))
+    losses = cross_entropy_tpu(x, w, targets, softcap=softcap, z_loss=z_loss, chunk=chunk, split=split)
+    return jnp.sum(weights * losses)
 
 
 def choose_blocks(embed: int, itemsize: int) -> tuple[Blocks, Blocks]:
@@ -119,6 +131,7 @@ def lose_in_blocks(
     *,
     softcap: float | None,
     z_loss: float,
+    split: Split = (),
     forward: Blocks,
     backward: Blocks,
 ) -> jax.Array:
@@ -131,7 +144,7 @@ def lose_in_blocks(
     def shrink(blocks: Blocks) -> Blocks:
         return min(blocks[0], round_rows(rows)), min(blocks[1], vocab)
 
-    options = Options(softcap=softcap, z_loss=z_loss, forward=shrink(forward), backward=shrink(backward))
+    options = Options(softcap=softcap, z_loss=z_loss, forward=shrink(forward), backward=shrink(backward), split=split)
     return _compute(options, x.reshape(rows, embed), w, targets.reshape(rows)).reshape(lead)
 
 
@@ -144,11 +157,12 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
     """The loss of each token, and what the backward pass needs."""
     tokens, words = options.forward
     padded, rounded, vocab = pad_rows(x, tokens), w.astype(x.dtype), w.shape[1]
+    own = find_own(targets, vocab, options.split)
     length, embed = padded.shape
     grid = (length // tokens, pl.cdiv(vocab, words))
     column = pl.BlockSpec((tokens, 1), lambda t, v: (t, 0))
     result = jax.ShapeDtypeStruct((length, 1), jnp.float32)
-    loss, log_sum = pl.pallas_call(
+    picked, log_sum = pl.pallas_call(
         functools.partial(_read_vocabulary, options, vocab),
         grid=grid,
         in_specs=[
@@ -168,8 +182,10 @@ def _forward(options: Options, x: jax.Array, w: jax.Array, targets: jax.Array) -
             bytes_accessed=padded.nbytes + grid[0] * rounded.nbytes + 12 * length,
         ),
         name="cross_entropy_forward",
-    )(padded, rounded, pad_rows(targets[:, None], tokens))
-    return loss[: x.shape[0], 0], (x, w, targets, log_sum[: x.shape[0], 0])
+    )(padded, rounded, pad_rows(own[:, None], tokens))
+    log_sum, picked = join_parts(log_sum[: x.shape[0], 0], picked[: x.shape[0], 0], options.split)
+    loss = log_sum - picked + options.z_loss * jnp.square(log_sum)
+    return loss, (x, w, own, log_sum)
 
 
 def _read_vocabulary(
@@ -178,7 +194,7 @@ def _read_vocabulary(
     x: Any,
     w: Any,
     targets: Any,
-    loss: Any,
+    target_logits: Any,
     log_sum: Any,
     largest: Any,
     total: Any,
@@ -204,7 +220,7 @@ def _read_vocabulary(
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _() -> None:
         log_sum[...] = largest[...] + jnp.log(total[...])
-        loss[...] = log_sum[...] - picked[...] + options.z_loss * jnp.square(log_sum[...])
+        target_logits[...] = picked[...]
 
 
 def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
@@ -243,7 +259,7 @@ def _backward(options: Options, saved: Saved, grad: jax.Array) -> tuple[jax.Arra
         ),
         name="cross_entropy_backward",
     )(padded, rounded, *(pad_rows(column[:, None], tokens) for column in (targets, log_sum, grad)))
-    return d_x[: x.shape[0]].astype(x.dtype), d_w.astype(w.dtype), None
+    return add_parts(d_x[: x.shape[0]], options.split).astype(x.dtype), d_w.astype(w.dtype), None
 
 
 def _read_tokens(

@@ -180,7 +180,8 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
     return error;
   }
   if (packed) {
-    if (auto error = read_scale(scale, 8, weight); error.failure()) return error;
+    // Whole words of values, and whole groups of 4 where they do not divide a word.
+    if (auto error = read_scale(scale, n == 3 ? 24 : 8, weight); error.failure()) return error;
   } else {
     if (height(scale) != 0) return invalid("floating values take no scale, got " + describe(scale));
     weight.scale_type = ScaleType::kNone;

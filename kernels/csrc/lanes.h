@@ -36,11 +36,7 @@ constexpr int kLanes = 4;
 #endif
 
 // Sums that a product may hold in registers: what they leave holds weights and activations.
-#if defined(__AVX512F__)
 constexpr int kMostSums = 8;
-#else
-constexpr int kMostSums = 8;
-#endif
 
 template <int L>
 struct Lanes {

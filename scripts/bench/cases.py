@@ -90,7 +90,9 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     if isinstance(weight, Packed):
         others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
     if isinstance(weight, NM | NMInt4 | VNM | VNMInt4):
-        others.append(_chain("our int4", rows, Int4Config().pack(dense), multiply_weight))
+        # With activations as ours has them, and a scale for as many positions.
+        group = contraction // weight.scale.shape[0] if isinstance(weight, NMInt4 | VNMInt4) else Int4Config().group
+        others.append(_chain("our int4", rows, Int4Config(group=group).pack(dense), multiply))
     # The peer of every packed format: that of 8 bits for int8, else that of 4.
     if isinstance(weight, Packed) and peers.find_absent(peers.ONNX) is None:
         make, width = (peers.make_int8_peer, 8) if isinstance(weight, Int8) else (peers.make_int4_peer, 4)

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from hsai_kernels import native, pack_words, quantized_matmul, sparse_matmul
-from tests.kernels import oracles
+from tests.kernels import native_build, oracles
 from tests.kernels.tolerances import assert_close
+
+
+def test_instruction_sets_that_this_machine_lacks_are_refused():
+    known = native_build.INSTRUCTION_SETS.get(native_build.PROCESSOR, ("baseline",))
+    runnable = native_build.list_runnable()
+    assert "baseline" in runnable and native.name_instruction_set() == runnable[-1]
+    for name in {*known, "sse9"} - set(runnable):
+        with pytest.raises(ValueError, match=name):
+            native.use_instruction_set(name)
 
 
 def _draw(rows, contraction, columns):
@@ -207,6 +216,7 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
         ((X, HALF_WORDS, INDICES, NO_SCALE), 2),  # no scales of int4 values
         ((X, HALF_WORDS, INDICES, np.ones((8, 5), np.float32)), 2),  # groups of half a word
         ((X, HALF_WORDS, INDICES, SCALE[:, :4]), 2),
+        ((X, np.zeros((6, 5), np.uint32), np.zeros((3, 5), np.uint32), np.ones((6, 5), np.float32)), 3),  # of 8 kept
     ],
 )
 def test_wrong_sparse_calls_give_an_error(operands, n):

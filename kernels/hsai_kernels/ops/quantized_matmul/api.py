@@ -62,7 +62,9 @@ def quantized_matmul(
             raise ValueError(f"quantized_matmul has words of 4-bit or 2-bit codes, not of {bits} bits")
         contraction = values.shape[0] * 32 // bits
     else:
-        raise ValueError(f"quantized_matmul has values of int8, or of uint32 (int4 words), not of {values.dtype}")
+        raise ValueError(
+            f"quantized_matmul has values of int8, or of uint32 (words of 4-bit or 2-bit codes), not of {values.dtype}"
+        )
     if x.shape[-1] != contraction:
         raise ValueError(f"x contracts over {x.shape[-1]}, the weight over {contraction} ({values.dtype})")
     check_scale(scale, contraction, values.shape[1])

@@ -1,4 +1,4 @@
-"""Native CPU backend of quantized_matmul, reading the packed weight once for every 8 rows (kernels/csrc).
+"""Native CPU backend of quantized_matmul (kernels/csrc).
 
 Dimensions: D contraction, F output, R rows: the product of x's leading dimensions.
 """

@@ -1,4 +1,4 @@
-"""Native CPU backend of sparse_matmul: N:4 and V:N:M, reading the packed weight once for every 8 rows (kernels/csrc).
+"""Native CPU backend of sparse_matmul: N:4 and V:N:M (kernels/csrc).
 
 Dimensions: D contraction, F output, C kept elements a column, R rows: the product of x's leading dimensions.
 """

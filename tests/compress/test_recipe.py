@@ -78,7 +78,7 @@ def test_the_same_rule_twice_is_refused() -> None:
 
 def test_a_format_that_does_not_divide_names_weight_shape_and_numbers() -> None:
     with pytest.raises(InputError) as error:
-        match_weights(make_recipe(**{"layers.*": Int4Config(group=128)}), MODEL)
+        match_weights(make_recipe(**{"layers.*": Int4Config(group=64)}), MODEL)
     assert str(error.value) == (
         "layers.attention.k: int4 with groups of 128 needs a contraction that is a multiple of 128; "
         "a weight of shape (2, 64, 32) has 64"
@@ -107,7 +107,7 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("int4", Int4Config(group=64), Int4Config(group=64), None),
         ("nm24", Int8Config(), NMConfig(n=2, m=4), "int8"),
         ("nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24"),
-        ("vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=128), "nm24"),
+        ("vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "nm24"),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -115,7 +115,9 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     loaded = load_config(RECIPES / f"{name}.py", RecipeConfig)
     assert loaded.parent_name == parent
     assert from_dict(RecipeConfig, to_dict(loaded.config)) == loaded.config
-    formats = match_weights(loaded.config, abstract_transformer(dataclasses.replace(CONFIG, tie_embeddings=tied)))
+    formats = match_weights(
+        loaded.config, abstract_transformer(dataclasses.replace(CONFIG, kv_heads=2, tie_embeddings=tied))
+    )
     assert set(formats) == {*MATRICES, *(() if tied else ("unembed",))}
     assert {formats.pop(table) for table in ("embed", *(() if tied else ("unembed",)))} == {embedding}
     assert set(formats.values()) == {blocks}

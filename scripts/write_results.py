@@ -1,8 +1,7 @@
 """Writes docs/results.md and the table in README.md from docs/results/*.json, so that no number is typed by hand.
 
-    python scripts/write_results.py [runs/quickstart/results.json]
-
-With a file, it becomes docs/results/quickstart.json first.
+python scripts/write_results.py [runs/quickstart/results.json]       becomes docs/results/quickstart.json first
+python scripts/write_results.py [what bench_kernels.py --json wrote]  becomes docs/results/kernels.json first
 """
 
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 from hsai.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
-STORED = ROOT / "docs" / "results" / "quickstart.json"
+QUICKSTART, KERNELS = (ROOT / "docs" / "results" / f"{name}.json" for name in ("quickstart", "kernels"))
 BEGIN, END = "<!-- results:quickstart -->", "<!-- end -->"
 
 
@@ -46,6 +45,31 @@ def write_speed(row: dict[str, Any]) -> str:
     return f"{row['decode_tokens_per_second']:.0f} ({slowest:.0f} to {fastest:.0f})"
 
 
+def write_kernels(results: dict[str, Any]) -> str:
+    """The kernels' times, rates and ratios in Markdown: a line a case."""
+    machine = results["machine"]
+    lines = [
+        "| case | time, us (fastest to slowest) | rate | of the ceiling | times as fast as |",
+        "|---|--:|--:|--:|---|",
+    ]
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cases.setdefault(row["case"], []).append(row)
+    for case, (time, *peers) in cases.items():
+        slowest, fastest = time["spread"]
+        ratios = ", ".join(f"{row['peer_name']} {row['ratio']:.2f}" for row in peers)
+        rate = (
+            f"{peers[0]['ours']:.1f} {peers[0]['metric']} | {peers[0]['percent_of_ceiling']:.0f}%" if peers else " | "
+        )
+        lines.append(f"| {case} | {time['ours']:.0f} ({fastest:.0f} to {slowest:.0f}) | {rate} | {ratios} |")
+    return "\n".join(lines) + (
+        "\n\nMedians of runs by turns. Ceilings are measured in the same process: reading memory for GB/s, XLA's float32\n"
+        "product for GFLOP/s. Where a backend of this platform does not serve a case, ours is the reference itself.\n"
+        f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
+        f"Command: `{machine['command']}`.\n"
+    )
+
+
 def replace_between(text: str, content: str) -> str:
     """`text` with what stands between the markers replaced."""
     head, _, rest = text.partition(BEGIN)
@@ -56,10 +80,14 @@ def replace_between(text: str, content: str) -> str:
 def main() -> None:
     """Renews both files."""
     if len(sys.argv) > 1:
-        STORED.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(sys.argv[1], STORED)
-    table = write_table(read_json(STORED))
-    (ROOT / "docs" / "results.md").write_text(f"# Results\n\n## Quickstart\n\n{table}")
+        kernels = "case" in read_json(Path(sys.argv[1]))["rows"][0]
+        QUICKSTART.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sys.argv[1], KERNELS if kernels else QUICKSTART)
+    table = write_table(read_json(QUICKSTART))
+    text = f"# Results\n\n## Quickstart\n\n{table}"
+    if KERNELS.exists():
+        text += f"\n## Kernels\n\n{write_kernels(read_json(KERNELS))}"
+    (ROOT / "docs" / "results.md").write_text(text)
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(), table))
 

@@ -63,7 +63,7 @@ def write_kernels(results: dict[str, Any]) -> str:
         )
         lines.append(f"| {case} | {time['ours']:.0f} ({fastest:.0f} to {slowest:.0f}) | {rate} | {ratios} |")
     return "\n".join(lines) + (
-        "\n\nMedians of runs by turns. Ceilings are measured in the same process: reading memory for GB/s, XLA's float32\n"
+        "\n\nMedians of runs by turns. Ceilings, of the same process: reading memory for GB/s, XLA's float32\n"
         "product for GFLOP/s. Where a backend of this platform does not serve a case, ours is the reference itself.\n"
         f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
         f"Command: `{machine['command']}`.\n"

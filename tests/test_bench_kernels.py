@@ -149,7 +149,8 @@ def test_a_model_is_the_products_of_all_its_layers(llama: Any, monkeypatch: pyte
     assert (decode.flops, prefill.flops) == (2 * weights, 128 * 2 * weights)
     assert decode.nbytes == prefill.nbytes == weights * 4.25 / 8  # a bfloat16 scale for 64
     assert [case.metric for case in (decode, prefill)] == ["GB/s", "GFLOP/s"]
-    assert [case.name.split(",")[0] for case in others[::2]] == ["model int8 x int4", "model 2:4 int4"]
+    names = ["int8 x int4", "2:4 int4", "int8 x 2:4 int4", "64:2:8 int4", "int8 x 64:2:8 int4"]
+    assert [case.name.split(",")[0] for case in others[::2]] == [f"model {name}" for name in names]
     assert decode.ours.run() is not None
     assert decode.peers == [] and "absent" in decode.explain([{"ours": 1.0}])
 

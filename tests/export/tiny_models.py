@@ -31,7 +31,7 @@ FORMATS: dict[str, FormatConfig] = {
     "nm": NMConfig(),
     "nm_int4": NMInt4Config(),
     "vnm": VNMConfig(v=16),
-    "vnm_int4": VNMInt4Config(v=16, group=64),
+    "vnm_int4": VNMInt4Config(v=16, group=128),
 }
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.quantize import map_layers, search_scale
-from hsai.formats import NMConfig, NMInt4Config, Packed, VNMConfig, VNMInt4Config, nm_mask, vnm_mask
+from hsai.formats import NMConfig, NMInt4Config, Packed, VNMConfig, VNMInt4Config
 
 
 def prune(w: jax.Array, config: NMConfig | VNMConfig) -> Packed:
@@ -28,10 +28,7 @@ def prune_int4(w: jax.Array, config: NMInt4Config | VNMInt4Config) -> Packed:
 
     def pack(layer: jax.Array) -> Packed:
         layer = layer.astype(jnp.float32)
-        if isinstance(config, VNMInt4Config):
-            mask = vnm_mask(layer, config.v, config.n, config.m)
-        else:
-            mask = nm_mask(layer, config.n, config.m)
+        mask = config.mask(layer)
         return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config.group))
 
     return map_layers(pack, w)

@@ -54,10 +54,14 @@ class NMConfig:
     def __post_init__(self) -> None:
         check_pattern(self.n, self.m)
 
+    def mask(self, w: jax.Array) -> jax.Array:
+        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
+        return nm_mask(w, self.n, self.m)
+
     def pack(self, w: jax.Array, mask: jax.Array | None = None) -> NM:
         """Packs w (..., D, F); `mask` (bool, n True in each group) chooses what is kept, by default the largest."""
         check_divides(f"{self.n}:{self.m} sparsity", index_block(self.n, self.m), w.shape[-2], w.shape)
-        values, indices = select_kept(w, nm_mask(w, self.n, self.m) if mask is None else mask, self.n, self.m)
+        values, indices = select_kept(w, self.mask(w) if mask is None else mask, self.n, self.m)
         return NM(values.astype(self.dtype), pack_words(indices, 2), self.n, self.m)
 
     def invariant_bits(self, contraction: int) -> float:

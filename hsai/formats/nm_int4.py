@@ -55,13 +55,17 @@ class NMInt4Config:
     def __post_init__(self) -> None:
         check_pattern(self.n, self.m)
 
+    def mask(self, w: jax.Array) -> jax.Array:
+        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
+        return nm_mask(w, self.n, self.m)
+
     def pack(self, w: jax.Array, mask: jax.Array | None = None, scale: jax.Array | None = None) -> NMInt4:
         """Packs w (..., D, F); `mask` chooses what is kept (default: the largest), `scale` (..., D / group, F) the
         step of each group (default: max|kept| / 7)."""
         block = max(self.group, index_block(self.n, self.m))
         check_divides(f"{self.n}:{self.m} int4 with groups of {self.group}", block, w.shape[-2], w.shape)
         w = w.astype(jnp.float32)
-        mask = nm_mask(w, self.n, self.m) if mask is None else mask
+        mask = self.mask(w) if mask is None else mask
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
         codes, indices = select_kept(round_to_codes(kept, scale), mask, self.n, self.m)

@@ -102,10 +102,14 @@ class VNMConfig:
     def __post_init__(self) -> None:
         check_blocks(self.v, self.n, self.m)
 
+    def mask(self, w: jax.Array) -> jax.Array:
+        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
+        return vnm_mask(w, self.v, self.n, self.m)
+
     def pack(self, w: jax.Array, mask: jax.Array | None = None) -> VNM:
         """Packs w (..., D, F). `mask` (bool, what `vnm_mask` could have made) says what is kept: by default that."""
         check_fits(w.shape, self.v, self.n, self.m)
-        mask = vnm_mask(w, self.v, self.n, self.m) if mask is None else mask
+        mask = self.mask(w) if mask is None else mask
         values, indices, choices = select_blocks(w, mask, self.v, self.n, self.m)
         return VNM(values.astype(self.dtype), pack_words(indices, 2), choices, self.n, self.m)
 
@@ -136,11 +140,15 @@ class VNMInt4Config:
     def __post_init__(self) -> None:
         check_blocks(self.v, self.n, self.m)
 
+    def mask(self, w: jax.Array) -> jax.Array:
+        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
+        return vnm_mask(w, self.v, self.n, self.m)
+
     def pack(self, w: jax.Array, mask: jax.Array | None = None, scale: jax.Array | None = None) -> VNMInt4:
         """Packs w (..., D, F); `mask` as in VNMConfig, `scale` (..., D / group, F) by default max|kept| / 7."""
         check_fits(w.shape, self.v, self.n, self.m, self.group)
         w = w.astype(jnp.float32)
-        mask = vnm_mask(w, self.v, self.n, self.m) if mask is None else mask
+        mask = self.mask(w) if mask is None else mask
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
         codes, indices, choices = select_blocks(round_to_codes(kept, scale), mask, self.v, self.n, self.m)

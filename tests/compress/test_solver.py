@@ -136,7 +136,7 @@ def test_it_does_what_the_plain_loop_does(grid: Grid | None, pattern: Pattern | 
     ids=lambda format: format.format,
 )
 def test_the_format_holds_what_was_solved(format) -> None:
-    """Bit for bit: nothing is rounded once more when it is packed. And the output error is well below that of rounding."""
+    """Bit for bit: packing rounds nothing once more. And the output error is well below that of plain rounding."""
     w, gram, x = draw(3, 128, 32)
     upper, _ = factorize(jnp.asarray(gram), 0.01)
     solved = solve(jnp.asarray(w), upper, grid=grid_of(format), pattern=pattern_of(format))

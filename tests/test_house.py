@@ -12,6 +12,7 @@ ROOMS = [
     ("hsai.cli",),
     ("hsai.infer",),
     ("hsai.export",),
+    ("hsai.interop",),
     ("hsai.compress",),
     ("hsai.train",),
     ("hsai.config",),

@@ -13,6 +13,7 @@ from hsai.formats.int4 import Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.observed import Observed
 from hsai.formats.packed import Packed, Weight, to_dense
 from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
@@ -37,6 +38,9 @@ def project(
     Returns: (..., F), constrained to `out_axes`.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if isinstance(w, Observed):
+        w.notes.add(w.name, x)
+        w = w.value
     if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
         y = _multiply_parts(x.astype(out_dtype), w, in_axis, out_axes)
     else:

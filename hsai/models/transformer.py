@@ -213,24 +213,14 @@ class Transformer(nnx.Module):
         if positions is None:
             start = jnp.zeros((), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
-        if c.scale_embeddings:
-            x = x * jnp.asarray(c.embed**0.5, dtype)
-
-        far = make_rotation(positions, c.rope, c.head_dim)
-        near = far if c.local_rope is None else make_rotation(positions, c.local_rope, c.head_dim)
+        x = self.embed_tokens(tokens)
+        rotations = self.make_rotations(positions)
 
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
             x, stored = carry
             block, layer = scanned
             view = None if stored is None else LayerCache(*stored, layer)
-            is_global, rotation = None, far
-            if c.global_every is not None:
-                is_global = (layer + 1) % c.global_every == 0
-                rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
-            x, view = block(x, positions, rotation, segments, view, is_global)
-            x = constrain(x, "batch", "seq", "embed")
+            x, view = self.apply_block(block, layer, x, positions, rotations, segments, view)
             return (x, None if view is None else (view.keys, view.values)), None
 
         if remat != "none":
@@ -242,6 +232,37 @@ class Transformer(nnx.Module):
         if cache is not None and stored is not None:
             cache = KVCache(*stored, cache.lengths + tokens.shape[1])
         return self.final_norm(x), cache
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """What the first block reads: (B, T) int32 -> (B, T, D) in the config's dtype."""
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
+        return x * jnp.asarray(c.embed**0.5, dtype) if c.scale_embeddings else x
+
+    def make_rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
+        """Of global layers and of those with a window, which mostly are the same."""
+        c = self.config
+        far = make_rotation(positions, c.rope, c.head_dim)
+        return far, far if c.local_rope is None else make_rotation(positions, c.local_rope, c.head_dim)
+
+    def apply_block(
+        self,
+        block: Block,
+        layer: jax.Array,
+        x: jax.Array,
+        positions: jax.Array,
+        rotations: tuple[Rotation, Rotation],
+        segments: jax.Array | None = None,
+        view: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One layer: `block` holds the weights of number `layer`, int32 (); the rest as for `Block`."""
+        far, near = rotations
+        is_global, rotation = None, far
+        if self.config.global_every is not None:
+            is_global = (layer + 1) % self.config.global_every == 0
+            rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
+        x, view = block(x, positions, rotation, segments, view, is_global)
+        return constrain(x, "batch", "seq", "embed"), view
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) in float32."""

@@ -1,4 +1,4 @@
-"""Calibration sees what the blocks see, and weights that are solved over it disturb the model less than rounded ones."""
+"""Calibration sees what the blocks see, and weights solved over it disturb the model less than rounded ones."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -16,6 +16,7 @@ ROOMS = [
     ("hsai.train",),
     ("hsai.config",),
     ("hsai.data",),
+    ("hsai.fetch",),
     ("hsai.models",),
     ("hsai.formats",),
     ("hsai.shards",),

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "write a model with its StableHLO graphs as a bundle",
     "eval": "measure models on held-out text, side by side",
     "generate": "continue a prompt with a bundle",
+    "fetch": "bring a model or task data by name into a cache",
 }
 
 _REMEDIES = {

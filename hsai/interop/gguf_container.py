@@ -10,7 +10,9 @@ import dataclasses
 import math
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,14 +63,43 @@ class TensorRecord:
     """How many there are."""
 
 
+class Metadata(dict[str, Any]):
+    """int, float, bool, str, list[str], or a numpy array of one axis, by key; `used` are the keys that were taken."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(values)
+        self.path = path
+        self.used: set[str] = set()
+
+    def take(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`, which must be of `kind` (an int where a float is asked for is one); else `default`.
+
+        Raises:
+          InputError: the key has another type; or it is missing, and there is no default.
+        """
+        self.used.add(key)
+        if key not in self:
+            if default is None:
+                raise InputError(f"{self.path}: its metadata lacks {key}")
+            return default
+        value = self[key]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise InputError(f"{self.path}: {key} is {quote(value)}, and should be of type {kind.__name__}")
+        return value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgufFile:
     """A file whose header was read and checked; tensors are read when asked for."""
 
     path: Path
-    metadata: dict[str, Any]
-    """int, float, bool, str, list[str], or a numpy array of one axis, by key."""
+
+    metadata: Metadata
+
     tensors: dict[str, TensorRecord]
+    """By name, in the file's order."""
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as float32 numbers, in its record's shape.
@@ -88,23 +119,6 @@ class GgufFile:
         if data.size != record.nbytes:
             raise InputError(f"{self.path} is truncated: tensor {name!r} has {data.size} of {record.nbytes} bytes")
         return dequantize(record.type, data).reshape(record.shape)
-
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`, which must be of `kind` (an int where a float is asked for is one); else `default`.
-
-        Raises:
-          InputError: the key has another type; or it is missing, and there is no default.
-        """
-        if key not in self.metadata:
-            if default is None:
-                raise InputError(f"{self.path}: its metadata lacks {key}")
-            return default
-        value = self.metadata[key]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise InputError(f"{self.path}: {key} is {quote(value)}, and should be a {kind.__name__}")
-        return value
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
@@ -153,7 +167,7 @@ class _Header:
         tensors, keys = self.number("<u8", "the number of tensors"), self.number("<u8", "the number of keys")
         self.check_count(tensors, 24, "tensors")
         self.check_count(keys, 13, "metadata keys")
-        metadata: dict[str, Any] = {}
+        metadata = Metadata(self.path)
         for _ in range(keys):
             key = self.string("a metadata key")
             if key in metadata:
@@ -257,7 +271,9 @@ class _Header:
             raise InputError(f"{self.path}: {shown} has the impossible shape {shape}")
         block, size = GGML_QUANT_SIZES[kind]
         if shape[0] % block:
-            raise InputError(f"{self.path}: {shown} has rows of {shape[0]}, no multiple of {kind.name}'s block, {block}")
+            raise InputError(
+                f"{self.path}: {shown} has rows of {shape[0]}, no multiple of {kind.name}'s block, {block}"
+            )
         nbytes = math.prod(shape) // block * size
         return TensorRecord(name=name, shape=tuple(reversed(shape)), type=kind, offset=offset, nbytes=nbytes)
 

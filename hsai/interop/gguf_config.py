@@ -49,7 +49,9 @@ def read_config(
     path = metadata.path
     name = metadata.take("general.architecture", str)
     if name not in ARCHITECTURES:
-        raise InputError(f"{path}: the architecture {quote(name)} is not read; those that are: {', '.join(ARCHITECTURES)}")
+        raise InputError(
+            f"{path}: the architecture {quote(name)} is not read; those that are: {', '.join(ARCHITECTURES)}"
+        )
     architecture = ARCHITECTURES[name]
 
     def take(key: str, kind: type, default: Any = None) -> Any:
@@ -106,9 +108,7 @@ def read_config(
     return architecture, config
 
 
-def _read_rope(
-    metadata: Metadata, architecture: Architecture, head_dim: int, factors: np.ndarray | None
-) -> RopeConfig:
+def _read_rope(metadata: Metadata, architecture: Architecture, head_dim: int, factors: np.ndarray | None) -> RopeConfig:
     prefix, path = f"{architecture.name}.rope", metadata.path
     theta = _shorten(metadata.take(f"{prefix}.freq_base", float, 10_000.0))
     kind = metadata.take(f"{prefix}.scaling.type", str, "linear")  # which is llama.cpp's default
@@ -143,7 +143,9 @@ def _refuse_rest(metadata: Metadata, name: str) -> None:
         if key == short or key in metadata.used or short in _IDLE:
             continue
         if isinstance(value, np.ndarray) or value not in _NEUTRAL.get(short, ()):
-            raise InputError(f"{metadata.path}: {key}={quote(value)} is not known; it may change what the model computes")
+            raise InputError(
+                f"{metadata.path}: {key}={quote(value)} is not known; it may change what the model computes"
+            )
 
 
 def write_config(config: TransformerConfig) -> tuple[Architecture, dict[str, Any], np.ndarray | None]:

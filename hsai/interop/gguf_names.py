@@ -6,7 +6,6 @@ queries and keys in the order of Meta's own checkpoints (each rotated pair side 
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from hsai.interop.entries import Entry
@@ -22,7 +21,7 @@ class Architecture:
 
     name: str
 
-    fields: Mapping[str, Any] = MappingProxyType({})
+    fields: Mapping[str, Any]
     """The fields of `TransformerConfig` that are not in a file's metadata, since the architecture has them so."""
 
     paired: bool = False

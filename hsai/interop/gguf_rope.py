@@ -48,7 +48,10 @@ def fit_scaling(factors: np.ndarray, theta: float, head_dim: int, path: str) -> 
         if not (math.isfinite(original) and original >= 1 and high > 1):
             continue
         rounded = RopeScaling(
-            kind="llama3", factor=round(factor, 5), high_freq_factor=round(high, 3), original_length=round(original)
+            kind="llama3",
+            factor=round(factor, 5),
+            high_freq_factor=round(float(high), 3),
+            original_length=round(original),
         )
         found = rope_factors(RopeConfig(theta=theta, scaling=rounded), head_dim)
         if np.allclose(found, factors, rtol=TOLERANCE, atol=0):

@@ -3,6 +3,7 @@
     manifest.json         what is there (hsai.export.manifest); written last
     weights.safetensors   every array of the model, packed weights as they are packed
     tokenizer.json        Hugging Face's format
+    chat_template.jinja   and what else came with the model (hsai.interop.assets)
     graphs/               optional: prefill and decode as StableHLO (hsai.export.stablehlo)
 
 The directory is built under a temporary name beside its own and renamed when it is complete, so there is never half a
@@ -66,6 +67,7 @@ def write_bundle(
     *,
     graphs: bool | GraphConfig = False,
     extra: Mapping[str, Any] | None = None,
+    assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes `model` and `tokenizer` as a bundle.
@@ -76,6 +78,7 @@ def write_bundle(
       tokenizer: of the model's vocabulary, or of a part of it.
       graphs: which graphs are exported; True for the default ones.
       extra: anything JSON can hold, for the manifest.
+      assets: further files that travel with the model as they are, by name.
       overwrite: replaces a bundle that stands there; the old one stays until the new one is complete.
     Returns: the manifest.
     Raises:
@@ -89,6 +92,8 @@ def write_bundle(
     if config is not None:
         config.slots(model.config)
     with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
+        for name, content in (assets or {}).items():
+            (building / name).write_bytes(content)
         manifest = _build(building, model, tokenizer, config, extra or {})
     return manifest
 

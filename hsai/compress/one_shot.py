@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hsai.compress.ledger import Ledger, LedgerRow, name_format
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import round_int4, round_int8
+from hsai.compress.quantize import map_layers, round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.errors import InputError
 from hsai.formats import (
@@ -24,6 +24,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -87,6 +88,8 @@ def compress_weight(w: jax.Array, format: FormatConfig) -> tuple[Weight, jax.Arr
             packed = round_int8(w, format)
         case Int4Config():
             packed = round_int4(w, format)
+        case TernaryConfig():
+            packed = map_layers(format.pack, w)
         case NMConfig() | VNMConfig():
             packed = prune(w, format)
         case NMInt4Config() | VNMInt4Config():

@@ -4,8 +4,10 @@ hsai export runs/quickstart/int4 --out bundles/int4
 Of several models each gets a directory of its name under --out.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
@@ -15,6 +17,7 @@ from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
+from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 
@@ -23,6 +26,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
     parser.add_argument("--prefill-buckets", type=int, nargs="+", help="prompt lengths that graphs are made for")
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        default="activations",
+        help="how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
     parser.add_argument("--reuse", action="store_true", help="keep what was exported of the same weights")
 
@@ -35,7 +44,9 @@ def run(parser: Parser, argv: list[str]) -> None:
     if len(set(targets)) < len(targets):
         raise InputError(f"models {' '.join(map(str, arguments.model))} share a name; export them one by one")
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig() if buckets is None else GraphConfig(prefill_buckets=tuple(buckets))
+    graphs = GraphConfig(cache=arguments.cache)
+    if buckets is not None:
+        graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)
     records = [inspect_model(model) for model in arguments.model]
     for record in records:

@@ -6,10 +6,12 @@ Of several models each gets a directory of its name under --out.
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
@@ -22,13 +24,14 @@ from hsai.export.manifest import MANIFEST
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
 from hsai.interop.huggingface import CONFIG, SHARD_BYTES
+from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 HOLDING = {"bundle": MANIFEST, "huggingface": CONFIG}
 """What a model can be exported to, and the file by which a directory is known to be of that kind."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ONLY = {
-    "bundle": ("prefill_buckets", "reuse"),
+    "bundle": ("prefill_buckets", "cache", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
 }
 
@@ -40,6 +43,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--to", choices=tuple(HOLDING), default="bundle", help="what is made (default: bundle)")
     parser.add_argument(
         "--prefill-buckets", type=int, nargs="+", help="bundle: prompt lengths that graphs are made for"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
     )
     parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
     parser.add_argument(
@@ -66,7 +74,9 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig() if buckets is None else GraphConfig(prefill_buckets=tuple(buckets))
+    graphs = GraphConfig(cache=arguments.cache or "activations")
+    if buckets is not None:
+        graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)
     records = [inspect_model(model) for model in arguments.model]
     for record in records:

@@ -20,6 +20,7 @@ from hsai.formats import (
     NMConfig,
     NMInt4Config,
     Packed,
+    TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -148,6 +149,8 @@ def name_format(format: FormatConfig | Weight) -> str:
             return "int8"
         case Int4Config():
             return f"int4 g{format.group}"
+        case TernaryConfig():
+            return f"ternary g{format.group}" if format.group else "ternary"
         case NMConfig():
             return f"{format.n}:{format.m} {format.dtype}"
         case NMInt4Config():

@@ -19,7 +19,7 @@ import numpy as np
 from hsai.compress.calibrated import FeedbackConfig, solve_layers
 from hsai.compress.ledger import LayerRow, Ledger, LedgerRow, name_format
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import round_int4, round_int8
+from hsai.compress.quantize import map_layers, round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.errors import InputError
 from hsai.formats import (
@@ -29,6 +29,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -106,6 +107,8 @@ def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
             return round_int8(w, format)
         case Int4Config():
             return round_int4(w, format)
+        case TernaryConfig():
+            return map_layers(format.pack, w)
         case NMConfig() | VNMConfig():
             return prune(w, format)
         case NMInt4Config() | VNMInt4Config():

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.grid import Grid, Pattern
-from hsai.compress.quantize import CLIP_RATIOS
 from hsai.formats.nm import nm_mask
 from hsai.formats.vnm import CHOSEN
 
@@ -104,7 +103,7 @@ def solve(
 def search_scale(w: jax.Array, importance: jax.Array, grid: Grid) -> jax.Array:
     """The scale with the least squared error of each output, as it is stored: (G, F) and (G, 1) -> (1, F).
 
-    Ratios of the largest magnitude are tried from 1 downwards, as in `hsai.compress.quantize`; the first wins a tie.
+    The grid's ratios of the largest magnitude are tried from 1 downwards; the first wins a tie.
     """
     largest = jnp.max(jnp.abs(w), axis=0, keepdims=True) / grid.high
 
@@ -115,7 +114,7 @@ def search_scale(w: jax.Array, importance: jax.Array, grid: Grid) -> jax.Array:
         return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
 
     start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
-    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(CLIP_RATIOS))
+    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(grid.ratios))
     return scale.astype(grid.dtype)
 
 

@@ -15,6 +15,7 @@ from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.observed import Observed
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
 from hsai.shards import add_parts, find_splits, map_shards
@@ -73,6 +74,8 @@ def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
             return quantized_matmul(x, values, scale)
         case Int4(words, scale):
             return quantized_matmul(x, words, scale)
+        case Ternary(words, scale):
+            return quantized_matmul(x, words, scale, bits=2)
         case NM(values, indices, n, m):
             return sparse_matmul(x, values, indices, n=n, m=m)
         case NMInt4(words, indices, scale, n, m):

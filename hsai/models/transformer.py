@@ -13,7 +13,7 @@ from flax import nnx
 from hsai.errors import InputError
 from hsai.formats import lookup, project
 from hsai.models.attention import Attention
-from hsai.models.cache import CACHE_AXES, KVCache, LayerCache
+from hsai.models.cache import CacheFormat, KVCache, LayerCache, StoredArrays, make_cache
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.mlp import Activation, Mlp
 from hsai.models.moe import MoE, MoEConfig
@@ -22,7 +22,7 @@ from hsai.sharding import constrain
 
 Remat = Literal["none", "dots", "full"]
 # What the scan over layers hands on: activations, and the keys and values of all layers where there is a cache.
-Carry = tuple[jax.Array, tuple[jax.Array, jax.Array] | None]
+Carry = tuple[jax.Array, StoredArrays | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,18 +219,19 @@ class Transformer(nnx.Module):
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
             x, stored = carry
             block, layer = scanned
-            view = None if stored is None else LayerCache(*stored, layer)
+            view = None if stored is None else LayerCache(stored, layer)
             x, view = self.apply_block(block, layer, x, positions, rotations, segments, view)
-            return (x, None if view is None else (view.keys, view.values)), None
+            return (x, None if view is None else view.stored), None
 
         if remat != "none":
             policies = jax.checkpoint_policies
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
-        carry: Carry = (x, None if cache is None else (cache.keys, cache.values))
+        carry: Carry = (x, None if cache is None else cache.stored)
         (x, stored), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
         if cache is not None and stored is not None:
-            cache = KVCache(*stored, cache.lengths + tokens.shape[1])
+            keys, values, *scales = stored
+            cache = KVCache(keys, values, cache.lengths + tokens.shape[1], *scales)
         return self.final_norm(x), cache
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -269,13 +270,15 @@ class Transformer(nnx.Module):
         axes = ("batch", "seq", "vocab")
         return project(hidden, self.head.get_value(), out_axes=axes, in_axis="embed", out_dtype=jnp.float32)
 
-    def make_cache(self, batch: int, slots: int | None = None) -> KVCache:
-        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations."""
+    def make_cache(self, batch: int, slots: int | None = None, format: CacheFormat = "activations") -> KVCache:
+        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations.
+
+        Raises:
+          InputError: an unknown format.
+        """
         c = self.config
-        shape = (c.layers, batch, slots or c.max_length, c.kv_heads, c.head_dim)
-        # Two arrays, not one twice: a step that takes over the cache's memory must find memory for both.
-        keys, values = (constrain(jnp.zeros(shape, c.dtype), *CACHE_AXES) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
+        slots = slots or c.max_length
+        return make_cache(c.layers, batch, slots, c.kv_heads, c.head_dim, dtype=c.dtype, format=format)
 
 
 def abstract_transformer(config: TransformerConfig) -> Transformer:

@@ -9,7 +9,16 @@ import pytest
 from hsai.compress.factor import factorize
 from hsai.compress.grid import Grid, Pattern, grid_of, pattern_of
 from hsai.compress.solver import Solved, solve
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, VNMConfig, VNMInt4Config, to_dense
+from hsai.formats import (
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    TernaryConfig,
+    VNMConfig,
+    VNMInt4Config,
+    to_dense,
+)
 
 INT4 = Grid(low=-8, high=7, group=32, dtype="bfloat16")
 
@@ -128,6 +137,8 @@ def test_it_does_what_the_plain_loop_does(grid: Grid | None, pattern: Pattern | 
     [
         Int8Config(),
         Int4Config(group=32),
+        TernaryConfig(group=32),
+        TernaryConfig(group=None),
         NMConfig(n=2, m=4, dtype="float32"),
         NMInt4Config(n=2, m=4, group=32),
         VNMConfig(v=8, n=2, m=8, dtype="float32"),

@@ -76,9 +76,9 @@ def attend_heads(
         if devices % kv_heads:
             splits["heads"] = ()
         else:
-            k, v, k_scale, v_scale = (
-                None if x is None else share_heads(x, devices // kv_heads) for x in (k, v, k_scale, v_scale)
-            )
+            shared = devices // kv_heads
+            k, v = share_heads(k, shared), share_heads(v, shared)
+            k_scale, v_scale = (None if x is None else share_heads(x, shared) for x in (k_scale, v_scale))
     in_axes = (HEADS, KEYS, KEYS, SCALES, SCALES, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
     y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, k_scale, v_scale, *marks)
     return y

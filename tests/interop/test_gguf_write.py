@@ -6,9 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, GGUFReader
 
+from hsai.errors import InputError
+from hsai.formats import Int4
+from hsai.formats.storage import named_arrays, named_weights, replace_weights
 from hsai.interop.gguf import open_gguf_checkpoint, read_gguf
+from hsai.interop.gguf_container import open_gguf
 from hsai.interop.gguf_write import write_gguf
+from hsai.models import TransformerConfig
 from tests.interop.gguf_files import (
     CONFIGS,
     llama_logits,

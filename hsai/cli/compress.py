@@ -80,8 +80,8 @@ def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Pa
     """The calibration tokens of each recipe that asks for some, int32 (N, T) by its name.
 
     Raises:
-      InputError: a text is given and no recipe reads it, or needed and not there, too short, or no UTF-8; windows exceed
-        the model's context.
+      InputError: a text is given and no recipe reads it; or it is needed, and is not there, too short, or no UTF-8;
+        windows exceed the model's context.
     """
     asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
     if not asking:

@@ -122,7 +122,8 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     loaded = load_config(RECIPES / f"{name}.py", RecipeConfig)
     assert loaded.parent_name == parent
     assert from_dict(RecipeConfig, to_dict(loaded.config)) == loaded.config
-    model = abstract_transformer(dataclasses.replace(CONFIG, kv_heads=2, tie_embeddings=tied))  # blocks of 64 fit
+    config = dataclasses.replace(CONFIG, embed=128, head_dim=64, kv_heads=2, tie_embeddings=tied)
+    model = abstract_transformer(config)  # outputs in blocks of 64 fit, and contractions in blocks of 128
     formats = {name: rule.format for name, rule in match_weights(loaded.config, model).items()}
     assert set(formats) == {*MATRICES, *(() if tied else ("unembed",))}
     assert {formats.pop(table) for table in ("embed", *(() if tied else ("unembed",)))} == {embedding}

@@ -97,7 +97,6 @@ def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
     ("shape", "kind", "dtype"),
     [
         *((s, ("float32", "int4", "bfloat16")[i % 3], DTYPES[i % 2]) for i, s in enumerate(SPARSE_SHAPES)),
-        (EIGHTHS[1], "int4", "float32"),
         (EIGHTHS[2], "float32", "float32"),
         (EIGHTHS[3], "int4", "bfloat16"),
         (EIGHTHS[6], "bfloat16", "bfloat16"),

@@ -84,7 +84,7 @@ def open_model(
       InputError: it is none of them, or damaged; or a dtype is given for a run or a bundle.
     """
     directory = Path(directory)
-    if is_huggingface(directory):
+    if not is_run(directory) and is_huggingface(directory):
         checkpoint = open_checkpoint(directory)
         return ModelSource(
             **vars(_record_checkpoint(checkpoint)),

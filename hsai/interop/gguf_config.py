@@ -167,7 +167,7 @@ def write_config(config: TransformerConfig) -> tuple[Architecture, dict[str, Any
         ours, theirs = getattr(wanted, field.name), getattr(read, field.name)
         if ours != theirs:
             raise InputError(
-                f"GGUF's architecture {architecture.name} cannot say model.{field.name}={ours}; it would be read as {theirs}"
+                f"GGUF's architecture {architecture.name} cannot say model.{field.name}={ours}: it has {theirs}"
             )
     return architecture, metadata, factors
 

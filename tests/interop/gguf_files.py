@@ -145,5 +145,3 @@ def margin(logits: np.ndarray) -> np.ndarray:
     """(T,): how far the likeliest token is ahead of the next one."""
     top = np.sort(logits, axis=-1)[:, -2:]
     return top[:, 1] - top[:, 0]
-
-

@@ -96,7 +96,7 @@ def open_model(
             model=read_gguf(found, dtype=dtype, progress=progress),
             assets=make_assets(found.tokenizer, found.config.max_length),
         )
-    if is_huggingface(directory):
+    if not is_run(directory) and is_huggingface(directory):
         checkpoint = open_checkpoint(directory)
         return ModelSource(
             **vars(_record_checkpoint(checkpoint)),

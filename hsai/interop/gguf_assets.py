@@ -21,8 +21,9 @@ GENERATION_CONFIG = "generation_config.json"
 
 def make_tokenizer(found: GgufTokenizer, path: str) -> Tokenizer:
     """Our tokenizer; raises `InputError` if it cannot be used, with the file's name."""
+    prefix = [found.bos] if found.add_bos and found.bos is not None else []
     try:
-        return Tokenizer(found.backend, end_of_text=found.eos)
+        return Tokenizer(found.backend, end_of_text=found.eos, prefix=prefix, stops=found.stops)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -46,33 +47,25 @@ def make_assets(found: GgufTokenizer, max_length: int) -> dict[str, bytes]:
 def gather_tokenizer(tokenizer: Tokenizer, assets: Mapping[str, bytes]) -> GgufTokenizer:
     """What a GGUF file is to say of a tokenizer.
 
-    One without tokenizer_config.json was trained here: its end of text begins a text, too.
-
     Raises:
-      InputError: a file is no JSON object, or names a token that the tokenizer does not have.
+      InputError: several tokens stand before a text; a file is no JSON object, or names a token that there is not.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-    end = backend.id_to_token(tokenizer.eot)
-    assert end is not None, "a tokenizer has its end of text"
-    if TOKENIZER_CONFIG not in assets:
-        return GgufTokenizer(backend=backend, bos=end, eos=end, stops=(end,), add_bos=True, chat_template=None)
-    config, generation = _decode(assets, TOKENIZER_CONFIG), _decode(assets, GENERATION_CONFIG)
-    bos = _name(config.get("bos_token"), backend)
-    adds = config.get("add_bos_token")
-    if adds is None:
-        ids = backend.encode("a", add_special_tokens=True).ids
-        adds = bos is not None and ids[:1] == [backend.token_to_id(bos)]
-    ids = generation.get("eos_token_id", tokenizer.eot)
-    stops = [backend.id_to_token(index) for index in (ids if isinstance(ids, list) else [ids])]
+    if len(tokenizer.prefix) > 1:
+        names = ", ".join(map(tokenizer.name, tokenizer.prefix))
+        raise InputError(f"a text begins with the tokens {names}; GGUF can say one")
+    config, end = _decode(assets, TOKENIZER_CONFIG), tokenizer.name(tokenizer.eot)
+    adds = bool(tokenizer.prefix)
+    stops = [tokenizer.name(stop) for stop in sorted(tokenizer.stops)]
     template = config.get("chat_template")
     if CHAT_TEMPLATE in assets:
         template = assets[CHAT_TEMPLATE].decode()
     return GgufTokenizer(
         backend=backend,
-        bos=bos,
+        bos=tokenizer.name(tokenizer.prefix[0]) if adds else _name(config.get("bos_token"), backend),
         eos=end,
-        stops=tuple(dict.fromkeys([end, *(stop for stop in stops if stop is not None)])),
-        add_bos=bool(adds) and bos is not None,
+        stops=tuple(dict.fromkeys([end, *stops])),
+        add_bos=adds,
         chat_template=template if isinstance(template, str) else None,
     )
 

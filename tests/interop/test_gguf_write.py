@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader, quants
 
 from hsai.errors import InputError
-from hsai.formats import Int4
+from hsai.formats.int4 import Int4Config
 from hsai.formats.storage import named_arrays, named_weights, replace_weights
 from hsai.interop.gguf import open_gguf_checkpoint, read_gguf
 from hsai.interop.gguf_container import open_gguf
@@ -144,7 +144,7 @@ def test_rows_that_are_no_whole_blocks_are_float16(tmp_path: Path) -> None:
 def test_packed_weights_need_a_word(tmp_path: Path) -> None:
     model = random_model(CONFIGS["llama"])
     values = {name: param.get_value() for name, param in named_weights(model).items()}
-    packed = Int4.pack(values["layers.mlp.down"], group=32)
+    packed = Int4Config(group=32).pack(values["layers.mlp.down"])
     model = replace_weights(model, values | {"layers.mlp.down": packed})
     path = tmp_path / "model.gguf"
     with pytest.raises(InputError, match="layers.mlp.down is packed as int4"):

@@ -17,6 +17,7 @@ ROOMS = [
     ("hsai.train",),
     ("hsai.config",),
     ("hsai.data",),
+    ("hsai.fetch",),
     ("hsai.models",),
     ("hsai.formats",),
     ("hsai.shards",),

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "write a model with its StableHLO graphs as a bundle, or as a checkpoint for elsewhere",
     "eval": "measure models on held-out text, side by side",
     "generate": "continue a prompt with a bundle",
+    "fetch": "bring a model or task data by name into a cache",
 }
 
 _REMEDIES = {

@@ -1,4 +1,4 @@
-"""Continue a prompt with a bundle, on one device.
+"""Continue a prompt with a bundle or a GGUF file, on one device.
 
 hsai generate bundles/int4 "def main():" --max-tokens 64
 A prompt that begins with a hyphen stands last, behind two of them: hsai generate bundles/int4 --max-tokens 8 -- -x
@@ -10,13 +10,15 @@ from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.errors import InputError
+from hsai.export.source import open_model
 from hsai.infer import Engine, SamplingConfig
+from hsai.interop.gguf import is_gguf
 from hsai.models import CacheFormat
 
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("bundle", type=Path, help="the directory of a bundle")
+    parser.add_argument("bundle", type=Path, help="the directory of a bundle, or a GGUF file")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens to make at most (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
@@ -41,7 +43,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     sampling = SamplingConfig(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
     )
-    engine = Engine.load(arguments.bundle, graphs=arguments.graphs, cache=arguments.cache)
+    engine = _load(arguments.bundle, graphs=arguments.graphs, cache=arguments.cache)
     unread = [arguments.prompt]
 
     def show(text: str) -> None:
@@ -55,3 +57,13 @@ def run(parser: Parser, argv: list[str]) -> None:
         f"[{len(done.tokens)} tokens at {done.tokens_per_second:.0f} a second, stopped by {done.finish_reason}]",
         file=sys.stderr,
     )
+
+
+def _load(path: Path, *, graphs: bool, cache: CacheFormat | None) -> Engine:
+    """The engine of a bundle, or of a GGUF file, which has no graphs."""
+    if not is_gguf(path):
+        return Engine.load(path, graphs=graphs, cache=cache)
+    if graphs:
+        raise InputError(f"--graphs: {path} is a GGUF file, which has none; import and export it as a bundle first")
+    source = open_model(path)
+    return Engine.trace(source.model, source.tokenizer, cache=cache or "activations")

@@ -1,4 +1,4 @@
-"""What a command accepts as a model: the directory of a training run, a bundle, or a checkpoint of `transformers`."""
+"""What a command accepts as a model: a training run, a bundle, a checkpoint of `transformers`, or a GGUF file."""
 
 import dataclasses
 import hashlib
@@ -15,6 +15,8 @@ from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
 from hsai.interop.assemble import Progress
 from hsai.interop.assets import TOKEN_KEYS, TOKENIZER, read_assets, read_tokenizer
+from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint, read_gguf
+from hsai.interop.gguf_assets import make_assets, make_tokenizer
 from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint, read_huggingface
 from hsai.models import Transformer, TransformerConfig
 from hsai.train.checkpoint import Checkpointer, is_run
@@ -27,7 +29,7 @@ class ModelRecord:
     """What is known of a model before its weights are read."""
 
     directory: Path
-    """Of the run, the bundle or the checkpoint."""
+    """Of the run, the bundle or the checkpoint; or the GGUF file."""
 
     config: TransformerConfig
     """The decoder."""
@@ -54,7 +56,7 @@ class ModelSource(ModelRecord):
 
 
 def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
-    """The record of a run's newest checkpoint, of a bundle or of a foreign checkpoint, whose weights are not read.
+    """The record of a run's newest checkpoint, of a bundle or of a foreign model, whose weights are not read.
 
     Raises:
       InputError: the directory holds none of them, or its record cannot be read.
@@ -65,6 +67,8 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
             record = checkpointer.read_record()
         run = from_dict(RunConfig, record["config"])
         return _record_run(directory, run, int(record["next_step"]), record["data_directory"])
+    if is_gguf(directory):
+        return _record_gguf(open_gguf_checkpoint(directory))
     if is_huggingface(directory):
         return _record_checkpoint(open_checkpoint(directory))
     _check_is_bundle(directory)
@@ -74,17 +78,25 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
 def open_model(
     directory: str | os.PathLike[str], *, dtype: str | None = None, progress: Progress | None = None
 ) -> ModelSource:
-    """Reads a run's newest checkpoint, a bundle, or a checkpoint of `transformers`.
+    """Reads a run's newest checkpoint, a bundle, a checkpoint of `transformers`, or a GGUF file.
 
     Args:
       directory: of the model.
-      dtype: of the weights of a foreign checkpoint, by default one that rounds none; others have theirs.
-      progress: called with (tensors done, tensors in all) of a foreign checkpoint.
+      dtype: of the weights of a foreign model, by default one that rounds none; others have theirs.
+      progress: called with (tensors done, tensors in all) of a foreign model.
     Raises:
       InputError: it is none of them, or damaged; or a dtype is given for a run or a bundle.
     """
     directory = Path(directory)
-    if is_huggingface(directory):
+    if is_gguf(directory):
+        found = open_gguf_checkpoint(directory)
+        return ModelSource(
+            **vars(_record_gguf(found)),
+            tokenizer=make_tokenizer(found.tokenizer, str(directory)),
+            model=read_gguf(found, dtype=dtype, progress=progress),
+            assets=make_assets(found.tokenizer, found.config.max_length),
+        )
+    if not is_run(directory) and is_huggingface(directory):
         checkpoint = open_checkpoint(directory)
         return ModelSource(
             **vars(_record_checkpoint(checkpoint)),
@@ -93,9 +105,7 @@ def open_model(
             assets=read_assets(directory),
         )
     if dtype is not None:
-        raise InputError(
-            f"dtype {dtype}: {directory} is no foreign checkpoint; hsai compress changes the weights of ours"
-        )
+        raise InputError(f"dtype {dtype}: {directory} is no foreign model; hsai compress changes the weights of ours")
     if is_run(directory):
         trained = read_run(directory)
         record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
@@ -110,7 +120,7 @@ def open_model(
 def _check_is_bundle(directory: Path) -> None:
     if not (directory / MANIFEST).exists():
         what = "does not exist" if not directory.exists() else f"holds neither checkpoints nor a {MANIFEST}"
-        raise InputError(f"{directory} {what}; give the directory of a training run, a bundle or a checkpoint")
+        raise InputError(f"{directory} {what}; give a training run, a bundle, a checkpoint or a .gguf file")
 
 
 def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str) -> ModelRecord:
@@ -141,6 +151,16 @@ def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
     parts = (checkpoint.directory / CONFIG, *checkpoint.files, checkpoint.directory / TOKENIZER)
     digest = _join(*(sha256(part) for part in parts))
     return ModelRecord(directory=checkpoint.directory, config=checkpoint.config, origin=origin, sha256=digest)
+
+
+def _record_gguf(checkpoint: GgufCheckpoint) -> ModelRecord:
+    metadata, path = checkpoint.file.metadata, checkpoint.file.path
+    about = {name: metadata.get(f"general.{name}") for name in ("name", "organization", "license")}
+    origin = {
+        "checkpoint": path.resolve().name,
+        "about": {name: value for name, value in about.items() if isinstance(value, str)},
+    }
+    return ModelRecord(directory=path, config=checkpoint.config, origin=origin, sha256=sha256(path))
 
 
 def _join(*digests: str) -> str:

@@ -60,6 +60,7 @@ def make_case(
     dtype: str = "float32",
     scale_type: str = "float32",
     group: int = GROUP,
+    contraction: int = CONTRACTION,
     activation_bits: int | None = None,
     extreme: bool = False,
     pattern: int = 4,
@@ -70,15 +71,15 @@ def make_case(
     `kept` of 4 for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M).
     """
-    name = f"{kind} {kept}:4, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
+    name = f"{kind} {kept}:4, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}, {contraction=}"
     name += f", activations {activation_bits}, {extreme=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
     sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
-    stored, groups = CONTRACTION * kept // pattern, CONTRACTION // group
-    x = rng.standard_normal((rows, CONTRACTION)).astype(np.float32)
+    stored, groups = contraction * kept // pattern, contraction // group
+    x = rng.standard_normal((rows, contraction)).astype(np.float32)
     if extreme:
-        x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], CONTRACTION, axis=1)
+        x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], contraction, axis=1)
     x = x.astype(DTYPES[dtype])
     exact = x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
@@ -102,13 +103,13 @@ def make_case(
 
     indices = np.zeros((0, columns), np.uint32)
     if sparse:
-        positions = oracles.draw_positions(rng, CONTRACTION * 4 // pattern, columns, kept)
+        positions = oracles.draw_positions(rng, contraction * 4 // pattern, columns, kept)
         indices = oracles.pack(positions, 2)
         weight = oracles.densify(weight, positions, kept)
         largest = oracles.densify(np.abs(largest), positions, kept)
     choices = np.zeros((0, columns), np.uint32)
     if width:
-        chosen = oracles.draw_choices(rng, CONTRACTION, columns // width, pattern)
+        chosen = oracles.draw_choices(rng, contraction, columns // width, pattern)
         choices = oracles.pack_choices(chosen, pattern)
         weight, largest = (oracles.spread(each, chosen, pattern) for each in (weight, largest))
     if activation_bits is not None:
@@ -117,7 +118,7 @@ def make_case(
         name=name,
         header=(
             FORMATS.index(kind),
-            CONTRACTION,
+            contraction,
             stored,
             stored // groups if scale_type_index else stored,
             columns,
@@ -139,20 +140,24 @@ def make_case(
 def list_cases() -> Iterator[Case]:
     """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
     for kind in FORMATS:
-        packed = kind in ("int4", "int2", "sparse_int4")
+        integer = kind in ("int8", "int4", "int2", "sparse_int4")
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
-            for rows in (*range(1, 10), 21) if packed else range(1, 9):
+            for rows in (*range(1, 10), 21) if integer else range(1, 9):
                 yield make_case(kind, rows, 37, kept=kept, dtype="bfloat16" if rows % 2 else "float32")
             # Enough for several tiles and threads.
             yield make_case(kind, 4, 1029, kept=kept, scale_type="bfloat16")
-            if packed:
+            if integer:
                 for rows, dtype in ((1, "float32"), (2, "bfloat16"), (9, "float32")):
                     yield make_case(kind, rows, 37, kept=kept, dtype=dtype, activation_bits=8)
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
+    for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
+        for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):
+            yield make_case("int8", rows, 37, dtype=dtype, group=group, contraction=contraction, activation_bits=bits)
     for kept, pattern, width, columns in (
         (1, 8, 16, 48),
         (2, 8, 32, 64),

@@ -6,10 +6,12 @@ A prompt that begins with a hyphen stands last, behind two of them: hsai generat
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.errors import InputError
 from hsai.infer import Engine, SamplingConfig
+from hsai.models import CacheFormat
 
 
 def add_arguments(parser: Parser) -> None:
@@ -21,6 +23,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--top-k", type=int, help="draw among this many likeliest tokens")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        help="how keys and values are stored: in the activations' dtype (default), in bfloat16, or in int8",
+    )
     parser.add_argument("--graphs", action="store_true", help="run the StableHLO graphs of the bundle as they are")
 
 
@@ -34,7 +41,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     sampling = SamplingConfig(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
     )
-    engine = Engine.load(arguments.bundle, graphs=arguments.graphs)
+    engine = Engine.load(arguments.bundle, graphs=arguments.graphs, cache=arguments.cache)
     unread = [arguments.prompt]
 
     def show(text: str) -> None:

@@ -21,7 +21,7 @@ from hsai.export.stablehlo import GraphConfig
 from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
 from hsai.infer.sampling import Sampler, SamplingConfig
 from hsai.infer.streaming import TextStream
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 
 FinishReason = Literal["end_of_text", "max_tokens", "context"]
 
@@ -34,10 +34,10 @@ class Generation:
     """The new text."""
 
     tokens: tuple[int, ...]
-    """The new tokens, without an end-of-text token."""
+    """The new tokens, without the one that ended the text."""
 
     prompt_tokens: int
-    """Tokens of the prompt, the end-of-text token before it included."""
+    """Tokens of the prompt, those that the tokenizer puts before it included."""
 
     finish_reason: FinishReason
     """The model ended the text, `max_tokens` were made, or the context is full."""
@@ -66,7 +66,13 @@ class Engine:
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], *, graphs: bool = False, context: int | None = None, verify: bool = True
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        graphs: bool = False,
+        context: int | None = None,
+        cache: CacheFormat | None = None,
+        verify: bool = True,
     ) -> "Engine":
         """Reads a bundle.
 
@@ -74,25 +80,36 @@ class Engine:
           directory: of the bundle.
           graphs: runs the StableHLO that it ships; otherwise the model is traced here, with this machine's kernels.
           context: tokens that the cache holds, by default the model's max_length; shipped graphs have theirs.
+          cache: what its numbers are stored as, by default the activations' dtype; shipped graphs have theirs.
           verify: checks the SHA-256 of every file.
         Raises:
-          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's, or given with graphs.
+          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's; an unknown cache;
+            either of them given with graphs.
         """
         if graphs and context is not None:
             raise InputError(f"context={context} cannot be chosen with graphs: theirs is fixed")
-        config = GraphConfig(context=context)
+        if graphs and cache is not None:
+            raise InputError(f"cache={cache} cannot be chosen with graphs: theirs is fixed")
+        config = GraphConfig(context=context, cache=cache or "activations")
         bundle = read_bundle(directory, verify=verify)
         runtime = load_runtime(bundle) if graphs else trace_runtime(bundle.model, config)
         return cls(runtime, bundle.tokenizer)
 
     @classmethod
-    def trace(cls, model: Transformer, tokenizer: Tokenizer, *, context: int | None = None) -> "Engine":
+    def trace(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        cache: CacheFormat = "activations",
+    ) -> "Engine":
         """An engine for a model on this device, with weights of any formats.
 
         Raises:
-          InputError: a context beyond the model's.
+          InputError: a context beyond the model's, or an unknown cache.
         """
-        return cls(trace_runtime(model, GraphConfig(context=context)), tokenizer)
+        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer)
 
     def generate(
         self,
@@ -102,7 +119,7 @@ class Engine:
         sampling: SamplingConfig | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Continues `prompt`, which may be empty: as in training, an end-of-text token stands before the text.
+        """Continues `prompt`: the tokenizer's prefix stands before it, and its end of text before an empty one.
 
         Args:
           prompt: the text.
@@ -112,7 +129,7 @@ class Engine:
         Raises:
           InputError: as `generate_tokens`.
         """
-        ids = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
+        ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
 
     def generate_tokens(
@@ -140,7 +157,7 @@ class Engine:
         times = [time.perf_counter()]
         for token in self._continue(prompt, sampler):
             times.append(time.perf_counter())
-            if token == self.tokenizer.eot:
+            if token in self.tokenizer.stops:
                 reason = "end_of_text"
                 break
             tokens.append(token)

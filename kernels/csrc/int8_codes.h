@@ -89,6 +89,7 @@ HSAI_INLINE typename Lanes<L>::Word interleave_two(const std::int8_t* from, cons
 // int8 weights by digits of a byte (kWideDigits says where), or of two.
 struct Int8Codes {
   static constexpr bool kSparse = false;
+  static constexpr bool kChosen = false;
   static constexpr bool kWide = kWideDigits;
   static constexpr int kStep = kWide ? 2 : 4;  // elements a word
   // Multiplied as unsigned bytes where Dots wants the first one unsigned.

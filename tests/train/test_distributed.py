@@ -14,9 +14,7 @@ pytestmark = pytest.mark.slow
 MODEL = ("--model.heads", 4, "--model.head-dim", 32)  # as many heads as there are devices
 STEPS = ("--train.steps", 8, "--train.evaluate-every", 4, "--train.evaluate-tokens", 1000)
 # What Gloo prints, piece by piece: its threads write at the same time, and their lines are torn where pieces end.
-GLOO = re.compile(
-    r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s+"
-)
+GLOO = re.compile(r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s+")
 WORDS = (*MODEL, *STEPS, "--data.max-bytes", 200_000)
 
 

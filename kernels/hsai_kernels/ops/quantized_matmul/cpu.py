@@ -20,8 +20,9 @@ def quantized_matmul_cpu(
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Weights are never rounded and sums are float32, also for bfloat16 activations. Activations are integers that share a power of two in blocks of at most 64: 23 bits below the largest of the block for float32, 15
-    for bfloat16; an infinity or a NaN makes the row's results NaN.
+    Weights are never rounded and sums are float32, also for bfloat16 activations. Activations are integers that share a
+    power of two in blocks of at most 64: 23 bits below the largest of the block for float32, 15 for bfloat16; an
+    infinity or a NaN makes the row's results NaN.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")

@@ -73,7 +73,7 @@ def make_case(
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
     """
     m = 4 if width else pattern
-    name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
+    name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group} in {contraction}"
     name += f", activations {activation_bits}, {extreme=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
@@ -142,20 +142,24 @@ def make_case(
 def list_cases() -> Iterator[Case]:
     """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
     for kind in FORMATS:
-        packed = kind in ("int4", "int2", "sparse_int4")
+        integer = kind in ("int8", "int4", "int2", "sparse_int4")
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
-            for rows in (*range(1, 10), 21) if packed else range(1, 9):
+            for rows in (*range(1, 10), 21) if integer else range(1, 9):
                 yield make_case(kind, rows, 37, kept=kept, dtype="bfloat16" if rows % 2 else "float32")
             # Enough for several tiles and threads.
             yield make_case(kind, 4, 1029, kept=kept, scale_type="bfloat16")
-            if packed:
+            if integer:
                 for rows, dtype in ((1, "float32"), (2, "bfloat16"), (9, "float32")):
                     yield make_case(kind, rows, 37, kept=kept, dtype=dtype, activation_bits=8)
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
+    for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
+        for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):
+            yield make_case("int8", rows, 37, dtype=dtype, group=group, contraction=contraction, activation_bits=bits)
     for kept, pattern, width, columns in (
         (1, 8, 16, 48),
         (2, 8, 32, 64),

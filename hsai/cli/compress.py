@@ -54,7 +54,14 @@ def run(parser: Parser, argv: list[str]) -> None:
                 with ProgressBar() as progress:
                     model, ledger = compress(source.model, recipe, progress=functools.partial(_report, progress, name))
                 extra |= {"ledger": ledger.to_dict()}
-                write_bundle(targets[name], model, source.tokenizer, extra=extra, overwrite=arguments.overwrite)
+                write_bundle(
+                    targets[name],
+                    model,
+                    source.tokenizer,
+                    assets=source.assets,
+                    extra=extra,
+                    overwrite=arguments.overwrite,
+                )
                 console.print(ledger.table())
                 say(f"wrote {targets[name]}; the ledger is in its manifest.json")
 

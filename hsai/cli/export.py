@@ -51,7 +51,15 @@ def run(parser: Parser, argv: list[str]) -> None:
                 source = open_model(arguments.model[index])
                 extra = source.origin | {"source_sha256": source.sha256, "graphs": to_dict(graphs)}
                 overwrite = arguments.overwrite
-                write_bundle(target, source.model, source.tokenizer, graphs=graphs, extra=extra, overwrite=overwrite)
+                write_bundle(
+                    target,
+                    source.model,
+                    source.tokenizer,
+                    assets=source.assets,
+                    graphs=graphs,
+                    extra=extra,
+                    overwrite=overwrite,
+                )
             progress("export", index + 1, len(targets), str(target))
     say(f"bundles: {' '.join(map(str, targets))}")
 

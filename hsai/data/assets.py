@@ -6,7 +6,7 @@ talked to, and it must survive every way in and out.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +33,27 @@ class Assets:
     """Special tokens by their roles, such as bos_token; JSON, without a chat template."""
 
     @classmethod
-    def read(cls, directory: str | os.PathLike[str]) -> "Assets":
+    def read(cls, directory: str | os.PathLike[str], files: Collection[str] = ASSET_FILES) -> "Assets":
         """Those in `directory`; older repositories keep the chat template inside tokenizer_config.json.
 
+        Args:
+          directory: of a Hugging Face repository, or of a bundle.
+          files: which of the files are read if they are there; others are not believed.
         Raises:
           InputError: a file is no UTF-8, no JSON, or no object.
         """
         directory = Path(directory)
-        tokenizer = _read_object(directory / TOKENIZER_CONFIG)
+        tokenizer = _read_object(directory / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in files else None
         template = None
         if tokenizer is not None:
             tokenizer, template = _take_template(tokenizer, directory / TOKENIZER_CONFIG)
         path = directory / CHAT_TEMPLATE
-        if path.is_file():
+        if CHAT_TEMPLATE in files and path.is_file():
             try:
                 template = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{path} is no chat template: byte {error.start} is not UTF-8") from error
-        generation = _read_object(directory / GENERATION_CONFIG)
+        generation = _read_object(directory / GENERATION_CONFIG) if GENERATION_CONFIG in files else None
         return cls(chat_template=template, generation_config=generation, tokenizer_config=tokenizer)
 
     def write(self, directory: Path) -> None:

@@ -3,6 +3,7 @@
     manifest.json         what is there (hsai.export.manifest); written last
     weights.safetensors   every array of the model, packed weights as they are packed
     tokenizer.json        Hugging Face's format
+    chat_template.jinja, generation_config.json, tokenizer_config.json: optional, Hugging Face's too (hsai.data.assets)
     graphs/               optional: prefill and decode as StableHLO (hsai.export.stablehlo)
 
 The directory is built under a temporary name beside its own and renamed when it is complete, so there is never half a
@@ -26,6 +27,7 @@ import safetensors.flax
 import safetensors.numpy
 
 import hsai
+from hsai.data.assets import Assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.manifest import (
@@ -40,7 +42,7 @@ from hsai.export.manifest import (
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_write, flush, read_json, sha256
+from hsai.files import atomic_write, flush, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -54,6 +56,7 @@ class Bundle:
     manifest: Manifest
     model: Transformer
     tokenizer: Tokenizer
+    assets: Assets
 
     @property
     def config(self) -> TransformerConfig:
@@ -66,6 +69,7 @@ def write_bundle(
     model: Transformer,
     tokenizer: Tokenizer,
     *,
+    assets: Assets | None = None,
     graphs: bool | GraphConfig = False,
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
@@ -76,6 +80,7 @@ def write_bundle(
       directory: of the bundle; its parents are made.
       model: with weights of any formats; sharded ones are gathered.
       tokenizer: of the model's vocabulary, or of a part of it.
+      assets: chat template, generation config and tokenizer config, as far as there are any.
       graphs: which graphs are exported; True for the default ones.
       extra: anything JSON can hold, for the manifest.
       overwrite: replaces a bundle that stands there; the old one stays until the new one is complete.
@@ -94,7 +99,7 @@ def write_bundle(
     building = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
     building.mkdir()
     try:
-        manifest = _build(building, model, tokenizer, config, extra or {})
+        manifest = _build(building, model, tokenizer, assets or Assets(), config, extra or {})
         _publish(building, target)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -116,19 +121,24 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     manifest = read_manifest(directory)
     for name, record in manifest.files.items():
         _check_file(directory / name, record, verify)
-    tokenizer = Tokenizer.load(directory / manifest.tokenizer.file, end_of_text=manifest.tokenizer.end_of_text)
+    named = manifest.tokenizer
+    tokenizer = Tokenizer.load(
+        directory / named.file, end_of_text=named.end_of_text, prefix=named.prefix, stops=named.stops
+    )
     _check_vocabulary(manifest.model, tokenizer)
     try:
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer)
+    assets = Assets.read(directory, manifest.files)
+    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
 
 
 def _build(
     directory: Path,
     model: Transformer,
     tokenizer: Tokenizer,
+    assets: Assets,
     config: GraphConfig | None,
     extra: Mapping[str, Any],
 ) -> Manifest:
@@ -137,6 +147,7 @@ def _build(
         # safetensors writes a buffer as it lies in memory, whatever its strides say.
         safetensors.numpy.save_file({n: np.ascontiguousarray(np.asarray(a)) for n, a in arrays.items()}, temporary)
     tokenizer.save(directory / TOKENIZER)
+    assets.write(directory)
     records = export_graphs(directory, model.config, formats, arrays, config) if config is not None else ()
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = Manifest(
@@ -144,7 +155,12 @@ def _build(
         created_by={"hsai": hsai.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
         model=model.config,
         weights=formats,
-        tokenizer=TokenizerRecord(file=TOKENIZER, end_of_text=_name_end_of_text(directory / TOKENIZER, tokenizer.eot)),
+        tokenizer=TokenizerRecord(
+            file=TOKENIZER,
+            end_of_text=tokenizer.name(tokenizer.eot),
+            prefix=tuple(map(tokenizer.name, tokenizer.prefix)),
+            stops=tuple(map(tokenizer.name, sorted(tokenizer.stops - {tokenizer.eot}))),
+        ),
         graphs=records,
         files={
             path.relative_to(directory).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
@@ -215,11 +231,3 @@ def _load_model(path: Path, manifest: Manifest) -> Transformer:
     except (TypeError, ValueError) as error:
         raise InputError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
     return model
-
-
-def _name_end_of_text(path: Path, eot: int) -> str:
-    """How the tokenizer file spells the token `eot`."""
-    for token in read_json(path)["added_tokens"]:
-        if token["id"] == eot:
-            return str(token["content"])
-    raise InputError(f"token {eot}, the tokenizer's end of text, is not among its added tokens")

@@ -8,6 +8,7 @@ from typing import Any
 
 from hsai.config import RunConfig
 from hsai.configuration import from_dict, to_dict
+from hsai.data.assets import ASSET_FILES, Assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
@@ -33,7 +34,7 @@ class ModelRecord:
     """JSON that travels from bundle to bundle: run, step, corpus, sequence_length, and what was done since."""
 
     sha256: str
-    """Of its weights and its tokenizer: what was made of a model with the same value need not be made again."""
+    """Of its weights, tokenizer and assets: what was made of a model with the same value need not be made again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class ModelSource(ModelRecord):
 
     tokenizer: Tokenizer
     """What its text was cut with."""
+
+    assets: Assets
+    """Its chat template and configs; none of a run."""
 
 
 def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
@@ -69,11 +73,11 @@ def open_model(directory: str | os.PathLike[str]) -> ModelSource:
     if is_run(directory):
         trained = read_run(directory)
         record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
-        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer)
+        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets=Assets())
     _check_is_bundle(directory)
     bundle = read_bundle(directory)
     record = _record_bundle(directory, bundle.manifest)
-    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer)
+    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer, assets=bundle.assets)
 
 
 def _check_is_bundle(directory: Path) -> None:
@@ -96,7 +100,8 @@ def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str)
 
 
 def _record_bundle(directory: Path, manifest: Manifest) -> ModelRecord:
-    digest = _join(manifest.files[WEIGHTS].sha256, manifest.files[manifest.tokenizer.file].sha256)
+    names = (WEIGHTS, manifest.tokenizer.file, *(name for name in ASSET_FILES if name in manifest.files))
+    digest = _join(*(manifest.files[name].sha256 for name in names))
     return ModelRecord(directory=directory, config=manifest.model, origin=dict(manifest.extra), sha256=digest)
 
 

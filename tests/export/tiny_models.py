@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
-from hsai.data.tokenizer import Tokenizer
+from hsai.data.assets import Assets
+from hsai.data.tokenizer import END_OF_TEXT, Tokenizer
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
@@ -69,6 +71,20 @@ def make_shapes(format_name: str, **changes: Any) -> Transformer:
 def make_tokenizer() -> Tokenizer:
     """280 tokens, fewer than the models have; its end of text is 0."""
     return Tokenizer.train(["def main(): return 'héron 数据 😀' # hello world, hello bundle\n" * 3], 280)
+
+
+def make_chatty_tokenizer() -> Tokenizer:
+    """The same, with a prefix and stops that are not its end of text."""
+    backend = tokenizers.Tokenizer.from_str(make_tokenizer().to_json())
+    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|begin|>", "<|end|>"])
+    return Tokenizer(backend, prefix=("<|begin|>",), stops=("<|end|>", "<|user|>"))
+
+
+CHATTY_ASSETS = Assets(
+    chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+    generation_config={"do_sample": True, "temperature": 0.7},
+    tokenizer_config={"eos_token": END_OF_TEXT},
+)
 
 
 def full_logits(model: Transformer, ids: np.ndarray) -> np.ndarray:

@@ -58,8 +58,8 @@ def run(parser: Parser, argv: list[str]) -> None:
                     targets[name],
                     model,
                     source.tokenizer,
-                    assets=source.assets,
                     extra=extra,
+                    assets=source.assets,
                     overwrite=arguments.overwrite,
                 )
                 console.print(ledger.table())

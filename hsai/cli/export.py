@@ -1,11 +1,17 @@
-"""Write a model as a bundle: weights, tokenizer, and StableHLO graphs for prefill and decoding.
+"""Write a model for where it is to run: as a bundle with StableHLO graphs, or as a checkpoint of transformers.
 
 hsai export runs/quickstart/int4 --out bundles/int4
+hsai export runs/quickstart --to huggingface --out checkpoints/quickstart
 Of several models each gets a directory of its name under --out.
 """
 
+import argparse
+import dataclasses
+import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
@@ -13,29 +19,64 @@ from hsai.cli.targets import check_targets, is_kept
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
+from hsai.export.checkpoint import export_checkpoint
+from hsai.export.manifest import MANIFEST
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
+from hsai.interop.huggingface import CONFIG, SHARD_BYTES
+from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
+
+HOLDING = {"bundle": MANIFEST, "huggingface": CONFIG}
+"""What a model can be exported to, and the file by which a directory is known to be of that kind."""
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+ONLY = {
+    "bundle": ("prefill_buckets", "cache", "reuse"),
+    "huggingface": ("dtype", "shard_size", "dequantize"),
+}
 
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles")
+    parser.add_argument("model", type=Path, nargs="+", help="directories of runs, bundles or checkpoints")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
-    parser.add_argument("--prefill-buckets", type=int, nargs="+", help="prompt lengths that graphs are made for")
+    parser.add_argument("--to", choices=tuple(HOLDING), default="bundle", help="what is made (default: bundle)")
+    parser.add_argument(
+        "--prefill-buckets", type=int, nargs="+", help="bundle: prompt lengths that graphs are made for"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+    )
+    parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="huggingface: of the tensors (default: as they are)"
+    )
+    parser.add_argument("--shard-size", help="huggingface: size of a file, such as 500MB (default: 5GB)")
+    parser.add_argument("--dequantize", action="store_true", help="huggingface: write packed weights as dense ones")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
-    parser.add_argument("--reuse", action="store_true", help="keep what was exported of the same weights")
 
 
 def run(parser: Parser, argv: list[str]) -> None:
     """Checks every model and directory first, then exports one model after the other."""
     arguments = parser.parse(argv)
+    _check_options(arguments)
     many = len(arguments.model) > 1
     targets = [arguments.out / model.resolve().name if many else arguments.out for model in arguments.model]
     if len(set(targets)) < len(targets):
         raise InputError(f"models {' '.join(map(str, arguments.model))} share a name; export them one by one")
+    if arguments.to == "bundle":
+        _export_bundles(arguments, targets)
+    else:
+        _export_checkpoints(arguments, targets)
+
+
+def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig() if buckets is None else GraphConfig(prefill_buckets=tuple(buckets))
+    graphs = GraphConfig(cache=arguments.cache or "activations")
+    if buckets is not None:
+        graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)
     records = [inspect_model(model) for model in arguments.model]
     for record in records:
@@ -49,19 +90,55 @@ def run(parser: Parser, argv: list[str]) -> None:
                 say(f"reusing {target}")
             else:
                 source = open_model(arguments.model[index])
-                extra = source.origin | {"source_sha256": source.sha256, "graphs": to_dict(graphs)}
-                overwrite = arguments.overwrite
                 write_bundle(
                     target,
                     source.model,
                     source.tokenizer,
-                    assets=source.assets,
                     graphs=graphs,
-                    extra=extra,
-                    overwrite=overwrite,
+                    extra=source.origin | {"source_sha256": source.sha256, "graphs": to_dict(graphs)},
+                    assets=source.assets,
+                    overwrite=arguments.overwrite,
                 )
             progress("export", index + 1, len(targets), str(target))
     say(f"bundles: {' '.join(map(str, targets))}")
+
+
+def _export_checkpoints(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
+    shard_bytes = SHARD_BYTES if arguments.shard_size is None else _parse_size(arguments.shard_size)
+    check_targets(targets, arguments, holding=CONFIG)
+    for model in arguments.model:
+        inspect_model(model)  # a mistyped name is told before the first model is exported
+    with no_empty_directories(targets), ProgressBar() as progress:
+        for model, target in zip(arguments.model, targets, strict=True):
+            family = export_checkpoint(
+                target,
+                open_model(model),
+                dtype=arguments.dtype,
+                shard_bytes=shard_bytes,
+                dequantize=arguments.dequantize,
+                overwrite=arguments.overwrite,
+                progress=functools.partial(_report, progress, target),
+            )
+            say(f"wrote {target}, a {family.architecture}")
+
+
+def _report(progress: ProgressBar, target: Path, done: int, total: int) -> None:
+    progress("export", done, total, str(target))
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses an option that would have no effect on what is made."""
+    for kind, names in ONLY.items():
+        for name in names:
+            if kind != arguments.to and getattr(arguments, name):
+                raise InputError(f"--{name.replace('_', '-')} is for --to {kind}, and this is --to {arguments.to}")
+
+
+def _parse_size(text: str) -> int:
+    found = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
+    if found is None or int(found[1]) == 0:
+        raise InputError(f"--shard-size {text} is no size; give a whole number of {', '.join(UNITS)}, such as 500MB")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def _check_buckets(buckets: Sequence[int], record: ModelRecord) -> None:

@@ -3,7 +3,7 @@
     manifest.json         what is there (hsai.export.manifest); written last
     weights.safetensors   every array of the model, packed weights as they are packed
     tokenizer.json        Hugging Face's format
-    chat_template.jinja, generation_config.json, tokenizer_config.json: optional, Hugging Face's too (hsai.data.assets)
+    chat_template.jinja   and what else came with the model (hsai.data.assets)
     graphs/               optional: prefill and decode as StableHLO (hsai.export.stablehlo)
 
 The directory is built under a temporary name beside its own and renamed when it is complete, so there is never half a
@@ -12,8 +12,6 @@ bundle under the name that was asked for. Reading checks size and SHA-256 of eve
 
 import dataclasses
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ import safetensors.flax
 import safetensors.numpy
 
 import hsai
-from hsai.data.assets import Assets
+from hsai.data.assets import read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.manifest import (
@@ -42,7 +40,7 @@ from hsai.export.manifest import (
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_write, flush, sha256
+from hsai.files import atomic_directory, atomic_write, check_replaceable, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -50,13 +48,13 @@ from hsai.models.transformer import abstract_transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle that was read: `model` holds its weights, on jax's default device."""
+    """A bundle that was read: `model` holds its weights, on jax's default device; `assets` are files by name."""
 
     directory: Path
     manifest: Manifest
     model: Transformer
     tokenizer: Tokenizer
-    assets: Assets
+    assets: dict[str, bytes]
 
     @property
     def config(self) -> TransformerConfig:
@@ -69,9 +67,9 @@ def write_bundle(
     model: Transformer,
     tokenizer: Tokenizer,
     *,
-    assets: Assets | None = None,
     graphs: bool | GraphConfig = False,
     extra: Mapping[str, Any] | None = None,
+    assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes `model` and `tokenizer` as a bundle.
@@ -80,9 +78,9 @@ def write_bundle(
       directory: of the bundle; its parents are made.
       model: with weights of any formats; sharded ones are gathered.
       tokenizer: of the model's vocabulary, or of a part of it.
-      assets: chat template, generation config and tokenizer config, as far as there are any.
       graphs: which graphs are exported; True for the default ones.
       extra: anything JSON can hold, for the manifest.
+      assets: further files that travel with the model as they are, by name.
       overwrite: replaces a bundle that stands there; the old one stays until the new one is complete.
     Returns: the manifest.
     Raises:
@@ -90,20 +88,15 @@ def write_bundle(
         the model, or the graphs do not fit the model.
     """
     target = Path(os.path.abspath(directory))
-    _check_target(target, overwrite)
+    check_replaceable(target, holding=MANIFEST, overwrite=overwrite)
     _check_vocabulary(model.config, tokenizer)
     config = GraphConfig() if graphs is True else graphs or None
     if config is not None:
         config.slots(model.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-    building.mkdir()
-    try:
-        manifest = _build(building, model, tokenizer, assets or Assets(), config, extra or {})
-        _publish(building, target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
+        for name, content in (assets or {}).items():
+            (building / name).write_bytes(content)
+        manifest = _build(building, model, tokenizer, config, extra or {})
     return manifest
 
 
@@ -130,7 +123,7 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-    assets = Assets.read(directory, manifest.files)
+    assets = read_assets(directory, manifest.files)
     return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
 
 
@@ -138,7 +131,6 @@ def _build(
     directory: Path,
     model: Transformer,
     tokenizer: Tokenizer,
-    assets: Assets,
     config: GraphConfig | None,
     extra: Mapping[str, Any],
 ) -> Manifest:
@@ -147,7 +139,6 @@ def _build(
         # safetensors writes a buffer as it lies in memory, whatever its strides say.
         safetensors.numpy.save_file({n: np.ascontiguousarray(np.asarray(a)) for n, a in arrays.items()}, temporary)
     tokenizer.save(directory / TOKENIZER)
-    assets.write(directory)
     records = export_graphs(directory, model.config, formats, arrays, config) if config is not None else ()
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = Manifest(
@@ -170,35 +161,6 @@ def _build(
     )
     write_manifest(directory, manifest)
     return manifest
-
-
-def _publish(building: Path, target: Path) -> None:
-    """Renames `building` to `target`; a bundle that stands there steps aside, and back if that fails."""
-    aside = building.with_name(f"{building.name}.old")
-    exists = target.exists()
-    if exists:
-        os.rename(target, aside)
-    try:
-        os.rename(building, target)
-    except BaseException:
-        if exists:
-            os.rename(aside, target)
-        raise
-    flush(target.parent)
-    if exists:
-        # The new bundle stands; what cannot be removed of the old one is no reason to say that it does not.
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target} is a file; give the name of a directory")
-    if not overwrite:
-        raise InputError(f"{target} exists; choose another name, or say --overwrite (overwrite=True)")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise InputError(f"{target} is not overwritten: it is not a bundle (it has no {MANIFEST}); choose another name")
 
 
 def _check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:

@@ -64,7 +64,8 @@ class ArrayRecord:
     """One argument or result of a graph."""
 
     name: str
-    """An array of weights.safetensors, or one of tokens, count, keys, values, lengths, logits."""
+    """An array of weights.safetensors, or one of tokens, count, keys, values, lengths, key_scales,
+    value_scales, logits."""
 
     shape: tuple[int, ...]
     """Its dimensions."""

@@ -23,7 +23,7 @@ from hsai.export.stablehlo import GraphConfig
 from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
 from hsai.infer.sampling import Sampler, SamplingConfig
 from hsai.infer.streaming import TextStream
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 
 FinishReason = Literal["end_of_text", "max_tokens", "context"]
 
@@ -69,7 +69,13 @@ class Engine:
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], *, graphs: bool = False, context: int | None = None, verify: bool = True
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        graphs: bool = False,
+        context: int | None = None,
+        cache: CacheFormat | None = None,
+        verify: bool = True,
     ) -> "Engine":
         """Reads a bundle.
 
@@ -77,25 +83,36 @@ class Engine:
           directory: of the bundle.
           graphs: runs the StableHLO that it ships; otherwise the model is traced here, with this machine's kernels.
           context: tokens that the cache holds, by default the model's max_length; shipped graphs have theirs.
+          cache: what its numbers are stored as, by default the activations' dtype; shipped graphs have theirs.
           verify: checks the SHA-256 of every file.
         Raises:
-          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's, or given with graphs.
+          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's; an unknown cache;
+            either of them given with graphs.
         """
         if graphs and context is not None:
             raise InputError(f"context={context} cannot be chosen with graphs: theirs is fixed")
-        config = GraphConfig(context=context)
+        if graphs and cache is not None:
+            raise InputError(f"cache={cache} cannot be chosen with graphs: theirs is fixed")
+        config = GraphConfig(context=context, cache=cache or "activations")
         bundle = read_bundle(directory, verify=verify)
         runtime = load_runtime(bundle) if graphs else trace_runtime(bundle.model, config)
         return cls(runtime, bundle.tokenizer, bundle.assets)
 
     @classmethod
-    def trace(cls, model: Transformer, tokenizer: Tokenizer, *, context: int | None = None) -> "Engine":
+    def trace(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        context: int | None = None,
+        cache: CacheFormat = "activations",
+    ) -> "Engine":
         """An engine for a model on this device, with weights of any formats.
 
         Raises:
-          InputError: a context beyond the model's.
+          InputError: a context beyond the model's, or an unknown cache.
         """
-        return cls(trace_runtime(model, GraphConfig(context=context)), tokenizer)
+        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer)
 
     def generate(
         self,

@@ -36,6 +36,17 @@ def test_graphs_give_the_same_text(recipe: str, workshop: Workshop, capsys: pyte
     assert generate(capsys, *words, "--graphs") == text
 
 
+def test_an_int8_cache_gives_a_text_that_begins_alike(
+    workshop: Workshop, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (workshop.bundles / "int4", PROMPT, "--max-tokens", 12)
+    texts = [generate(capsys, *words, *more) for more in ((), ("--cache", "int8"))]
+    assert texts[0][: len(PROMPT) + 3] == texts[1][: len(PROMPT) + 3]
+    names = ("cache=int8", "cannot be chosen with graphs")
+    refuse("generate", *words, "--cache", "int8", "--graphs", names=names, beside=(words[0],))
+    refuse("generate", *words, "--cache", "8", names=("--cache", "'8'", "'int8'"), beside=(words[0],))
+
+
 def test_draws_follow_the_seed(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     words = (workshop.bundles / RECIPES[0], PROMPT, "--max-tokens", 16, "--temperature", 2, "--top-p", 0.99)
     texts = [generate(capsys, *words, "--seed", seed) for seed in (1, 1, 2)]

@@ -117,7 +117,7 @@ def test_overwrite_spares_what_is_no_bundle(tmp_path: Path, tokenizer: Tokenizer
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match="is not overwritten: it is not a bundle"):
+    with pytest.raises(InputError, match="is not overwritten: it has no manifest.json"):
         write_bundle(tmp_path / "home", make_model(), tokenizer, overwrite=True)
     with pytest.raises(InputError, match="is a file; give the name of a directory"):
         write_bundle(tmp_path / "file", make_model(), tokenizer, overwrite=True)

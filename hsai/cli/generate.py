@@ -1,4 +1,4 @@
-"""Continue a prompt with a bundle, or answer it, on one device.
+"""Continue a prompt with a bundle or a GGUF file, or answer it, on one device.
 
 hsai generate bundles/int4 "def main():" --max-tokens 64
 hsai generate bundles/int4 "What is the capital of France?" --chat
@@ -12,19 +12,23 @@ that in any case. The tokens that end a text are always those of the bundle.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hsai.cli.parser import Parser
+from hsai.data.assets import Assets
 from hsai.errors import InputError
+from hsai.export.source import open_model
 from hsai.infer import Engine
 from hsai.infer.defaults import read_defaults
+from hsai.interop.gguf import is_gguf
+from hsai.models import CacheFormat
 
 MAX_TOKENS = 64
 
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("bundle", type=Path, help="the directory of a bundle")
+    parser.add_argument("bundle", type=Path, help="the directory of a bundle, or a GGUF file")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument(
         "--chat", action="store_true", help="the prompt is a message: answer it through the bundle's chat template"
@@ -39,6 +43,11 @@ def add_arguments(parser: Parser) -> None:
         "--top-p", type=float, help="draw among the likeliest tokens that hold this probability (default: the bundle's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        help="how keys and values are stored: in the activations' dtype (default), in bfloat16, or in int8",
+    )
     parser.add_argument("--graphs", action="store_true", help="run the StableHLO graphs of the bundle as they are")
 
 
@@ -51,7 +60,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"--seed {arguments.seed} must be between 0 and {2**32 - 1}")
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system needs --chat: a text that is continued has no system message")
-    engine = Engine.load(arguments.bundle, graphs=arguments.graphs)
+    engine = _load(arguments.bundle, graphs=arguments.graphs, cache=arguments.cache)
     defaults = read_defaults(engine.assets.generation_config)
     sampling = defaults.sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
@@ -85,3 +94,13 @@ def _converse(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """The messages."""
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     return [*system, {"role": "user", "content": arguments.prompt}]
+
+
+def _load(path: Path, *, graphs: bool, cache: CacheFormat | None) -> Engine:
+    """The engine of a bundle, or of a GGUF file, which has no graphs."""
+    if not is_gguf(path):
+        return Engine.load(path, graphs=graphs, cache=cache)
+    if graphs:
+        raise InputError(f"--graphs: {path} is a GGUF file, which has none; import and export it as a bundle first")
+    source = open_model(path)
+    return Engine.trace(source.model, source.tokenizer, Assets.parse(source.assets), cache=cache or "activations")

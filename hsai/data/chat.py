@@ -59,7 +59,7 @@ class ChatTemplate:
         known = {"eos_token": tokenizer.name(tokenizer.eot)}
         if tokenizer.prefix:
             known["bos_token"] = tokenizer.name(tokenizer.prefix[0])
-        return cls(assets.chat_template, known | assets.special_tokens())
+        return cls(assets.chat_template, {**known, **assets.special_tokens})
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any

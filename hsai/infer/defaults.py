@@ -73,13 +73,12 @@ class GenerationDefaults:
         )
 
 
-def read_defaults(config: Mapping[str, Any] | None) -> GenerationDefaults:
+def read_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     """The defaults in the content of a generation_config.json.
 
     Raises:
       InputError: a value is of another type, or out of range.
     """
-    config = config or {}
     ignored = tuple(f"{name}={config[name]}" for name, none in _NEUTRAL.items() if config.get(name) not in none)
     max_tokens = _number(config, "max_new_tokens", int)
     if max_tokens is not None and max_tokens < 1:

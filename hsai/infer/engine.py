@@ -96,13 +96,14 @@ class Engine:
         config = GraphConfig(context=context, cache=cache or "activations")
         bundle = read_bundle(directory, verify=verify)
         runtime = load_runtime(bundle) if graphs else trace_runtime(bundle.model, config)
-        return cls(runtime, bundle.tokenizer, bundle.assets)
+        return cls(runtime, bundle.tokenizer, Assets.parse(bundle.assets))
 
     @classmethod
     def trace(
         cls,
         model: Transformer,
         tokenizer: Tokenizer,
+        assets: Assets | None = None,
         *,
         context: int | None = None,
         cache: CacheFormat = "activations",
@@ -112,7 +113,7 @@ class Engine:
         Raises:
           InputError: a context beyond the model's, or an unknown cache.
         """
-        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer)
+        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer, assets)
 
     def generate(
         self,

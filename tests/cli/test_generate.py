@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from hsai.cli import main
-from hsai.data.assets import Assets
 from hsai.export import write_bundle
 from hsai.export.source import open_model
 from hsai.files import sha256
@@ -173,7 +172,7 @@ def talking(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
     base = tmp_path_factory.mktemp("talking")
     source = open_model(workshop.run)
     generation = {"do_sample": True, "temperature": 1.5, "top_k": 40, "max_new_tokens": 7, "repetition_penalty": 1.1}
-    assets = Assets(chat_template=TEMPLATE, generation_config=generation)
+    assets = {"chat_template.jinja": TEMPLATE.encode(), "generation_config.json": json.dumps(generation).encode()}
     write_bundle(base / "plain", source.model, source.tokenizer, assets=assets)
     assert main(["compress", str(base / "plain"), "--recipe", recipe("int8"), "--out", str(base / "int8")]) == 0
     assert main(["export", str(base / "int8"), "--out", str(base / "out"), "--prefill-buckets", "8"]) == 0

@@ -1,4 +1,4 @@
-"""What travels beside weights and tokenizer: read as it was written, wherever a repository keeps it."""
+"""What travels beside weights and tokenizer: bytes as they are, and what they say, wherever a repository says it."""
 
 import json
 from pathlib import Path
@@ -6,54 +6,58 @@ from typing import Any
 
 import pytest
 
-from hsai.data.assets import ASSET_FILES, Assets
+from hsai.data.assets import ASSET_FILES, Assets, read_assets
 from hsai.errors import InputError
 
-ASSETS = Assets(
-    chat_template="{{ messages }}\r\n\n é",
-    generation_config={"eos_token_id": [1, 2], "temperature": 0.5},
-    tokenizer_config={"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": None, "unk_token": "<é>"},
-)
+FILES = {
+    "chat_template.jinja": "{{ messages }}\r\n é".encode(),
+    "generation_config.json": b'{"eos_token_id": [1, 2], "temperature": 0.5}',
+    "tokenizer_config.json": '{"eos_token": {"content": "</s>"}, "bos_token": null, "unk_token": "<é>"}'.encode(),
+    "special_tokens_map.json": b'{"eos_token": "<other>", "pad_token": "<pad>"}',
+}
 
 
-def test_assets_are_read_as_they_were_written(tmp_path: Path) -> None:
-    ASSETS.write(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(ASSET_FILES)
-    assert Assets.read(tmp_path) == ASSETS
-    assert Assets.read(tmp_path, ["generation_config.json"]) == Assets(generation_config=ASSETS.generation_config)
-    assert ASSETS.special_tokens() == {"eos_token": "</s>", "unk_token": "<é>"}
+def test_files_are_read_as_they_are(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "model.py").write_text("no asset")
+    assert read_assets(tmp_path) == FILES and set(FILES) < set(ASSET_FILES)
+    assert read_assets(tmp_path, ["model.py", "tokenizer_config.json", "chat_template.json"]) == {
+        "tokenizer_config.json": FILES["tokenizer_config.json"]
+    }
 
 
-def test_what_is_absent_has_no_file(tmp_path: Path) -> None:
-    Assets().write(tmp_path)
-    assert list(tmp_path.iterdir()) == [] and Assets.read(tmp_path) == Assets()
+def test_what_the_files_say() -> None:
+    assert Assets.parse(FILES) == Assets(
+        chat_template="{{ messages }}\r\n é",
+        generation_config={"eos_token_id": [1, 2], "temperature": 0.5},
+        special_tokens={"eos_token": "</s>", "unk_token": "<é>", "pad_token": "<pad>"},
+    )
+    assert Assets.parse({}) == Assets()
 
 
 @pytest.mark.parametrize(
     "template", ["old", [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "old"}]]
 )
-def test_a_template_inside_the_tokenizer_config(template: Any, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"a": 1, "chat_template": template}))
-    assert Assets.read(tmp_path) == Assets(chat_template="old", tokenizer_config={"a": 1})
-    (tmp_path / "chat_template.jinja").write_text("new")
-    assert Assets.read(tmp_path).chat_template == "new"
+def test_a_template_in_another_file(template: Any) -> None:
+    files = {"tokenizer_config.json": json.dumps({"a": 1, "chat_template": template}).encode()}
+    assert Assets.parse(files).chat_template == "old"
+    files |= {"chat_template.json": b'{"chat_template": "newer"}'}
+    assert Assets.parse(files).chat_template == "newer"
+    assert Assets.parse(files | {"chat_template.jinja": b"newest"}).chat_template == "newest"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("generation_config.json", b"[1]", "generation_config.json holds list, not an object"),
-        ("generation_config.json", b"{", "generation_config.json is not a JSON file"),
+        ("generation_config.json", b"{", "generation_config.json is not a JSON file: .* at line 1 column 2"),
+        ("generation_config.json", b"\xff", "generation_config.json: byte 0 is not UTF-8"),
         ("tokenizer_config.json", b'{"chat_template": 7}', "chat_template is neither a text nor a list"),
-        (
-            "tokenizer_config.json",
-            b'{"chat_template": [{"name": "rag"}]}',
-            "chat_template is neither a text nor a list",
-        ),
-        ("chat_template.jinja", b"\xff", "chat_template.jinja is no chat template: byte 0 is not UTF-8"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "rag"}]}', "chat_template is neither a text nor a"),
+        ("chat_template.jinja", b"a\xff", "chat_template.jinja: byte 1 is not UTF-8"),
     ],
 )
-def test_files_that_cannot_be(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_files_that_cannot_be(name: str, content: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Assets.read(tmp_path)
+        Assets.parse({name: content})

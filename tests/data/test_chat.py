@@ -52,13 +52,11 @@ def test_special_tokens_are_those_of_the_model() -> None:
     tokenizer = Tokenizer(byte_level(QWEN), prefix=("<|im_start|>",))
     source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}"
 
-    def render(config: dict[str, Any] | None) -> str:
-        assets = Assets(chat_template=source, tokenizer_config=config)
-        return ChatTemplate.of_model(assets, tokenizer).render([])
+    def render(named: dict[str, str]) -> str:
+        return ChatTemplate.of_model(Assets(chat_template=source, special_tokens=named), tokenizer).render([])
 
-    assert render(None) == "<|im_start|><|endoftext|>"
-    named = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<p>", "bos_token": None}
-    assert render(named) == "<|im_start|><|im_end|><p>"
+    assert render({}) == "<|im_start|><|endoftext|>"
+    assert render({"eos_token": "<|im_end|>", "pad_token": "<p>"}) == "<|im_start|><|im_end|><p>"
     with pytest.raises(InputError, match="no chat template"):
         ChatTemplate.of_model(Assets(), tokenizer)
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from hsai.data.assets import Assets
-from hsai.data.tokenizer import END_OF_TEXT, Tokenizer
+from hsai.data.tokenizer import Tokenizer
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
@@ -80,11 +79,11 @@ def make_chatty_tokenizer() -> Tokenizer:
     return Tokenizer(backend, prefix=("<|begin|>",), stops=("<|end|>", "<|user|>"))
 
 
-CHATTY_ASSETS = Assets(
-    chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
-    generation_config={"do_sample": True, "temperature": 0.7},
-    tokenizer_config={"eos_token": END_OF_TEXT},
-)
+CHATTY_ASSETS = {
+    "chat_template.jinja": b"{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+    "generation_config.json": b'{"do_sample": true,\r\n "temperature": 0.7}',
+    "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
+}
 
 
 def full_logits(model: Transformer, ids: np.ndarray) -> np.ndarray:

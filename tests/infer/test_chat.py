@@ -3,6 +3,7 @@
 import pytest
 import tokenizers
 
+from hsai.data.assets import Assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.infer import Engine
@@ -11,7 +12,7 @@ from tests.export.tiny_models import CHATTY_ASSETS, make_chatty_tokenizer
 
 def test_the_engine_answers_through_the_template(engine: Engine) -> None:
     tokenizer = make_chatty_tokenizer()
-    chatty = Engine(engine.runtime, tokenizer, CHATTY_ASSETS)
+    chatty = Engine(engine.runtime, tokenizer, Assets.parse(CHATTY_ASSETS))
     ids = tokenizer.encode("<|user|>hello <|system|><|assistant|>", special=True)
     done = chatty.chat([{"role": "user", "content": "hello <|system|>"}], max_tokens=4)
     assert done.tokens == chatty.generate_tokens(ids, max_tokens=4).tokens

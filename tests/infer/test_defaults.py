@@ -14,7 +14,6 @@ LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1
 @pytest.mark.parametrize(
     ("config", "sampling"),
     [
-        (None, SamplingConfig()),
         ({}, SamplingConfig()),
         (LLAMA, SamplingConfig(temperature=0.6, top_p=0.9)),
         (LLAMA | {"do_sample": False}, SamplingConfig()),
@@ -25,7 +24,7 @@ LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1
         ({"do_sample": True, "top_k": 20, "top_p": 1}, SamplingConfig(temperature=1.0, top_k=20, top_p=1.0)),
     ],
 )
-def test_sampling_is_that_of_the_config(config: dict[str, Any] | None, sampling: SamplingConfig) -> None:
+def test_sampling_is_that_of_the_config(config: dict[str, Any], sampling: SamplingConfig) -> None:
     assert read_defaults(config).sampling() == sampling
 
 

@@ -1,4 +1,6 @@
-"""Products for native_driver.cc to run without Python, as a file of cases, and what must come out of them.
+"""Cases for native_driver.cc to run without Python, as a file of them, and what must come out.
+
+Here: products (attention is in native_attention_cases.py).
 
 Dimensions: R rows, D contraction, C stored elements a column, F columns. Shapes are small, for emulators, and ragged:
 columns that fill no vector, every number of rows that a kernel is compiled for, and what lies between.
@@ -26,6 +28,9 @@ COLUMNS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 257)
 CONTRACTION, GROUP = 128, 32
 THREADS = 3
 
+PRODUCT, ATTENTION = range(2)
+"""What a case is, in the order of Kind in native_driver.cc."""
+
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # Float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
@@ -35,14 +40,18 @@ EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2*
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One product: the driver's header and arrays (x, values, indices, scale, choices), and the float64 result."""
+    """One product, or one attention: the driver's header and arrays, and the float64 result.
 
+    Arrays are x, values, indices, scale and choices; of attention those that native_attention_cases.py names.
+    """
+
+    kind: int = PRODUCT
     name: str
     header: tuple[int, ...]
     arrays: tuple[np.ndarray, ...]
     dtype: str
     expected: np.ndarray
-    magnitude: np.ndarray
+    magnitude: np.ndarray | float
 
 
 def _round_activations(x: np.ndarray, groups: int) -> np.ndarray:
@@ -199,11 +208,11 @@ def _list_eighths() -> Iterator[Case]:
 
 
 def write_cases(path: Path, cases: list[Case]) -> None:
-    """As native_driver.cc reads them: for each a header of int64, then its arrays."""
+    """As native_driver.cc reads them: for each its kind and a header, both of int64, then its arrays."""
     with path.open("wb") as file:
         for case in cases:
             sizes = (array.nbytes for array in case.arrays)
-            file.write(np.array([*case.header, *sizes], np.int64).tobytes())
+            file.write(np.array([case.kind, *case.header, *sizes], np.int64).tobytes())
             for array in case.arrays:
                 file.write(array.tobytes())
 

@@ -78,9 +78,9 @@ def _list_caches() -> Iterator[Case]:
 def _attend_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
 ) -> jax.Array:
-    given = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    k_scale, v_scale = scales or (None, None)
     at = {"q_positions": q_positions, "kv_positions": kv_positions}
-    return attention(q, k, v, **at, **given, implementation="tpu")
+    return attention(q, k, v, **at, k_scale=k_scale, v_scale=v_scale, implementation="tpu")
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:

@@ -79,8 +79,16 @@ def _attend_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
 ) -> jax.Array:
     k_scale, v_scale = scales or (None, None)
-    at = {"q_positions": q_positions, "kv_positions": kv_positions}
-    return attention(q, k, v, **at, k_scale=k_scale, v_scale=v_scale, implementation="tpu")
+    return attention(
+        q,
+        k,
+        v,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        q_positions=q_positions,
+        kv_positions=kv_positions,
+        implementation="tpu",
+    )
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Write a model for where it is to run: as a bundle with StableHLO graphs, or as a checkpoint of transformers.
+"""Write a model for where it is to run: a bundle with StableHLO graphs, a checkpoint of transformers, or a GGUF file.
 
 hsai export runs/quickstart/int4 --out bundles/int4
 hsai export runs/quickstart --to huggingface --out checkpoints/quickstart
-Of several models each gets a directory of its name under --out.
+hsai export runs/quickstart --to gguf --gguf-type q8_0 --out quickstart.gguf
+Of several models each gets a directory (or file) of its name under --out.
 """
 
 import argparse
@@ -15,32 +16,34 @@ from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
-from hsai.cli.targets import check_targets, is_kept
+from hsai.cli.targets import check_file, check_targets, is_kept
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
 from hsai.export.checkpoint import export_checkpoint
-from hsai.export.manifest import MANIFEST
+from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
+from hsai.interop.gguf import SUFFIX, is_gguf
+from hsai.interop.gguf_write import GgufType
 from hsai.interop.huggingface import CONFIG, SHARD_BYTES
 from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
-HOLDING = {"bundle": MANIFEST, "huggingface": CONFIG}
-"""What a model can be exported to, and the file by which a directory is known to be of that kind."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ONLY = {
     "bundle": ("prefill_buckets", "cache", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
+    "gguf": ("gguf_type", "dequantize"),
 }
+"""What a model can be exported to, and the options that are for it."""
 
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, nargs="+", help="directories of runs, bundles or checkpoints")
-    parser.add_argument("--out", required=True, type=Path, help="directory to be made")
-    parser.add_argument("--to", choices=tuple(HOLDING), default="bundle", help="what is made (default: bundle)")
+    parser.add_argument("model", type=Path, nargs="+", help="runs, bundles, checkpoints or GGUF files")
+    parser.add_argument("--out", required=True, type=Path, help="directory, or GGUF file, to be made")
+    parser.add_argument("--to", choices=tuple(ONLY), default="bundle", help="what is made (default: bundle)")
     parser.add_argument(
         "--prefill-buckets", type=int, nargs="+", help="bundle: prompt lengths that graphs are made for"
     )
@@ -54,7 +57,10 @@ def add_arguments(parser: Parser) -> None:
         "--dtype", choices=("float32", "float16", "bfloat16"), help="huggingface: of the tensors (default: as they are)"
     )
     parser.add_argument("--shard-size", help="huggingface: size of a file, such as 500MB (default: 5GB)")
-    parser.add_argument("--dequantize", action="store_true", help="huggingface: write packed weights as dense ones")
+    parser.add_argument(
+        "--dequantize", action="store_true", help="huggingface, gguf: write packed weights as dense ones"
+    )
+    parser.add_argument("--gguf-type", choices=get_args(GgufType), help="gguf: of the matrices (default: f16)")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
 
 
@@ -63,13 +69,17 @@ def run(parser: Parser, argv: list[str]) -> None:
     arguments = parser.parse(argv)
     _check_options(arguments)
     many = len(arguments.model) > 1
-    targets = [arguments.out / model.resolve().name if many else arguments.out for model in arguments.model]
+    suffix = SUFFIX if arguments.to == "gguf" else ""
+    names = [model.resolve().stem if is_gguf(model) else model.resolve().name for model in arguments.model]
+    targets = [arguments.out / f"{name}{suffix}" if many else arguments.out for name in names]
     if len(set(targets)) < len(targets):
         raise InputError(f"models {' '.join(map(str, arguments.model))} share a name; export them one by one")
     if arguments.to == "bundle":
         _export_bundles(arguments, targets)
-    else:
+    elif arguments.to == "huggingface":
         _export_checkpoints(arguments, targets)
+    else:
+        _export_gguf(arguments, targets)
 
 
 def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
@@ -122,16 +132,41 @@ def _export_checkpoints(arguments: argparse.Namespace, targets: Sequence[Path]) 
             say(f"wrote {target}, a {family.architecture}")
 
 
+def _export_gguf(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
+    for target in targets:
+        check_file(target, overwrite=arguments.overwrite)
+    for model in arguments.model:
+        inspect_model(model)
+    parents = [target.parent for target in targets]
+    with no_empty_directories(parents), ProgressBar() as progress:
+        for model, target in zip(arguments.model, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            record = export_gguf(
+                target,
+                open_model(model),
+                dtype=arguments.gguf_type or "f16",
+                dequantize=arguments.dequantize,
+                progress=functools.partial(_report, progress, target),
+            )
+            if record.fallbacks:
+                count, first = len(record.fallbacks), record.fallbacks[0]
+                say(f"{count} tensors are f16: their rows are no whole blocks of {arguments.gguf_type} ({first}, ...)")
+            if record.ignores_window:
+                say("llama.cpp knows no window of this architecture: beyond it, it computes something else")
+            say(f"wrote {target}, a {record.architecture}")
+
+
 def _report(progress: ProgressBar, target: Path, done: int, total: int) -> None:
     progress("export", done, total, str(target))
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuses an option that would have no effect on what is made."""
-    for kind, names in ONLY.items():
-        for name in names:
-            if kind != arguments.to and getattr(arguments, name):
-                raise InputError(f"--{name.replace('_', '-')} is for --to {kind}, and this is --to {arguments.to}")
+    for name in dict.fromkeys(name for names in ONLY.values() for name in names):
+        kinds = [kind for kind, names in ONLY.items() if name in names]
+        if arguments.to not in kinds and getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} is for --to {' or '.join(kinds)}, and this is --to {arguments.to}")
 
 
 def _parse_size(text: str) -> int:

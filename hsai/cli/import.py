@@ -1,6 +1,7 @@
-"""Take a model from elsewhere: a checkpoint of transformers in, a bundle (without graphs) out.
+"""Take a model from elsewhere: a checkpoint of transformers or a GGUF file in, a bundle (without graphs) out.
 
 hsai import checkpoints/SmolLM2-135M bundles/smollm2
+hsai import SmolLM2-135M-Instruct.Q4_1.gguf bundles/smollm2
 hsai export then writes the bundle with graphs, or as another checkpoint.
 """
 
@@ -16,7 +17,7 @@ from hsai.progress import ProgressBar, say
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, help="directory with config.json and weights in safetensors")
+    parser.add_argument("model", type=Path, help="directory with config.json and safetensors, or GGUF file")
     parser.add_argument("out", type=Path, help="directory of the bundle to be made")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of stored weights (default: the one that rounds none)"

@@ -37,6 +37,19 @@ def check_targets(
             raise InputError(f"{target} holds something else than {kind} (no {holding}); give another {option}")
 
 
+def check_file(target: Path, *, overwrite: bool) -> None:
+    """Refuses, before anything is computed, a file that could not be written in the end.
+
+    Raises:
+      InputError: what `check_place` refuses; the file exists and is not to be overwritten, or is a directory.
+    """
+    check_place(target.absolute().parent, "--out")
+    if target.is_dir():
+        raise InputError(f"{target} is a directory; give the name of a file")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists; give another --out, or --overwrite")
+
+
 def is_kept(target: Path, made: Mapping[str, Any], arguments: argparse.Namespace) -> bool:
     """Whether `--reuse` keeps `target`: a whole bundle whose manifest says that it was made as `made` says.
 

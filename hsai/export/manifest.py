@@ -50,7 +50,13 @@ class TokenizerRecord:
     """Its tokenizer.json, relative to the bundle."""
 
     end_of_text: str
-    """The token that stands before a text, and by which the model says that it is done."""
+    """The token that ends a document."""
+
+    prefix: tuple[str, ...] | None = None
+    """Tokens that stand before a text; where a manifest does not say, `end_of_text`."""
+
+    stops: tuple[str, ...] = ()
+    """Tokens by which the model says that it is done, besides `end_of_text`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

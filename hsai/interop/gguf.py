@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,11 @@ class GgufCheckpoint:
         """What weights are to be stored in so that none is rounded: bfloat16 if all matrices are, else float32."""
         kinds = {record.type for record in self.file.tensors.values() if len(record.shape) > 1}
         return jnp.dtype(jnp.bfloat16 if kinds == {GGMLQuantizationType.BF16} else jnp.float32)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is to be read as a GGUF file: all other models are directories."""
+    return path.is_file() or path.suffix == SUFFIX and not path.is_dir()
 
 
 def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:

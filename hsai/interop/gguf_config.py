@@ -167,7 +167,7 @@ def write_config(config: TransformerConfig) -> tuple[Architecture, dict[str, Any
         ours, theirs = getattr(wanted, field.name), getattr(read, field.name)
         if ours != theirs:
             raise InputError(
-                f"GGUF's architecture {architecture.name} cannot say model.{field.name}={ours}; it would be read as {theirs}"
+                f"GGUF's architecture {architecture.name} cannot say model.{field.name}={ours}: it has {theirs}"
             )
     return architecture, metadata, factors
 
@@ -208,7 +208,7 @@ def _describe(config: TransformerConfig, architecture: Architecture) -> dict[str
             values["expert_feed_forward_length"] = c.mlp
     if c.sliding_window is not None and architecture.windows:
         values["attention.sliding_window"] = c.sliding_window
-        if c.global_every is not None:
+        if c.global_every is not None and not architecture.ignores_windows:
             values["attention.sliding_window_pattern"] = c.global_every
             values["rope.freq_base_swa"] = float((c.local_rope or c.rope).theta)
     return {"general.architecture": name} | {f"{name}.{key}": value for key, value in values.items()}

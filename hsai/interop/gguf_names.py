@@ -1,7 +1,7 @@
 """The tensors of GGUF files: which slice of our arrays each one is, for every architecture that is read and written.
 
-Names and orientations are those of llama.cpp's src/llama-arch.cpp. Files of the architecture "llama" have the outputs of
-queries and keys in the order of Meta's own checkpoints (each rotated pair side by side); the others have ours.
+Names and orientations are those of llama.cpp's src/llama-arch.cpp. Files of the architecture "llama" have the outputs
+of queries and keys in the order of Meta's own checkpoints (each rotated pair side by side); the others have ours.
 """
 
 import dataclasses
@@ -31,7 +31,10 @@ class Architecture:
     """Whether its feed-forward blocks are experts; None: by the file's metadata."""
 
     windows: bool = False
-    """Its layers have a window (which llama.cpp's "llama" ignores)."""
+    """Its layers may have a window."""
+
+    ignores_windows: bool = False
+    """llama.cpp reads the window, and lets every layer see all."""
 
     rope_factors: bool = False
     """Llama 3's rope scaling can be said."""
@@ -50,7 +53,15 @@ _GEMMA = {"activation": "gelu", "norm_plus_one": True, "post_norm": True, "qk_no
 ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
-        Architecture(name="llama", fields=_PLAIN, paired=True, experts=None, windows=True, rope_factors=True),
+        Architecture(
+            name="llama",
+            fields=_PLAIN,
+            paired=True,
+            experts=None,
+            windows=True,
+            ignores_windows=True,
+            rope_factors=True,
+        ),
         Architecture(name="qwen2", fields=_PLAIN | {"qkv_bias": True}),
         Architecture(name="qwen3", fields=_PLAIN | {"qk_norm": True}),
         Architecture(name="qwen3moe", fields=_PLAIN | {"qk_norm": True}, experts=True),

@@ -5,6 +5,7 @@ normalized, as in llama.cpp: tokenizer.json of Qwen composes characters first (N
 """
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -101,8 +102,7 @@ def _read_tokens(metadata: Metadata, vocab: int) -> list[str]:
     if not tokens:
         raise InputError(f"{metadata.path}: its tokenizer has no tokens")
     if len(set(tokens)) < len(tokens):
-        seen: set[str] = set()
-        twice = next(token for token in tokens if token in seen or seen.add(token))
+        twice = max(tokens, key=Counter(tokens).__getitem__)
         raise InputError(f"{metadata.path}: the token {quote(twice)} stands there twice")
     return tokens
 

@@ -94,7 +94,9 @@ def _describe_sentencepiece(
     scores = [-float(order.get(token or "", len(order))) for token in tokens]
     normal = {token: i for i, token in enumerate(tokens) if token is not None and types[i] == TokenType.NORMAL}
     if _group(list_merges(normal, scores)) != _group(merges):
-        raise InputError("the tokenizer's merges are not those of scores of its tokens, which GGUF keeps in their place")
+        raise InputError(
+            "the tokenizer's merges are not those of scores of its tokens, which GGUF keeps in their place"
+        )
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
 
 
@@ -107,9 +109,17 @@ def _reads_prefix(content: Mapping[str, Any]) -> bool:
         return True
     if steps == [_REPLACE] and by_space:
         return False
-    if not steps and cut is not None and cut["type"] == "Metaspace" and cut["replacement"] == SPACE and not cut["split"]:
+    if (
+        not steps
+        and cut is not None
+        and cut["type"] == "Metaspace"
+        and cut["replacement"] == SPACE
+        and not cut["split"]
+    ):
         return bool(cut["prepend_scheme"] != "never")
-    raise InputError(f"the tokenizer's normalizer {quote(normalizer)} with {quote(cut)} has no counterpart in llama.cpp")
+    raise InputError(
+        f"the tokenizer's normalizer {quote(normalizer)} with {quote(cut)} has no counterpart in llama.cpp"
+    )
 
 
 def _spell_byte(token: str) -> str | None:

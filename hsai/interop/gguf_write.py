@@ -48,6 +48,9 @@ class GgufRecord:
     fallbacks: tuple[str, ...]
     """Matrices that are float16, since their rows are no multiple of the block of the type that was asked for."""
 
+    ignores_window: bool
+    """llama.cpp lets this architecture see beyond the window that the model has (Mistral)."""
+
 
 def write_gguf(
     path: str | os.PathLike[str],
@@ -112,7 +115,11 @@ def write_gguf(
                     progress(done, len(entries))
         finally:
             writer.close()
-    return GgufRecord(architecture=architecture.name, tensors=len(entries), fallbacks=tuple(fallbacks))
+    window = model.config.sliding_window
+    ignored = architecture.ignores_windows and window is not None and window < model.config.max_length
+    return GgufRecord(
+        architecture=architecture.name, tensors=len(entries), fallbacks=tuple(fallbacks), ignores_window=ignored
+    )
 
 
 def _chain(first: Any, rest: Any) -> Any:

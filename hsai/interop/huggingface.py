@@ -67,8 +67,14 @@ class Checkpoint:
 
 
 def is_huggingface(directory: Path) -> bool:
-    """Whether a directory looks like a checkpoint of `transformers`: it has a config.json, as no form of ours has."""
-    return (directory / CONFIG).is_file()
+    """Whether a directory is meant as a checkpoint of `transformers`: its config.json names an architecture.
+
+    Raises `InputError` if that is not JSON.
+    """
+    if not (directory / CONFIG).is_file():
+        return False
+    raw = read_json(directory / CONFIG)
+    return isinstance(raw, dict) and bool(raw.keys() & {"architectures", "model_type"})
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
@@ -86,6 +92,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         family, config = read_config(raw, "float32" if exact else "bfloat16")
         if config.tie_embeddings:
             tensors = _without_tied_head(tensors, family)
+        blocks = config.layers * (1 if config.moe is None else config.moe.experts)
+        if blocks > len(tensors):  # before all of their names are made
+            raise InputError(f"{CONFIG} says {blocks} layers or experts, and there are {len(tensors)} tensors")
         entries = family.make_entries(config)
         check_names(entries, tensors)
         shapes = {name: param.get_value().shape for name, param in named_weights(abstract_transformer(config)).items()}

@@ -125,7 +125,7 @@ def _refuse_unknown(raw: Mapping[str, Any], family: Family) -> None:
                 f"{family.fixed[key]!r}"
             )
         if key not in known and value not in (None, False, 0, "", [], {}):
-            raise InputError(f"config.json: {key}={str(value)[:80]!r} is unknown for {family.architecture}")
+            raise InputError(f"config.json: {key}={repr(value)[:80]} is unknown for {family.architecture}")
 
 
 def _get(raw: Mapping[str, Any], family: Family, key: str) -> Any:
@@ -151,11 +151,12 @@ def _read_windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[
     window = _get(raw, family, "sliding_window") if family.window or family.alternating else None
     window = from_data(int | None, window, "sliding_window")
     kinds = raw.get("layer_types")
-    if kinds is None and family.alternating:
-        every = from_data(int, raw.get("sliding_window_pattern", family.defaults["sliding_window_pattern"]), "pattern")
-        kinds = [SLIDING if every < 1 or (layer + 1) % every else FULL for layer in range(layers)]
-    elif kinds is None:
-        kinds = [FULL if window is None else SLIDING] * layers
+    pattern = None
+    if family.alternating:
+        default = family.defaults["sliding_window_pattern"]
+        pattern = from_data(int, raw.get("sliding_window_pattern", default), "sliding_window_pattern")
+    if kinds is None:
+        return (None, None) if pattern == 1 else (pattern, window)
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise InputError(f"config.json: layer_types must be {FULL} or {SLIDING} for each of {layers} layers")
     if SLIDING not in kinds:
@@ -168,7 +169,7 @@ def _read_windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[
                 f"config.json: layer_types mixes {FULL} and {SLIDING}, which {family.architecture} may not"
             )
         return None, window
-    every = kinds.index(FULL) + 1 if FULL in kinds else layers + 1
+    every = kinds.index(FULL) + 1 if FULL in kinds else max(layers + 1, pattern or 0)
     if kinds != [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]:
         raise InputError(f"config.json: layer_types does not have {FULL} at every {every}th layer, and nowhere else")
     return every, window

@@ -1,4 +1,4 @@
-"""`hsai import` and `hsai export --to huggingface`: a run of ours out, a checkpoint of others in, and both ways round."""
+"""`hsai import` and `hsai export --to huggingface`: a run of ours out, a checkpoint of others in, and back again."""
 
 import json
 import shutil
@@ -16,7 +16,6 @@ from hsai.export.source import inspect_model, open_model
 from hsai.formats.storage import named_arrays
 from hsai.infer import Engine
 from tests.cli.conftest import Workshop
-from tests.cli.snapshots import snapshot
 
 Refuse = Callable[..., str]
 PROMPTS = ("def main():", "import ", "")
@@ -68,19 +67,20 @@ def test_what_comes_back_is_what_went_out(workshop: Workshop, checkpoint: Path, 
 
 def test_what_lies_beside_the_weights_travels(checkpoint: Path, imported: Path, place: Path) -> None:
     assert main(["export", str(imported), "--to", "huggingface", "--out", "out", "--shard-size", "500KB"]) == 0
-    before, after = snapshot(checkpoint), snapshot(place / "out")
+    before, after = ({path.name: path.read_bytes() for path in at.iterdir()} for at in (checkpoint, place / "out"))
     assert {"chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "config.json"} <= before.keys()
     assert before == after
 
 
 def test_a_checkpoint_is_a_model_like_any_other(
-    workshop: Workshop, checkpoint: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    workshop: Workshop, checkpoint: Path, imported: Path, place: Path
 ) -> None:
-    """Evaluated beside the run that it was made of."""
-    words = ["eval", str(workshop.run), str(checkpoint), "--corpus", str(workshop.corpus), "--tokens", "1000"]
+    """Evaluated beside the bundle that was made of it."""
+    words = ["eval", str(checkpoint), str(imported), "--corpus", str(workshop.corpus), "--tokens", "1000"]
     assert main([*words, "--json", "rows.json"]) == 0
-    ours, theirs = json.loads(Path("rows.json").read_text())["rows"]
-    assert ours["heldout_loss"] == theirs["heldout_loss"] and ours["parameters"] == theirs["parameters"]
+    foreign, ours = json.loads(Path("rows.json").read_text())["rows"]
+    assert foreign["heldout_loss"] == ours["heldout_loss"] < 6.2  # below that of 512 equal chances
+    assert foreign["parameters"] == ours["parameters"] > 300_000
 
 
 def test_weights_are_rounded_only_if_asked(checkpoint: Path, place: Path, refuse: Refuse) -> None:

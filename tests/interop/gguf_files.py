@@ -1,5 +1,6 @@
 """GGUF files for tests: made by gguf-py alone, or of small random models; and llama.cpp, which judges them."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hsai.interop.gguf_tokenizer import GgufTokenizer
 from hsai.models import MoEConfig, RopeConfig, RopeScaling, Transformer, TransformerConfig
 
 VOCAB = 320
-LENGTH = 64
+LENGTH = 96
 """Tokens of the longest text."""
 _SIZES = {
     "vocab": VOCAB,
@@ -65,6 +66,7 @@ CONFIGS: dict[str, TransformerConfig] = {
 }
 
 
+@functools.cache
 def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
     """A model whose gains and biases are random, too: one that stands in the wrong place changes the logits."""
     model = Transformer(config, rngs=nnx.Rngs(seed))
@@ -78,6 +80,7 @@ def random_model(config: TransformerConfig, seed: int = 0) -> Transformer:
     return replace_weights(model, values)
 
 
+@functools.cache
 def train_tokenizer() -> GgufTokenizer:
     """A byte-level tokenizer with fewer tokens than the models have."""
     text = ["the quick brown fox jumps over the lazy dog, and the dog sleeps; " * 4, "def main():\n    return 42\n"] * 3
@@ -145,5 +148,3 @@ def margin(logits: np.ndarray) -> np.ndarray:
     """(T,): how far the likeliest token is ahead of the next one."""
     top = np.sort(logits, axis=-1)[:, -2:]
     return top[:, 1] - top[:, 0]
-
-

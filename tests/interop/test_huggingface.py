@@ -201,3 +201,97 @@ QWEN2: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    """Changes config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
+    """Adds, replaces or removes tensors of a single file."""
+    tensors = load_file(directory / SINGLE) | {name.replace("__", "."): value for name, value in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, directory / SINGLE)
+
+
+def edit_index(directory: Path, change: Any) -> None:
+    """Changes the index of several files."""
+    index = json.loads((directory / INDEX).read_text())
+    change(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+FAULTS: dict[str, tuple[str, Any, str]] = {
+    "a missing tensor": ("qwen2", lambda d: edit_tensors(d, **{UP: None}), f"'{UP}' is missing .1 missing, 0 unknown"),
+    "an unknown tensor": ("qwen2", lambda d: edit_tensors(d, extra__bias=torch.ones(3)), "'extra.bias' is unknown"),
+    "a layer too many": (
+        "qwen2",
+        lambda d: edit(d, num_hidden_layers=2, layer_types=None),
+        "'model.layers.2.* is unknown",
+    ),
+    "a layer too few": (
+        "qwen2",
+        lambda d: edit(d, num_hidden_layers=4, layer_types=None),
+        "'model.layers.3.* is missing",
+    ),
+    "layers beyond counting": (
+        "qwen2",
+        lambda d: edit(d, num_hidden_layers=10**12, layer_types=None),
+        "says 1000000000000 layers",
+    ),
+    "another shape": (
+        "qwen2",
+        lambda d: edit(d, intermediate_size=57),
+        r"has shape \[40, 56\], config.json says \[40, 57\]",
+    ),
+    "a number that is none": (
+        "qwen2",
+        lambda d: edit_tensors(d, **{UP: torch.full((56, 40), torch.nan)}),
+        f"'{UP}' holds 2240 values that are NaN or infinite, of 2240",
+    ),
+    "integers": ("qwen2", lambda d: edit_tensors(d, **{UP: torch.ones((56, 40), dtype=torch.int8)}), f"'{UP}' is 'I8'"),
+    "no weights": ("qwen2", lambda d: (d / SINGLE).unlink(), "neither model.safetensors nor model.safetensors.index"),
+    "no config": ("qwen2", lambda d: (d / "config.json").unlink(), "cannot read .*config.json: No such file"),
+    "a config that is none": ("qwen2", lambda d: (d / "config.json").write_text("{"), "config.json is not a JSON file"),
+    "an index without files": ("llama", lambda d: (d / INDEX).write_text("{}"), "has no weight_map"),
+    "a file outside": (
+        "llama",
+        lambda d: edit_index(d, lambda m: m.update(x="../x")),
+        "names the file '../x', which is",
+    ),
+    "a file that is not there": (
+        "llama",
+        lambda d: sorted(d.glob("*.safetensors"))[-1].unlink(),
+        "names the file 'model-0000.-of-0000..safetensors', which is not in the directory",
+    ),
+    "a tensor that is elsewhere": (
+        "llama",
+        lambda d: edit_index(d, lambda m: m.update({UP: m["lm_head.weight"]})),
+        f"holds tensor '{UP}', which the index does not place there",
+    ),
+    "a tensor that the index lacks": ("llama", lambda d: edit_index(d, lambda m: m.pop(UP)), f"holds tensor '{UP}'"),
+    "a tensor that only the index has": (
+        "llama",
+        lambda d: edit_index(d, lambda m: m.update(y=m[UP])),
+        "lacks tensor 'y', which the index places there",
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "damage", "message"), FAULTS.values(), ids=list(FAULTS))
+def test_what_is_not_whole_is_refused(
+    family: str, damage: Any, message: str, foreign: GetForeign, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(foreign(family).directory, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(InputError, match=message) as caught:
+        read_huggingface(open_checkpoint(copy))
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+def test_derived_tensors_of_old_versions_are_left_out(foreign: GetForeign, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(foreign("qwen2").directory, tmp_path / "copy"))
+    edit_tensors(copy, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)})
+    assert open_checkpoint(copy).tensors.keys() == open_checkpoint(foreign("qwen2").directory).tensors.keys()

@@ -26,10 +26,7 @@ DTYPES = ("float32", "bfloat16")
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw_quantized(shape: QuantizedShape, kind: str, dtype: str):

@@ -78,9 +78,8 @@ def _list_caches() -> Iterator[Case]:
 def _attend_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
 ) -> jax.Array:
-    given = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-    at = {"q_positions": q_positions, "kv_positions": kv_positions}
-    return attention(q, k, v, **at, **given, implementation="tpu")
+    given: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    return attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions, **given, implementation="tpu")
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:

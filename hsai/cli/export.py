@@ -7,6 +7,7 @@ Of several models each gets a directory (or file) of its name under --out.
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -26,11 +27,12 @@ from hsai.export.stablehlo import GraphConfig
 from hsai.interop.gguf import SUFFIX, is_gguf
 from hsai.interop.gguf_write import GgufType
 from hsai.interop.huggingface import CONFIG, SHARD_BYTES
+from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ONLY = {
-    "bundle": ("prefill_buckets", "reuse"),
+    "bundle": ("prefill_buckets", "cache", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
     "gguf": ("gguf_type", "dequantize"),
 }
@@ -44,6 +46,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--to", choices=tuple(ONLY), default="bundle", help="what is made (default: bundle)")
     parser.add_argument(
         "--prefill-buckets", type=int, nargs="+", help="bundle: prompt lengths that graphs are made for"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=get_args(CacheFormat),
+        help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
     )
     parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
     parser.add_argument(
@@ -77,7 +84,9 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig() if buckets is None else GraphConfig(prefill_buckets=tuple(buckets))
+    graphs = GraphConfig(cache=arguments.cache or "activations")
+    if buckets is not None:
+        graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)
     records = [inspect_model(model) for model in arguments.model]
     for record in records:

@@ -3,7 +3,7 @@
     manifest.json         what is there (hsai.export.manifest); written last
     weights.safetensors   every array of the model, packed weights as they are packed
     tokenizer.json        Hugging Face's format
-    chat_template.jinja   and what else came with the model (hsai.interop.assets)
+    chat_template.jinja   and what else came with the model (hsai.data.assets)
     graphs/               optional: prefill and decode as StableHLO (hsai.export.stablehlo)
 
 The directory is built under a temporary name beside its own and renamed when it is complete, so there is never half a
@@ -25,6 +25,7 @@ import safetensors.flax
 import safetensors.numpy
 
 import hsai
+from hsai.data.assets import read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.manifest import (
@@ -39,7 +40,7 @@ from hsai.export.manifest import (
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_directory, atomic_write, check_replaceable, read_json, sha256
+from hsai.files import atomic_directory, atomic_write, check_replaceable, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -47,12 +48,13 @@ from hsai.models.transformer import abstract_transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle that was read: `model` holds its weights, on jax's default device."""
+    """A bundle that was read: `model` holds its weights, on jax's default device; `assets` are files by name."""
 
     directory: Path
     manifest: Manifest
     model: Transformer
     tokenizer: Tokenizer
+    assets: dict[str, bytes]
 
     @property
     def config(self) -> TransformerConfig:
@@ -112,13 +114,17 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     manifest = read_manifest(directory)
     for name, record in manifest.files.items():
         _check_file(directory / name, record, verify)
-    tokenizer = Tokenizer.load(directory / manifest.tokenizer.file, end_of_text=manifest.tokenizer.end_of_text)
+    named = manifest.tokenizer
+    tokenizer = Tokenizer.load(
+        directory / named.file, end_of_text=named.end_of_text, prefix=named.prefix, stops=named.stops
+    )
     _check_vocabulary(manifest.model, tokenizer)
     try:
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer)
+    assets = read_assets(directory, manifest.files)
+    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
 
 
 def _build(
@@ -140,7 +146,12 @@ def _build(
         created_by={"hsai": hsai.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
         model=model.config,
         weights=formats,
-        tokenizer=TokenizerRecord(file=TOKENIZER, end_of_text=_name_end_of_text(directory / TOKENIZER, tokenizer.eot)),
+        tokenizer=TokenizerRecord(
+            file=TOKENIZER,
+            end_of_text=tokenizer.name(tokenizer.eot),
+            prefix=tuple(map(tokenizer.name, tokenizer.prefix)),
+            stops=tuple(map(tokenizer.name, sorted(tokenizer.stops - {tokenizer.eot}))),
+        ),
         graphs=records,
         files={
             path.relative_to(directory).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
@@ -182,11 +193,3 @@ def _load_model(path: Path, manifest: Manifest) -> Transformer:
     except (TypeError, ValueError) as error:
         raise InputError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
     return model
-
-
-def _name_end_of_text(path: Path, eot: int) -> str:
-    """How the tokenizer file spells the token `eot`."""
-    for token in read_json(path)["added_tokens"]:
-        if token["id"] == eot:
-            return str(token["content"])
-    raise InputError(f"token {eot}, the tokenizer's end of text, is not among its added tokens")

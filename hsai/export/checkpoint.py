@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from hsai.data.assets import TOKENIZER_CONFIG
 from hsai.export.source import ModelSource
 from hsai.interop.assemble import Progress
-from hsai.interop.assets import TOKENIZER, TOKENIZER_CONFIG, describe_tokenizer
+from hsai.interop.assets import TOKENIZER, describe_tokenizer
 from hsai.interop.families import Family
 from hsai.interop.huggingface import SHARD_BYTES, write_huggingface
 

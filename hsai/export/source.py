@@ -8,13 +8,14 @@ from typing import Any
 
 from hsai.config import RunConfig
 from hsai.configuration import from_dict, to_dict
+from hsai.data.assets import ASSET_FILES, read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
 from hsai.interop.assemble import Progress
-from hsai.interop.assets import TOKEN_KEYS, TOKENIZER, read_assets, read_tokenizer
+from hsai.interop.assets import TOKEN_KEYS, TOKENIZER
 from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint, read_gguf
 from hsai.interop.gguf_assets import make_assets, make_tokenizer
 from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint, read_huggingface
@@ -38,7 +39,7 @@ class ModelRecord:
     """JSON that travels from bundle to bundle: run, step, corpus, sequence_length, and what was done since."""
 
     sha256: str
-    """Of its weights and its tokenizer: what was made of a model with the same value need not be made again."""
+    """Of its weights, tokenizer and assets: what was made of a model with the same value need not be made again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ def open_model(
         checkpoint = open_checkpoint(directory)
         return ModelSource(
             **vars(_record_checkpoint(checkpoint)),
-            tokenizer=read_tokenizer(directory, checkpoint.raw),
+            tokenizer=Tokenizer.from_huggingface(directory, vocab=checkpoint.config.vocab),
             model=read_huggingface(checkpoint, dtype=dtype, progress=progress),
             assets=read_assets(directory),
         )
@@ -113,8 +114,7 @@ def open_model(
     _check_is_bundle(directory)
     bundle = read_bundle(directory)
     record = _record_bundle(directory, bundle.manifest)
-    assets = {name: content for name, content in read_assets(directory).items() if name in bundle.manifest.files}
-    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer, assets=assets)
+    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer, assets=bundle.assets)
 
 
 def _check_is_bundle(directory: Path) -> None:
@@ -137,7 +137,8 @@ def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str)
 
 
 def _record_bundle(directory: Path, manifest: Manifest) -> ModelRecord:
-    digest = _join(manifest.files[WEIGHTS].sha256, manifest.files[manifest.tokenizer.file].sha256)
+    names = (WEIGHTS, manifest.tokenizer.file, *(name for name in ASSET_FILES if name in manifest.files))
+    digest = _join(*(manifest.files[name].sha256 for name in names))
     return ModelRecord(directory=directory, config=manifest.model, origin=dict(manifest.extra), sha256=digest)
 
 
@@ -149,6 +150,7 @@ def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
         "special_tokens": tokens,
     }
     parts = (checkpoint.directory / CONFIG, *checkpoint.files, checkpoint.directory / TOKENIZER)
+    parts += tuple(path for name in ASSET_FILES if (path := checkpoint.directory / name).is_file())
     digest = _join(*(sha256(part) for part in parts))
     return ModelRecord(directory=checkpoint.directory, config=checkpoint.config, origin=origin, sha256=digest)
 

@@ -19,12 +19,14 @@ from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
 
 T = TypeVar("T")
 PACKED: dict[str, type[Packed]] = {
     "int8": Int8,
     "int4": Int4,
+    "ternary": Ternary,
     "nm": NM,
     "nm_int4": NMInt4,
     "vnm": VNM,

@@ -16,7 +16,7 @@ from hsai.errors import InputError
 from hsai.formats.int4 import Group, group_absmax, round_to_codes
 from hsai.formats.nm import index_block, nm_mask, select_kept
 from hsai.formats.packed import Packed, check_divides
-from hsai_kernels import densify_nm, pack_words
+from hsai_kernels import densify_nm, pack_words, rank_chosen
 
 CHOSEN = 4
 """Positions of every m that a block may keep."""
@@ -187,8 +187,7 @@ def vnm_mask(w: jax.Array, v: int, n: int, m: int) -> jax.Array:
     values, _ = select_kept(w, chosen, CHOSEN, m)
     kept = nm_mask(values, n, CHOSEN).reshape(*stack, size // m, CHOSEN, outputs)
     groups = chosen.reshape(*stack, size // m, m, outputs)
-    rank = jnp.clip(jnp.cumsum(groups, axis=-2, dtype=jnp.int32) - 1, 0, CHOSEN - 1)
-    return (groups & jnp.take_along_axis(kept, rank, axis=-2)).reshape(w.shape)
+    return (groups & jnp.take_along_axis(kept, rank_chosen(groups), axis=-2)).reshape(w.shape)
 
 
 def select_blocks(w: jax.Array, mask: jax.Array, v: int, n: int, m: int) -> tuple[jax.Array, jax.Array, jax.Array]:

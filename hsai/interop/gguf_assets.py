@@ -10,13 +10,10 @@ from typing import Any
 
 import tokenizers
 
+from hsai.data.assets import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.interop.assets import TOKENIZER_CONFIG
 from hsai.interop.gguf_tokenizer import GgufTokenizer
-
-CHAT_TEMPLATE = "chat_template.jinja"
-GENERATION_CONFIG = "generation_config.json"
 
 
 def make_tokenizer(found: GgufTokenizer, path: str) -> Tokenizer:

@@ -83,11 +83,12 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
+        k_scale = v_scale = None
         if cache is None:
             kv_positions, kv_segments = positions, segments
         else:
             cache = cache.write(k, v, positions)
-            k, v = (part.astype(x.dtype) for part in cache.read())
+            k, v, k_scale, v_scale = cache.read()
             kv_positions, kv_segments = jnp.broadcast_to(jnp.arange(k.shape[1]), (batch, k.shape[1])), None
 
         def attend(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -95,6 +96,8 @@ class Attention(nnx.Module):
                 q,
                 k,
                 v,
+                k_scale=k_scale,
+                v_scale=v_scale,
                 q_positions=positions,
                 kv_positions=kv_positions,
                 q_segments=segments,

@@ -13,7 +13,7 @@ from flax import nnx
 from hsai.errors import InputError
 from hsai.formats import lookup, project
 from hsai.models.attention import Attention
-from hsai.models.cache import CACHE_AXES, KVCache, LayerCache
+from hsai.models.cache import CacheFormat, KVCache, LayerCache, StoredArrays, make_cache
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.mlp import Activation, Mlp
 from hsai.models.moe import MoE, MoEConfig
@@ -22,7 +22,7 @@ from hsai.sharding import constrain
 
 Remat = Literal["none", "dots", "full"]
 # What the scan over layers hands on: activations, and the keys and values of all layers where there is a cache.
-Carry = tuple[jax.Array, tuple[jax.Array, jax.Array] | None]
+Carry = tuple[jax.Array, StoredArrays | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,48 +213,72 @@ class Transformer(nnx.Module):
         if positions is None:
             start = jnp.zeros((), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
-        if c.scale_embeddings:
-            x = x * jnp.asarray(c.embed**0.5, dtype)
-
-        far = make_rotation(positions, c.rope, c.head_dim)
-        near = far if c.local_rope is None else make_rotation(positions, c.local_rope, c.head_dim)
+        x = self.embed_tokens(tokens)
+        rotations = self.make_rotations(positions)
 
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
             x, stored = carry
             block, layer = scanned
-            view = None if stored is None else LayerCache(*stored, layer)
-            is_global, rotation = None, far
-            if c.global_every is not None:
-                is_global = (layer + 1) % c.global_every == 0
-                rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
-            x, view = block(x, positions, rotation, segments, view, is_global)
-            x = constrain(x, "batch", "seq", "embed")
-            return (x, None if view is None else (view.keys, view.values)), None
+            view = None if stored is None else LayerCache(stored, layer)
+            x, view = self.apply_block(block, layer, x, positions, rotations, segments, view)
+            return (x, None if view is None else view.stored), None
 
         if remat != "none":
             policies = jax.checkpoint_policies
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
-        carry: Carry = (x, None if cache is None else (cache.keys, cache.values))
+        carry: Carry = (x, None if cache is None else cache.stored)
         (x, stored), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
         if cache is not None and stored is not None:
-            cache = KVCache(*stored, cache.lengths + tokens.shape[1])
+            keys, values, *scales = stored
+            cache = KVCache(keys, values, cache.lengths + tokens.shape[1], *scales)
         return self.final_norm(x), cache
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """What the first block reads: (B, T) int32 -> (B, T, D) in the config's dtype."""
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
+        return x * jnp.asarray(c.embed**0.5, dtype) if c.scale_embeddings else x
+
+    def make_rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
+        """Of global layers and of those with a window, which mostly are the same."""
+        c = self.config
+        far = make_rotation(positions, c.rope, c.head_dim)
+        return far, far if c.local_rope is None else make_rotation(positions, c.local_rope, c.head_dim)
+
+    def apply_block(
+        self,
+        block: Block,
+        layer: jax.Array,
+        x: jax.Array,
+        positions: jax.Array,
+        rotations: tuple[Rotation, Rotation],
+        segments: jax.Array | None = None,
+        view: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One layer: `block` holds the weights of number `layer`, int32 (); the rest as for `Block`."""
+        far, near = rotations
+        is_global, rotation = None, far
+        if self.config.global_every is not None:
+            is_global = (layer + 1) % self.config.global_every == 0
+            rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
+        x, view = block(x, positions, rotation, segments, view, is_global)
+        return constrain(x, "batch", "seq", "embed"), view
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) in float32."""
         axes = ("batch", "seq", "vocab")
         return project(hidden, self.head.get_value(), out_axes=axes, in_axis="embed", out_dtype=jnp.float32)
 
-    def make_cache(self, batch: int, slots: int | None = None) -> KVCache:
-        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations."""
+    def make_cache(self, batch: int, slots: int | None = None, format: CacheFormat = "activations") -> KVCache:
+        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations.
+
+        Raises:
+          InputError: an unknown format.
+        """
         c = self.config
-        shape = (c.layers, batch, slots or c.max_length, c.kv_heads, c.head_dim)
-        # Two arrays, not one twice: a step that takes over the cache's memory must find memory for both.
-        keys, values = (constrain(jnp.zeros(shape, c.dtype), *CACHE_AXES) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
+        slots = slots or c.max_length
+        return make_cache(c.layers, batch, slots, c.kv_heads, c.head_dim, dtype=c.dtype, format=format)
 
 
 def abstract_transformer(config: TransformerConfig) -> Transformer:

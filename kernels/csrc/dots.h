@@ -151,6 +151,16 @@ HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const 
   return picked;
 }
 
+// Bytes 0 and 1 of every word from `low`, 2 and 3 from `high`.
+template <int L>
+HSAI_INLINE typename Lanes<L>::Word join_halves(const typename Lanes<L>::Word& low,
+                                                const typename Lanes<L>::Word& high) {
+#if defined(__AVX2__)
+  if constexpr (L == 8) return (typename Lanes<L>::Word)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
+#endif
+  return (low & 0x0000ffffu) | (high & 0xffff0000u);
+}
+
 }  // namespace
 }  // namespace hsai
 

@@ -38,8 +38,11 @@ std::vector<float> widen_activations(const Activations& a, std::int64_t dense, i
   return x;
 }
 
-// How many of 4 positions a sparse weight keeps: of the 4 that were chosen, for V:N:M.
+// How many positions of a group a sparse weight keeps: of the 4 that were chosen, for V:N:M.
 std::int64_t count_kept(const Weight& weight) { return weight.stored / (weight.dense / weight.pattern); }
+
+// How many positions a group has from which elements pick: M, but for V:N:M the 4 that were chosen.
+std::int64_t count_positions(const Weight& weight) { return weight.choices != nullptr ? 4 : weight.pattern; }
 
 // Where every stored element's group of 4 starts.
 std::vector<std::int32_t> list_quads(const Weight& weight) {
@@ -76,9 +79,10 @@ ProductTile choose_kernel(const Products& products, Format format) {
   return format == Format::kSparseFloat32 ? products.sparse_float32 : products.sparse_bfloat16;
 }
 
-IntegerTile choose_integer_kernel(const Products& products, Format format) {
+IntegerTile choose_integer_kernel(const Products& products, Format format, const Weight& weight) {
   if (format == Format::kInt4) return products.int4;
-  return format == Format::kInt2 ? products.int2 : products.sparse_int4;
+  if (format == Format::kInt2) return products.int2;
+  return count_positions(weight) == 8 ? products.sparse_int4_of_8 : products.sparse_int4;
 }
 
 // Copies the tile's columns from `sums` (rows, length) to the result.
@@ -96,14 +100,16 @@ void write_tile(const Tile& tile, const float* sums, const Activations& a, std::
 }
 
 std::vector<Slot> list_slots(const Weight& weight) {
-  const std::int64_t kept = count_kept(weight);
+  const std::int64_t kept = count_kept(weight), positions = count_positions(weight);
   std::vector<Slot> slots(static_cast<std::size_t>(weight.stored / 4));
   std::int64_t element = 0;
   for (Slot& slot : slots) {
     const std::int64_t first = element / kept;
-    slot = {static_cast<std::int32_t>(4 * first), 0};
+    slot = {static_cast<std::int32_t>(positions * first), 0, 0};
     for (int byte = 0; byte < 4; ++byte, ++element) {
-      slot.offsets |= static_cast<std::uint32_t>(4 * (element / kept - first)) << (8 * byte);
+      const std::int64_t offset = positions * (element / kept - first);
+      if (offset >= 16) slot.next = 16;
+      slot.offsets |= static_cast<std::uint32_t>(offset % 16) << (8 * byte);
     }
   }
   return slots;
@@ -186,7 +192,7 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     });
   }
   const ProductTile floats = choose_kernel(products, format);
-  const IntegerTile integers = choose_integer_kernel(products, format);
+  const IntegerTile integers = choose_integer_kernel(products, format, weight);
   run_tiles(static_cast<std::int64_t>(tiles.size()), threads, schedule, [&](std::int64_t i) {
     const Tile& tile = tiles[static_cast<std::size_t>(i)];
     float* out = sums[static_cast<std::size_t>(i)].data();

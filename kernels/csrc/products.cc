@@ -25,7 +25,8 @@ const Products HSAI_PRODUCTS = {
     multiply<SparseFloat<1>>,
     multiply_integer<Codes<4>>,
     multiply_integer<Codes<2>>,
-    multiply_integer<SparseCodes>,
+    multiply_integer<SparseCodes<4>>,
+    multiply_integer<SparseCodes<8>>,
     fill_planes,
     attend_tile,
 };

@@ -40,7 +40,7 @@ def test_a_star_takes_every_matrix_and_no_gain() -> None:
 
 def test_the_first_rule_wins_and_the_rest_is_left_alone() -> None:
     recipe = make_recipe(**{"layers.mlp.down": NMConfig(), "layers.mlp.*": Int4Config(), "*.[qk]": Int8Config()})
-    assert match_weights(recipe, MODEL) == {
+    assert {name: rule.format for name, rule in match_weights(recipe, MODEL).items()} == {
         "layers.attention.k": Int8Config(),
         "layers.attention.q": Int8Config(),
         "layers.mlp.down": NMConfig(),
@@ -116,7 +116,7 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     assert loaded.parent_name == parent
     assert from_dict(RecipeConfig, to_dict(loaded.config)) == loaded.config
     model = abstract_transformer(dataclasses.replace(CONFIG, kv_heads=2, tie_embeddings=tied))  # blocks of 64 fit
-    formats = match_weights(loaded.config, model)
+    formats = {name: rule.format for name, rule in match_weights(loaded.config, model).items()}
     assert set(formats) == {*MATRICES, *(() if tied else ("unembed",))}
     assert {formats.pop(table) for table in ("embed", *(() if tied else ("unembed",)))} == {embedding}
     assert set(formats.values()) == {blocks}

@@ -35,7 +35,7 @@ write_tensors(directory / "model.safetensors", shapes, tensors)
 sizes = [4 * int(np.prod(shape)) for shape, _ in shapes.values()]
 
 def peak():
-    """Of this program alone: ru_maxrss would begin with what the parent held when it made this process."""
+    # Of this program alone: ru_maxrss would begin with what the parent held when it made this process.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 

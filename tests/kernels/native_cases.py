@@ -4,6 +4,7 @@ Dimensions: R rows, D contraction, C stored elements a column, F columns. Shapes
 columns that fill no vector, every number of rows that a kernel is compiled for, and what lies between.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,21 +65,23 @@ def make_case(
     extreme: bool = False,
     pattern: int = 4,
     width: int = 0,
+    contraction: int = CONTRACTION,
 ) -> Case:
     """A product of `rows` activations with a (D, `columns`) weight of one of FORMATS, drawn from its own arguments.
 
-    `kept` of 4 for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
-    With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M).
+    `kept` of `pattern` for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
+    With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
     """
-    name = f"{kind} {kept}:4, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
+    m = 4 if width else pattern
+    name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
     name += f", activations {activation_bits}, {extreme=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
     sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
-    stored, groups = CONTRACTION * kept // pattern, CONTRACTION // group
-    x = rng.standard_normal((rows, CONTRACTION)).astype(np.float32)
+    stored, groups = contraction * kept // pattern, contraction // group
+    x = rng.standard_normal((rows, contraction)).astype(np.float32)
     if extreme:
-        x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], CONTRACTION, axis=1)
+        x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], contraction, axis=1)
     x = x.astype(DTYPES[dtype])
     exact = x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
@@ -102,13 +105,13 @@ def make_case(
 
     indices = np.zeros((0, columns), np.uint32)
     if sparse:
-        positions = oracles.draw_positions(rng, CONTRACTION * 4 // pattern, columns, kept)
-        indices = oracles.pack(positions, 2)
-        weight = oracles.densify(weight, positions, kept)
-        largest = oracles.densify(np.abs(largest), positions, kept)
+        positions = oracles.draw_positions(rng, contraction * m // pattern, columns, kept, m)
+        indices = oracles.pack(positions, 2 if m == 4 else 3)
+        weight = oracles.densify(weight, positions, kept, m)
+        largest = oracles.densify(np.abs(largest), positions, kept, m)
     choices = np.zeros((0, columns), np.uint32)
     if width:
-        chosen = oracles.draw_choices(rng, CONTRACTION, columns // width, pattern)
+        chosen = oracles.draw_choices(rng, contraction, columns // width, pattern)
         choices = oracles.pack_choices(chosen, pattern)
         weight, largest = (oracles.spread(each, chosen, pattern) for each in (weight, largest))
     if activation_bits is not None:
@@ -117,7 +120,7 @@ def make_case(
         name=name,
         header=(
             FORMATS.index(kind),
-            CONTRACTION,
+            contraction,
             stored,
             stored // groups if scale_type_index else stored,
             columns,
@@ -173,6 +176,22 @@ def list_cases() -> Iterator[Case]:
                 pattern=pattern,
                 width=width,
             )
+    yield from _list_eighths()
+
+
+def _list_eighths() -> Iterator[Case]:
+    """N:8, with blocks of 8 to 64 kept elements, so that one starts at each of the four words of a unit."""
+    for kept in (1, 2, 4):
+        # 1:8 needs 256 positions for whole words of indices.
+        options = {"kept": kept, "pattern": 8, "contraction": 256, "group": 32 if kept > 1 else 64}
+        for columns in COLUMNS:
+            yield make_case("sparse_int4", 1 + columns % 3, columns, **options)
+        for rows in (*range(1, 10), 21):
+            yield make_case("sparse_int4", rows, 37, dtype="bfloat16" if rows % 2 else "float32", **options)
+        yield make_case("sparse_int4", 4, 1029, scale_type="bfloat16", **options)
+        for bits, group in itertools.product((None, 8), (64, 256)):
+            yield make_case("sparse_int4", 3, 37, activation_bits=bits, **options | {"group": group})
+            yield make_case("sparse_int4", 4, 20, activation_bits=bits, extreme=True, **options | {"group": group})
 
 
 def write_cases(path: Path, cases: list[Case]) -> None:

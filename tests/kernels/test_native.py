@@ -57,6 +57,21 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
         assert_close(out, exact @ plain, np.abs(exact) @ np.abs(plain), "float32")
 
 
+@pytest.mark.parametrize("columns", [1, 3, 8, 17, 100, 4133])
+@pytest.mark.parametrize(("rows", "kept"), [(1, 4), (2, 2), (3, 1), (13, 4)])
+def test_eighths_of_every_instruction_set_match_the_oracle(instruction_set, rows, kept, columns):
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((rows, 256)).astype(np.float32)
+    positions = oracles.draw_positions(rng, 256, columns, kept, 8)
+    codes = rng.integers(-8, 8, positions.shape)
+    scale = rng.uniform(0.01, 0.1, (4, columns)).astype(np.float32)
+    weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
+    words, indices = oracles.pack(codes + 8, 4), oracles.pack(positions, 3)
+    out = sparse_matmul(x, words, indices, scale, n=kept, m=8, implementation="cpu")
+    exact = x.astype(np.float64)
+    assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
+
+
 def test_results_are_the_same_bits_every_time():
     """Also while several calls share the thread pool: how columns fall to threads must not matter."""
     x, codes, positions, scale = _draw(4, 512, 2085)
@@ -223,6 +238,32 @@ def test_wrong_sparse_calls_give_an_error(operands, n):
     attributes = {"n": np.int64(n), "m": np.int64(4), "activation_bits": np.int64(0)}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
         _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (2, 5), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n"),
+    [
+        ({}, 2),
+        ({}, 3),
+        ({}, 5),
+        ({}, 8),
+        ({}, 0),
+        ({"indices": np.zeros((2, 5), np.uint32)}, 4),  # of 2 bits
+        ({"indices": np.zeros((3, 4), np.uint32)}, 4),
+        (
+            {"words": np.zeros((2, 5), np.uint32), "indices": np.zeros((1, 5), np.uint32)},
+            2,
+        ),  # of half a unit
+        ({"words": np.zeros((32, 5), np.float32), "scale": NO_SCALE}, 4),
+    ],
+)
+def test_wrong_calls_of_eighths_give_an_error(changes, n):
+    right = {"x": X, "words": np.zeros((4, 5), np.uint32), "indices": np.zeros((3, 5), np.uint32), "scale": SCALE}
+    attributes = {"m": np.int64(8), "activation_bits": np.int64(0)}
+    _call(native.SPARSE_MATMUL, (*right.values(), NO_CHOICES), (2, 5), n=np.int64(4), **attributes)
+    operands = (*(right | changes).values(), NO_CHOICES)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n), **attributes)
 
 
 @pytest.mark.parametrize(

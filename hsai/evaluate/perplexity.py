@@ -1,0 +1,64 @@
+"""Plain text as pairs to score: windows that score each token once, and llama.cpp's chunks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hsai.errors import InputError
+from hsai.evaluate.scorer import Pair
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises `InputError` if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text: byte {error.start} is not UTF-8") from error
+
+
+def cut_windows(tokens: Sequence[int], *, prefix: int, context: int, stride: int) -> list[Pair]:
+    """Windows of `context` input tokens that predict each of `tokens` exactly once (the harness's rolling windows).
+
+    The first window predicts all it can, from `prefix` on; each later one the next `stride` tokens, the last one what
+    is left, with as much before them as the window holds. A stride of `context` is what the harness measures; a
+    smaller one gives every token more to stand on, and costs context / stride times as much.
+
+    Raises:
+      InputError: the stride is not in 1..context.
+    """
+    if not 1 <= stride <= context:
+        raise InputError(f"--stride {stride} must be between 1 and the window's {context} tokens")
+    pairs = []
+    if tokens:
+        pairs.append(Pair(context=(prefix,), continuation=tuple(tokens[:context])))
+    for start in range(context, len(tokens), stride):
+        stop = min(start + stride, len(tokens))
+        pairs.append(Pair(context=tuple(tokens[stop - context - 1 : start]), continuation=tuple(tokens[start:stop])))
+    return pairs
+
+
+def cut_chunks(tokens: Sequence[int], *, context: int, bos: int | None) -> list[Pair]:
+    """What llama.cpp's perplexity tool scores: the second half of each chunk of `context` tokens, seen from its start.
+
+    Chunks follow one another without overlap; an incomplete one at the end is left out. Of chunk x the tokens
+    x[context // 2 + 1:] count, so that each of them has at least half of a chunk before it (and half of the text is not
+    measured). Where the vocabulary asks for a token at the beginning of a text, `bos` stands there, and in place of
+    each chunk's first token.
+
+    Raises:
+      InputError: the text does not fill a chunk, or a chunk has less than 4 tokens.
+    """
+    if context < 4:
+        raise InputError(f"--window {context} must be at least 4 tokens: half of them are scored")
+    text = list(tokens) if bos is None else [bos, *tokens]
+    if len(text) < context:
+        raise InputError(f"the text has {len(text)} tokens and does not fill one window of {context}; give --window")
+    pairs = []
+    for start in range(0, len(text) - context + 1, context):
+        chunk = text[start : start + context]
+        if bos is not None:
+            chunk[0] = bos
+        seen = context // 2 + 1
+        pairs.append(Pair(context=tuple(chunk[:seen]), continuation=tuple(chunk[seen:])))
+    return pairs

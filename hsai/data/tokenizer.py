@@ -1,20 +1,26 @@
-"""Byte-level BPE: text to token ids and back, and how many bytes each token stands for.
+"""BPE that covers every text: text to token ids and back, and how many bytes each token stands for.
 
-Byte-level means that every text has tokens (there is no unknown token) and that a token's length in bytes is fixed, so
-losses can be stated per byte and compared between vocabularies. The work is done by Hugging Face's `tokenizers`; this
-wrapper pins the choices that matter and refuses what it would silently drop.
+Every text has tokens (there is no unknown token) and a token's length in bytes is fixed, so losses can be stated per
+byte and compared between vocabularies. The work is done by Hugging Face's `tokenizers`; this wrapper pins the choices
+that matter and refuses what it would silently drop.
 """
 
+import functools
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from hsai.data.assets import GENERATION_CONFIG, TOKENIZER_CONFIG
+from hsai.data.pieces import list_pieces
+from hsai.data.token_roles import find_roles
 from hsai.errors import InputError
-from hsai.files import atomic_write
+from hsai.files import atomic_write, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1
@@ -22,29 +28,59 @@ SMALLEST_VOCABULARY = 256 + 1
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. Text never turns into special tokens, not even text that spells one.
+    """A BPE tokenizer that covers every text. Unless asked, text never turns into special tokens, not if it spells one.
+
+    The bytes of a text's tokens add up to those of the text in UTF-8, composed (NFC) if the tokenizer does that, and
+    one more where `adds_space` is true: then the tokenizer puts a space before the text, and `decode` takes it away.
+    (Where it is put before any text, and where not before one that begins with a space, is the tokenizer's own rule.)
 
     Attributes:
       vocab_size: V, number of token ids; ids are 0..V-1.
-      eot: id of the token that stands before every document.
+      eot: id of the token that ends a document, and in corpora stands before every one.
+      prefix: ids that stand before a text that the model is to continue: `eot`, or another, or none.
+      stops: ids that end an answer, `eot` among them.
       token_bytes: int32 (V,), UTF-8 bytes each token stands for; special tokens stand for none.
+      adds_space: whether tokens of a text begin with a space that the text does not have.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str = END_OF_TEXT):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        end_of_text: str = END_OF_TEXT,
+        prefix: Sequence[str] | None = None,
+        stops: Sequence[str] = (),
+    ):
         """Wraps `backend`.
 
+        Args:
+          backend: byte-level BPE, or BPE with byte fallback.
+          end_of_text: the token that ends a document.
+          prefix: tokens that stand before a text; by default `end_of_text`.
+          stops: tokens that end an answer, besides `end_of_text`.
         Raises:
-          InputError: it is no byte-level tokenizer, or has no token `end_of_text`.
+          InputError: it does not cover every text, or lacks one of the tokens.
         """
-        eot = backend.token_to_id(end_of_text)
-        if eot is None:
-            raise InputError(f"the tokenizer has no token {end_of_text!r}; name its end-of-text token")
+        prefix = (end_of_text,) if prefix is None else prefix
+        ids: dict[str, int] = {}
+        for token in (end_of_text, *prefix, *stops):
+            index = backend.token_to_id(token)
+            if index is None:
+                role = "end-of-text" if token == end_of_text else "prefix or stop"
+                raise InputError(f"the tokenizer has no token {token!r}; name its {role} token")
+            ids[token] = index
         # The flag is not stored in tokenizer.json, so it is set whenever one is loaded.
         backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
-        self.eot: int = eot
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.token_bytes: np.ndarray = _count_bytes(backend, self.vocab_size)
+        self._pieces = list_pieces(backend)
+        self.eot: int = ids[end_of_text]
+        self.prefix: tuple[int, ...] = tuple(ids[token] for token in prefix)
+        self.stops: frozenset[int] = frozenset({self.eot, *(ids[token] for token in stops)})
+        self.vocab_size: int = len(self._pieces)
+        self.token_bytes: np.ndarray = np.fromiter(map(len, self._pieces), np.int32, len(self._pieces))
+        self.adds_space: bool = self.decode_bytes(self.encode("a")).startswith(b" ")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -76,24 +112,49 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, end_of_text: str = END_OF_TEXT) -> "Tokenizer":
-        """Reads a tokenizer.json.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        end_of_text: str = END_OF_TEXT,
+        prefix: Sequence[str] | None = None,
+        stops: Sequence[str] = (),
+    ) -> "Tokenizer":
+        """Reads a tokenizer.json; the tokens are those of the constructor.
 
         Raises:
-          InputError: the file is missing, is no tokenizer, is not byte-level, or lacks `end_of_text`.
+          InputError: the file is missing, is no tokenizer, does not cover every text, or lacks one of the tokens.
         """
+        backend = _parse(_read_text(path), path)
         try:
-            content = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the tokenizer {path}: {error}") from error
-        try:
-            backend = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # `tokenizers` raises bare Exception for every fault of the content
-            raise InputError(f"{path} is not a tokenizer.json: {error}") from error
-        try:
-            return cls(backend, end_of_text=end_of_text)
+            return cls(backend, end_of_text=end_of_text, prefix=prefix, stops=stops)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_huggingface(cls, directory: str | os.PathLike[str], *, vocab: int | None = None) -> "Tokenizer":
+        """Reads the tokenizer of a Hugging Face repository, with what its other files say of it.
+
+        Args:
+          directory: with tokenizer.json, and tokenizer_config.json, special_tokens_map.json, generation_config.json and
+            config.json as far as they are there.
+          vocab: rows of the model's embedding. Special tokens that were added beyond them (Gemma 3's
+            <image_soft_token>) are left out: no text turns into them, and the model has nothing for them.
+        Raises:
+          InputError: as `load`; no file names an end-of-text token; a file is no JSON object.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        text = _read_text(path)
+        backend = _parse(text, path)
+        if vocab is not None and backend.get_vocab_size(with_added_tokens=True) > vocab:
+            backend = _parse(_drop_added(text, vocab), path)
+        names = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG, "config.json")
+        try:
+            roles = find_roles(backend, *(_read_optional(directory / name) for name in names))
+            return cls(backend, end_of_text=roles.end_of_text, prefix=roles.prefix, stops=roles.stops)
+        except InputError as error:
+            raise InputError(f"{directory}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json (Hugging Face's format), whole or not at all."""
@@ -104,23 +165,31 @@ class Tokenizer:
         """The content of tokenizer.json: equal tokenizers give equal text."""
         return self._backend.to_str(pretty=True) + "\n"
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no end-of-text is added.
+    def name(self, token: int) -> str:
+        """How tokenizer.json spells the token with this id."""
+        self._check(token)
+        name = self._backend.id_to_token(token)
+        assert name is not None, "every id below V has a token"
+        return name
 
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`; nothing is put before or after it.
+
+        Args:
+          text: any.
+          special: whether what spells a special token becomes that token, as in the text of a chat template.
         Raises:
           InputError: `text` holds a lone surrogate, which no UTF-8 can say.
         """
-        return self.encode_batch([text])[0]
+        if not special:
+            return self.encode_batch([text])[0]
+        _check_unicode(text)
+        return self._parsing_backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, over all cores. Raises as `encode`."""
+        """Token ids of each text, over all cores; none is special. Raises as `encode`."""
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"character {text[error.start]!r} at {error.start} of the text is not Unicode"
-                ) from error
+            _check_unicode(text)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -129,28 +198,57 @@ class Tokenizer:
         Raises:
           InputError: an id is not in 0..V-1.
         """
+        text = self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.adds_space else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """What the tokens stand for as they are, whatever stands before them. Raises as `decode`."""
         ids = [int(token) for token in ids]
         for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise InputError(f"token id {token} is out of range; valid are 0 to {self.vocab_size - 1}")
-        return self._backend.decode(ids, skip_special_tokens=True)
+            self._check(token)
+        return b"".join([self._pieces[token] for token in ids])
+
+    def _check(self, token: int) -> None:
+        if not 0 <= token < self.vocab_size:
+            raise InputError(f"token id {token} is out of range; valid are 0 to {self.vocab_size - 1}")
+
+    @functools.cached_property
+    def _parsing_backend(self) -> tokenizers.Tokenizer:
+        """Another one that turns text into special tokens: the flag is the backend's, and threads may share that."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
 
-def _count_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
-    """int32 (V,). Byte-level BPE writes each byte as one character of a fixed alphabet, so a token's length counts."""
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    added = backend.get_added_tokens_decoder()
-    counts = np.zeros(vocab_size, np.int32)
-    for token, index in backend.get_vocab(with_added_tokens=True).items():
-        if not 0 <= index < vocab_size:
-            raise InputError(
-                f"token {token!r} has id {index}, beyond the vocabulary's {vocab_size}; ids must be 0..V-1"
-            )
-        if index in added:
-            # Added tokens are spelled as plain text; the special ones never come from text.
-            counts[index] = 0 if added[index].special else len(token.encode("utf-8"))
-        elif set(token) <= alphabet:
-            counts[index] = len(token)
-        else:
-            raise InputError(f"token {token!r} is not made of bytes; only byte-level BPE tokenizers can be used")
-    return counts
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"character {text[error.start]!r} at {error.start} of the text is not Unicode") from error
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the tokenizer {path}: {error}") from error
+
+
+def _parse(content: str, path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # `tokenizers` raises bare Exception for every fault of the content
+        raise InputError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from error
+
+
+def _drop_added(content: str, vocab: int) -> str:
+    """A tokenizer.json without the special tokens whose ids are `vocab` or more."""
+    fields = json.loads(content)
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab or not token["special"]]
+    return json.dumps(fields)
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one if there is no such file."""
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path.name} holds {type(content).__name__}, not an object")
+    return content

@@ -34,10 +34,10 @@ class Generation:
     """The new text."""
 
     tokens: tuple[int, ...]
-    """The new tokens, without an end-of-text token."""
+    """The new tokens, without the one that ended the text."""
 
     prompt_tokens: int
-    """Tokens of the prompt, the end-of-text token before it included."""
+    """Tokens of the prompt, those that the tokenizer puts before it included."""
 
     finish_reason: FinishReason
     """The model ended the text, `max_tokens` were made, or the context is full."""
@@ -102,7 +102,7 @@ class Engine:
         sampling: SamplingConfig | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Generation:
-        """Continues `prompt`, which may be empty: as in training, an end-of-text token stands before the text.
+        """Continues `prompt`: the tokenizer's prefix stands before it, and its end of text before an empty one.
 
         Args:
           prompt: the text.
@@ -112,7 +112,7 @@ class Engine:
         Raises:
           InputError: as `generate_tokens`.
         """
-        ids = [self.tokenizer.eot, *self.tokenizer.encode(prompt)]
+        ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
 
     def generate_tokens(
@@ -140,7 +140,7 @@ class Engine:
         times = [time.perf_counter()]
         for token in self._continue(prompt, sampler):
             times.append(time.perf_counter())
-            if token == self.tokenizer.eot:
+            if token in self.tokenizer.stops:
                 reason = "end_of_text"
                 break
             tokens.append(token)

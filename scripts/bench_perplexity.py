@@ -89,11 +89,13 @@ def main() -> None:
     text = read_passages() if arguments.text is None else read_text(arguments.text)
     tokenizer = open_model(arguments.bundle).tokenizer
     tokens = model.tokenize(text.encode(), add_bos=False, special=False)
+    theirs_prefix = model.tokenize(b"", add_bos=True, special=False)
+    if theirs_prefix != list(tokenizer.prefix):
+        raise InputError(f"llama.cpp puts {theirs_prefix} before a text, and hsai {list(tokenizer.prefix)}")
     if tokens != tokenizer.encode(text):
         raise InputError("hsai and llama.cpp cut the text into different tokens: their numbers cannot be compared")
-    bos = model.token_bos() if model.metadata.get("tokenizer.ggml.add_bos_token", "false") == "true" else None
     chunks = QUICK_CHUNKS if arguments.quick else arguments.chunks
-    pairs = cut_chunks(tokens, context=arguments.window, bos=bos)[:chunks]
+    pairs = cut_chunks(tokens, prefix=tokenizer.prefix, context=arguments.window)[:chunks]
     with ProgressBar() as progress:
         times = [time.perf_counter()]
         theirs = measure_llama(model, pairs, progress)

@@ -12,7 +12,7 @@ from hsai.errors import InputError
 from hsai.evaluate.documents import load_documents
 from hsai.evaluate.fewshot import SEED, ExampleSampler
 from hsai.evaluate.metrics import Metric, average, is_right, is_right_by_length, perplexity, pool
-from hsai.evaluate.pairs import encode_pairs
+from hsai.evaluate.pairs import begin_text, encode_pairs
 from hsai.evaluate.perplexity import cut_chunks, cut_windows, read_text
 from hsai.evaluate.scorer import Score, Scorer
 from hsai.evaluate.subjects import SUBJECTS
@@ -159,7 +159,7 @@ def _measure(
         for lead, question in asked
         for prompt, answer in zip(question.prompts, question.answers, strict=True)
     ]
-    pairs = iter(encode_pairs(tokenizer, texts, prefix=tokenizer.eot))
+    pairs = iter(encode_pairs(tokenizer, texts))
     groups = [[next(pairs) for _ in question.answers] for asked in questions for _, question in asked]
     scores = iter(scorer.score(groups, _bind(progress, name)))
     seconds = time.perf_counter() - start
@@ -205,10 +205,10 @@ def _measure_text(
         raise InputError(f"--window {window} exceeds the model's context of {scorer.max_length} tokens")
     settings = {"window": window}
     if name.startswith(CHUNKS):
-        pairs = cut_chunks(tokens, context=window, bos=None)
+        pairs = cut_chunks(tokens, prefix=tokenizer.prefix, context=window)
     else:
         settings["stride"] = window if config.stride is None else config.stride
-        pairs = cut_windows(tokens, prefix=tokenizer.eot, context=window, stride=settings["stride"])
+        pairs = cut_windows(tokens, prefix=begin_text(tokenizer), context=window, stride=settings["stride"])
     pairs = pairs[: config.limit]
     if not pairs:
         raise InputError(f"{path} holds no text")

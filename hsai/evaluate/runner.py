@@ -127,9 +127,10 @@ def make_questions(
 ) -> list[tuple[str, Question]]:
     """(What stands before the prompt, question) of each document."""
     documents = load_documents(task.documents, cache=cache, progress=progress)
-    pool = documents if task.examples == task.documents else load_documents(task.examples, cache=cache)
-    own = task.examples == task.documents
-    sampler = ExampleSampler(pool, count=few_shot, seed=seed, own=own, first=task.first_examples)
+    same = task.examples == task.documents
+    examples = documents if same else load_documents(task.examples, cache=cache, progress=progress)
+    own = same and not task.may_repeat
+    sampler = ExampleSampler(examples, count=few_shot, seed=seed, own=own, first=task.first_examples)
     questions = []
     for document in documents[:limit]:
         shots = "".join(task.ask(example).solved for example in sampler.draw(document))

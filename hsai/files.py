@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,62 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     flush(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, holding: str, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a new directory beside `path`; it is renamed to `path` when the block ends, and removed when it raises.
+
+    Its parents are made. A directory that stands at `path` steps aside, and back if the renaming fails: until the new
+    one is whole, the old one stays.
+
+    Args:
+      path: of the directory.
+      holding: a file by which a directory is known to be of the kind that may be replaced.
+      overwrite: whether it may.
+    Raises:
+      InputError: `path` is a file; it exists, and may not be overwritten; it is of another kind.
+    """
+    target = Path(os.path.abspath(path))
+    check_replaceable(target, holding=holding, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    building.mkdir()
+    try:
+        yield building
+        _publish(building, target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def check_replaceable(target: Path, *, holding: str, overwrite: bool) -> None:
+    """Refuses what `atomic_directory` would, for those who have much to compute before it."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; give the name of a directory")
+    if not overwrite:
+        raise InputError(f"{target} exists; choose another name, or say --overwrite (overwrite=True)")
+    if any(target.iterdir()) and not (target / holding).is_file():
+        raise InputError(f"{target} is not overwritten: it has no {holding}; choose another name")
+
+
+def _publish(building: Path, target: Path) -> None:
+    aside = building.with_name(f"{building.name}.old")
+    exists = target.exists()
+    if exists:
+        os.rename(target, aside)
+    try:
+        os.rename(building, target)
+    except BaseException:
+        if exists:
+            os.rename(aside, target)
+        raise
+    flush(target.parent)
+    if exists:
+        # The new one stands; what cannot be removed of the old one is no reason to say that it does not.
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:

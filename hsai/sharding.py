@@ -40,6 +40,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "cache": (),
     "layers": (),
     "embed": ("fsdp",),
+    "experts": ("model",),
     "mlp": ("model",),
     "heads": ("model",),
     "kv_heads": ("model",),

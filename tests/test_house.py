@@ -13,6 +13,7 @@ ROOMS = [
     ("hsai.evaluate",),
     ("hsai.infer",),
     ("hsai.export",),
+    ("hsai.interop",),
     ("hsai.compress",),
     ("hsai.train",),
     ("hsai.config",),

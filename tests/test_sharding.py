@@ -196,18 +196,22 @@ def test_packed_weights_are_split_by_the_axes_they_were_declared_with() -> None:
 
 
 @pytest.mark.parametrize(("sizes", "part"), [((2, 2, 2), (2, 2, 16, 1, 8)), ((1, 2, 4), (2, 4, 16, 2, 8))])
-def test_batch_and_cache_are_split(sizes: tuple[int, int, int], part: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("format", ["activations", "int8"])
+def test_batch_and_cache_are_split(sizes: tuple[int, int, int], part: tuple[int, ...], format: Any) -> None:
     """Over rows, and over kv heads where there are enough; with fewer than devices, heads stay whole."""
     mesh = mesh_of(*sizes)
     assert array_sharding(mesh, ("batch", "seq"), (8, 16)).shard_shape((8, 16)) == (8 // (sizes[0] * sizes[1]), 16)
     model = state_on(sizes).model
     with use_mesh(mesh):
-        cache = jax.jit(lambda: model.make_cache(8, 16))()
+        cache = jax.jit(lambda: model.make_cache(8, 16, format))()
         step = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache), donate_argnums=2)
         _, after = step(model, np.zeros((8, 3), np.int32), cache)
-    for array in (after.keys, after.values):
-        assert array.sharding.is_equivalent_to(array_sharding(mesh, CACHE_AXES, array.shape), 5)
-        assert array.addressable_shards[0].data.shape == part
+    stored = [array for array in after.stored if array is not None]
+    assert len(stored) == (4 if format == "int8" else 2)
+    for array in stored:
+        axes = CACHE_AXES[: array.ndim]  # a scale has all but the last
+        assert array.sharding.is_equivalent_to(array_sharding(mesh, axes, array.shape), array.ndim)
+        assert array.addressable_shards[0].data.shape == part[: array.ndim]
 
 
 @jax.jit

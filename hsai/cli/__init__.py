@@ -24,7 +24,8 @@ from hsai.errors import InputError
 COMMANDS = {
     "train": "train a config on a mesh, or resume it",
     "compress": "make a run's or bundle's weights sparse and low-bit",
-    "export": "write a model with its StableHLO graphs as a bundle",
+    "import": "take a model from elsewhere as a bundle",
+    "export": "write a model with its StableHLO graphs as a bundle, or as a checkpoint for elsewhere",
     "eval": "measure models on held-out text, side by side",
     "generate": "continue a prompt with a bundle",
     "fetch": "bring a model or task data by name into a cache",

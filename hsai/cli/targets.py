@@ -12,21 +12,42 @@ from hsai.files import sha256
 from hsai.progress import say
 
 
-def check_targets(targets: Iterable[Path], arguments: argparse.Namespace) -> None:
+def check_targets(
+    targets: Iterable[Path], arguments: argparse.Namespace, *, option: str = "--out", holding: str = MANIFEST
+) -> None:
     """Refuses, before anything is computed, what could not be written in the end.
 
+    Args:
+      targets: the directories.
+      arguments: with `overwrite` and `reuse`.
+      option: by which they were given.
+      holding: the file by which a directory is known to be of the kind that may be replaced.
     Raises:
       InputError: what `check_place` refuses; a target exists, and neither `--overwrite` nor `--reuse` says what to do
-        with it; it holds something that is no bundle.
+        with it; it holds something that is of another kind.
     """
     for target in targets:
-        check_place(target, "--out")
+        check_place(target, option)
         if not target.exists():
             continue
         if not (arguments.overwrite or arguments.reuse):
-            raise InputError(f"{target} exists; give another --out, or --overwrite")
-        if any(target.iterdir()) and not (target / MANIFEST).is_file():
-            raise InputError(f"{target} holds something else than a bundle (no {MANIFEST}); give another --out")
+            raise InputError(f"{target} exists; give another {option}, or --overwrite")
+        if any(target.iterdir()) and not (target / holding).is_file():
+            kind = "a bundle" if holding == MANIFEST else "a checkpoint"
+            raise InputError(f"{target} holds something else than {kind} (no {holding}); give another {option}")
+
+
+def check_file(target: Path, *, overwrite: bool) -> None:
+    """Refuses, before anything is computed, a file that could not be written in the end.
+
+    Raises:
+      InputError: what `check_place` refuses; the file exists and is not to be overwritten, or is a directory.
+    """
+    check_place(target.absolute().parent, "--out")
+    if target.is_dir():
+        raise InputError(f"{target} is a directory; give the name of a file")
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists; give another --out, or --overwrite")
 
 
 def is_kept(target: Path, made: Mapping[str, Any], arguments: argparse.Namespace) -> bool:

@@ -20,6 +20,7 @@ from hsai.formats import (
     NMConfig,
     NMInt4Config,
     Packed,
+    TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -58,11 +59,33 @@ class LedgerRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """How one weight of one layer was solved."""
+
+    weight: str
+    """Its name in the model."""
+
+    layer: int
+
+    output_error: float
+    """||X (w - v)|| / ||X w|| over calibration."""
+
+    damping: float | None
+    """What the factorization took; None where it failed, and the weight was rounded plainly."""
+
+    note: str = ""
+    """Why, if it failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
     """What a compressed model consists of."""
 
     rows: tuple[LedgerRow, ...]
     """Every parameter of the model, in its order."""
+
+    layers: tuple[LayerRow, ...] = ()
+    """What was solved with feedback, layer by layer."""
 
     @property
     def bytes(self) -> int:
@@ -80,7 +103,8 @@ class Ledger:
         return 8.0 * self.bytes / self.size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}."""
+        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}, and "layers"
+        where something was solved with feedback."""
         weights = [
             {
                 "weight": row.weight,
@@ -93,7 +117,8 @@ class Ledger:
             for row in self.rows
         ]
         total = {"parameters": self.size, "bytes": self.bytes, "bits_per_weight": self.bits_per_weight}
-        return {"weights": weights, **total}
+        layers = {"layers": [dataclasses.asdict(row) for row in self.layers]} if self.layers else {}
+        return {"weights": weights, **layers, **total}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""
@@ -124,6 +149,8 @@ def name_format(format: FormatConfig | Weight) -> str:
             return "int8"
         case Int4Config():
             return f"int4 g{format.group}"
+        case TernaryConfig():
+            return f"ternary g{format.group}" if format.group else "ternary"
         case NMConfig():
             return f"{format.n}:{format.m} {format.dtype}"
         case NMInt4Config():

@@ -1,4 +1,7 @@
-"""One-shot compression: every weight by itself, from the weights alone, without data or training.
+"""One-shot compression: formats for the weights of a model, without training it.
+
+What a recipe's rules leave to the nearest solver is packed here, from the weights alone; what they solve with feedback
+is in `hsai.compress.calibrated`.
 
 All that can be wrong with the input is found before the first weight is touched; and no weight leaves without its bytes
 having been counted against what its format promises.
@@ -11,10 +14,12 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hsai.compress.ledger import Ledger, LedgerRow, name_format
+from hsai.compress.calibrated import FeedbackConfig, solve_layers
+from hsai.compress.ledger import LayerRow, Ledger, LedgerRow, name_format
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import round_int4, round_int8
+from hsai.compress.quantize import map_layers, round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.errors import InputError
 from hsai.formats import (
@@ -24,6 +29,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -31,66 +37,87 @@ from hsai.formats import (
     to_dense,
 )
 from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import Transformer
 
 M = TypeVar("M")
 Progress = Callable[[str, int, int], None]
 
 
-def compress(model: M, recipe: RecipeConfig, *, progress: Progress | None = None) -> tuple[M, Ledger]:
+def compress(
+    model: M, recipe: RecipeConfig, *, calibration: np.ndarray | None = None, progress: Progress | None = None
+) -> tuple[M, Ledger]:
     """A copy of the model whose weights have the formats of the recipe, and the ledger of all its parameters.
 
     Args:
       model: with dense weights; it is not changed.
       recipe: which weights become what.
-      progress: called with ("compressing", weights done, weights in all).
+      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for one.
+      progress: called with ("compressing", parameters done, parameters in all), and as `stream_blocks` says.
     Raises:
       InputError: see `match_weights`; or a weight holds a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
-    formats = match_weights(recipe, model)
+    rules = match_weights(recipe, model)
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
+    solved = {
+        name: (rule.format, rule.solver) for name, rule in rules.items() if isinstance(rule.solver, FeedbackConfig)
+    }
+    layers: list[LayerRow] = []
     values: dict[str, Weight] = {}
+    if solved:
+        if calibration is None or recipe.calibration is None:
+            raise ValueError("this recipe solves with feedback; compress needs the calibration's tokens")
+        assert isinstance(model, Transformer)
+        batch = recipe.calibration.batch
+        packed, layers = solve_layers(model, solved, calibration, batch=batch, plain=pack_weight, progress=progress)
+        values |= packed
     rows: list[LedgerRow] = []
     for name, param in params.items():
         before = param.get_value()
         after, error = before, 0.0
-        if name in formats:
-            after, missed = compress_weight(before, formats[name])
-            check_bytes(name, after, formats[name])
-            values[name], error = after, float(missed)
+        if name in rules:
+            if name not in values:
+                values[name] = pack_weight(before, rules[name].format)
+            after = values[name]
+            check_bytes(name, after, rules[name].format)
+            error = float(measure_error(before, after))
             if progress is not None:
-                progress("compressing", len(values), len(formats))
+                progress("compressing", len(rows) + 1, len(params))
         rows.append(
             LedgerRow(
                 weight=name,
-                format=name_format(formats[name] if name in formats else after),
+                format=name_format(rules[name].format if name in rules else after),
                 shape=tuple(after.shape),
                 bytes=nbytes(after),
                 relative_error=error,
             )
         )
-    return replace_weights(model, values), Ledger(rows=tuple(rows))
+    return replace_weights(model, values), Ledger(rows=tuple(rows), layers=tuple(layers))
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def compress_weight(w: jax.Array, format: FormatConfig) -> tuple[Weight, jax.Array]:
-    """A dense weight (D, F) or (L, D, F) in the given format, and its relative error ||w - packed|| / ||w||, float32.
-
-    The error of a weight that is zero everywhere is zero.
-    """
+def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
+    """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
     match format:
         case DenseConfig():
-            packed: Weight = format.pack(w)
+            return format.pack(w)
         case Int8Config():
-            packed = round_int8(w, format)
+            return round_int8(w, format)
         case Int4Config():
-            packed = round_int4(w, format)
+            return round_int4(w, format)
+        case TernaryConfig():
+            return map_layers(format.pack, w)
         case NMConfig() | VNMConfig():
-            packed = prune(w, format)
+            return prune(w, format)
         case NMInt4Config() | VNMInt4Config():
-            packed = prune_int4(w, format)
+            return prune_int4(w, format)
+
+
+@jax.jit
+def measure_error(w: jax.Array, packed: Weight) -> jax.Array:
+    """||w - packed|| / ||w||, Frobenius norms over all layers, float32 (); of a weight that is zero everywhere, 0."""
 
     def measure(pair: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
         wide, held = pair[0].astype(jnp.float32), to_dense(pair[1]).astype(jnp.float32)
@@ -99,7 +126,7 @@ def compress_weight(w: jax.Array, format: FormatConfig) -> tuple[Weight, jax.Arr
     # Layer by layer as well: a whole stack made dense again would be the largest array of all.
     missed, whole = measure((w, packed)) if w.ndim == 2 else jax.lax.map(measure, (w, packed))
     missed, whole = jnp.sum(missed), jnp.sum(whole)
-    return packed, jnp.sqrt(jnp.where(whole > 0, missed / whole, 0.0))
+    return jnp.sqrt(jnp.where(whole > 0, missed / whole, 0.0))
 
 
 def check_bytes(name: str, value: Weight, format: FormatConfig) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 
+from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
+from hsai.compress.calibration import CalibrationConfig
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, Packed
+from hsai.formats import DenseConfig, FormatConfig, Packed
 from hsai.formats.storage import NAMES, named_weights
 from hsai.models.layers import is_matrix
 
@@ -28,9 +30,22 @@ class Rule:
     format: FormatConfig
     """What these weights become."""
 
+    solver: SolverConfig = NearestConfig()
+    """How their values, scales and masks are found."""
+
     def __post_init__(self) -> None:
         if not self.pattern:
             raise InputError("rule pattern='' matches no weight; '*' matches all")
+        if isinstance(self.solver, FeedbackConfig):
+            if isinstance(self.format, DenseConfig):
+                raise InputError(
+                    f"rule {self.pattern!r}: a dense format has nothing to solve; leave its solver nearest"
+                )
+            if self.solver.mask != "joint" and not hasattr(self.format, "mask"):
+                raise InputError(
+                    f"rule {self.pattern!r}: {self.format.format} prunes nothing, so solver mask={self.solver.mask!r} "
+                    "has no effect; leave it 'joint'"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +55,21 @@ class RecipeConfig:
     rules: tuple[Rule, ...]
     """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
 
+    calibration: CalibrationConfig | None = None
+    """The text that solvers with feedback see; none where no rule has one."""
+
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
+        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
+        if solved and self.calibration is None:
+            raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
+        if self.calibration is not None and not solved:
+            raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
 
 
-def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, FormatConfig]:
-    """The format of each weight that the recipe changes, in the order of the model. Arrays are not touched.
+def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
+    """The rule of each weight that the recipe changes, in the order of the model. Arrays are not touched.
 
     Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
     format does not divide a weight, or if a weight is packed already.
@@ -61,10 +84,15 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, FormatConfig]:
     for number, rule in enumerate(recipe.rules):
         if number not in deciding.values():
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
-    formats = {name: recipe.rules[number].format for name, number in deciding.items()}
-    for name, format in formats.items():
-        _check_fits(name, params[name].get_value(), format)
-    return formats
+    rules = {name: recipe.rules[number] for name, number in deciding.items()}
+    for name, rule in rules.items():
+        _check_fits(name, params[name].get_value(), rule.format)
+        if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers."):
+            raise InputError(
+                f"{name}: a solver with feedback calibrates the weights of layers only; give it a rule of its own "
+                "with the nearest solver, before this one"
+            )
+    return rules
 
 
 def _explain_idle(rule: Rule, earlier: tuple[Rule, ...], names: list[str]) -> str:

@@ -44,7 +44,7 @@ def list_pieces(backend: tokenizers.Tokenizer) -> list[bytes]:
         if index not in added:
             pieces[index] = spell(token)
         elif not added[index].special:
-            # An added token is spelled as plain text; with fallback, U+2581 is a space there too (Gemma's runs of them).
+            # Spelled as plain text; with fallback, U+2581 is a space there too (Gemma adds runs of them).
             pieces[index] = spell(token) if has_fallback else token.encode()
     return pieces
 

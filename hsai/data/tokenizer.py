@@ -10,17 +10,16 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from hsai.data.assets import GENERATION_CONFIG, TOKENIZER_CONFIG
+from hsai.data.assets import GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, parse_object
 from hsai.data.pieces import list_pieces
 from hsai.data.token_roles import find_roles
 from hsai.errors import InputError
-from hsai.files import atomic_write, read_json
+from hsai.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1
@@ -149,9 +148,10 @@ class Tokenizer:
         backend = _parse(text, path)
         if vocab is not None and backend.get_vocab_size(with_added_tokens=True) > vocab:
             backend = _parse(_drop_added(text, vocab), path)
-        names = (TOKENIZER_CONFIG, "special_tokens_map.json", GENERATION_CONFIG, "config.json")
+        names = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, "config.json")
+        files = {name: (directory / name).read_bytes() for name in names if (directory / name).is_file()}
         try:
-            roles = find_roles(backend, *(_read_optional(directory / name) for name in names))
+            roles = find_roles(backend, *(parse_object(files, name) for name in names))
             return cls(backend, end_of_text=roles.end_of_text, prefix=roles.prefix, stops=roles.stops)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from error
@@ -244,11 +244,3 @@ def _drop_added(content: str, vocab: int) -> str:
     fields = json.loads(content)
     fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab or not token["special"]]
     return json.dumps(fields)
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file."""
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds {type(content).__name__}, not an object")
-    return content

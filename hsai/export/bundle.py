@@ -3,6 +3,7 @@
     manifest.json         what is there (hsai.export.manifest); written last
     weights.safetensors   every array of the model, packed weights as they are packed
     tokenizer.json        Hugging Face's format
+    chat_template.jinja   and what else came with the model (hsai.data.assets)
     graphs/               optional: prefill and decode as StableHLO (hsai.export.stablehlo)
 
 The directory is built under a temporary name beside its own and renamed when it is complete, so there is never half a
@@ -11,8 +12,6 @@ bundle under the name that was asked for. Reading checks size and SHA-256 of eve
 
 import dataclasses
 import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import safetensors.flax
 import safetensors.numpy
 
 import hsai
+from hsai.data.assets import read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.manifest import (
@@ -40,7 +40,7 @@ from hsai.export.manifest import (
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_write, flush, read_json, sha256
+from hsai.files import atomic_directory, atomic_write, check_replaceable, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -48,12 +48,13 @@ from hsai.models.transformer import abstract_transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle that was read: `model` holds its weights, on jax's default device."""
+    """A bundle that was read: `model` holds its weights, on jax's default device; `assets` are files by name."""
 
     directory: Path
     manifest: Manifest
     model: Transformer
     tokenizer: Tokenizer
+    assets: dict[str, bytes]
 
     @property
     def config(self) -> TransformerConfig:
@@ -68,6 +69,7 @@ def write_bundle(
     *,
     graphs: bool | GraphConfig = False,
     extra: Mapping[str, Any] | None = None,
+    assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Writes `model` and `tokenizer` as a bundle.
@@ -78,6 +80,7 @@ def write_bundle(
       tokenizer: of the model's vocabulary, or of a part of it.
       graphs: which graphs are exported; True for the default ones.
       extra: anything JSON can hold, for the manifest.
+      assets: further files that travel with the model as they are, by name.
       overwrite: replaces a bundle that stands there; the old one stays until the new one is complete.
     Returns: the manifest.
     Raises:
@@ -85,20 +88,15 @@ def write_bundle(
         the model, or the graphs do not fit the model.
     """
     target = Path(os.path.abspath(directory))
-    _check_target(target, overwrite)
+    check_replaceable(target, holding=MANIFEST, overwrite=overwrite)
     _check_vocabulary(model.config, tokenizer)
     config = GraphConfig() if graphs is True else graphs or None
     if config is not None:
         config.slots(model.config)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-    building.mkdir()
-    try:
+    with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
+        for name, content in (assets or {}).items():
+            (building / name).write_bytes(content)
         manifest = _build(building, model, tokenizer, config, extra or {})
-        _publish(building, target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return manifest
 
 
@@ -110,19 +108,23 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
       verify: compares the SHA-256 of every file; sizes are compared in any case.
     Raises:
       InputError: what `hsai.export.manifest.read_manifest` refuses; a file is missing, truncated or altered; weights or
-        tokenizer do not fit the model.
+        tokenizer do not fit the model; a weight or a scale is NaN or infinite, or a scale negative.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
     for name, record in manifest.files.items():
         _check_file(directory / name, record, verify)
-    tokenizer = Tokenizer.load(directory / manifest.tokenizer.file, end_of_text=manifest.tokenizer.end_of_text)
+    named = manifest.tokenizer
+    tokenizer = Tokenizer.load(
+        directory / named.file, end_of_text=named.end_of_text, prefix=named.prefix, stops=named.stops
+    )
     _check_vocabulary(manifest.model, tokenizer)
     try:
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer)
+    assets = read_assets(directory, manifest.files)
+    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
 
 
 def _build(
@@ -144,7 +146,12 @@ def _build(
         created_by={"hsai": hsai.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
         model=model.config,
         weights=formats,
-        tokenizer=TokenizerRecord(file=TOKENIZER, end_of_text=_name_end_of_text(directory / TOKENIZER, tokenizer.eot)),
+        tokenizer=TokenizerRecord(
+            file=TOKENIZER,
+            end_of_text=tokenizer.name(tokenizer.eot),
+            prefix=tuple(map(tokenizer.name, tokenizer.prefix)),
+            stops=tuple(map(tokenizer.name, sorted(tokenizer.stops - {tokenizer.eot}))),
+        ),
         graphs=records,
         files={
             path.relative_to(directory).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
@@ -154,35 +161,6 @@ def _build(
     )
     write_manifest(directory, manifest)
     return manifest
-
-
-def _publish(building: Path, target: Path) -> None:
-    """Renames `building` to `target`; a bundle that stands there steps aside, and back if that fails."""
-    aside = building.with_name(f"{building.name}.old")
-    exists = target.exists()
-    if exists:
-        os.rename(target, aside)
-    try:
-        os.rename(building, target)
-    except BaseException:
-        if exists:
-            os.rename(aside, target)
-        raise
-    flush(target.parent)
-    if exists:
-        # The new bundle stands; what cannot be removed of the old one is no reason to say that it does not.
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target} is a file; give the name of a directory")
-    if not overwrite:
-        raise InputError(f"{target} exists; choose another name, or say --overwrite (overwrite=True)")
-    if any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise InputError(f"{target} is not overwritten: it is not a bundle (it has no {MANIFEST}); choose another name")
 
 
 def _check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
@@ -215,11 +193,3 @@ def _load_model(path: Path, manifest: Manifest) -> Transformer:
     except (TypeError, ValueError) as error:
         raise InputError(f"weights do not fit the model: {' '.join(str(error).split())}") from error
     return model
-
-
-def _name_end_of_text(path: Path, eot: int) -> str:
-    """How the tokenizer file spells the token `eot`."""
-    for token in read_json(path)["added_tokens"]:
-        if token["id"] == eot:
-            return str(token["content"])
-    raise InputError(f"token {eot}, the tokenizer's end of text, is not among its added tokens")

@@ -50,7 +50,13 @@ class TokenizerRecord:
     """Its tokenizer.json, relative to the bundle."""
 
     end_of_text: str
-    """The token that stands before a text, and by which the model says that it is done."""
+    """The token that ends a document."""
+
+    prefix: tuple[str, ...] | None = None
+    """Tokens that stand before a text; where a manifest does not say, `end_of_text`."""
+
+    stops: tuple[str, ...] = ()
+    """Tokens by which the model says that it is done, besides `end_of_text`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,8 @@ class ArrayRecord:
     """One argument or result of a graph."""
 
     name: str
-    """An array of weights.safetensors, or one of tokens, count, keys, values, lengths, logits."""
+    """An array of weights.safetensors, or one of tokens, count, keys, values, lengths, key_scales,
+    value_scales, logits."""
 
     shape: tuple[int, ...]
     """Its dimensions."""

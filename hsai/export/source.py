@@ -1,4 +1,4 @@
-"""What a command accepts as a model: the directory of a training run, or a bundle."""
+"""What a command accepts as a model: a training run, a bundle, a checkpoint of `transformers`, or a GGUF file."""
 
 import dataclasses
 import hashlib
@@ -8,11 +8,17 @@ from typing import Any
 
 from hsai.config import RunConfig
 from hsai.configuration import from_dict, to_dict
+from hsai.data.assets import ASSET_FILES, read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
+from hsai.interop.assemble import Progress
+from hsai.interop.assets import TOKEN_KEYS, TOKENIZER
+from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint, read_gguf
+from hsai.interop.gguf_assets import make_assets, make_tokenizer
+from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint, read_huggingface
 from hsai.models import Transformer, TransformerConfig
 from hsai.train.checkpoint import Checkpointer, is_run
 from hsai.train.restore import read_run
@@ -24,7 +30,7 @@ class ModelRecord:
     """What is known of a model before its weights are read."""
 
     directory: Path
-    """Of the run or the bundle."""
+    """Of the run, the bundle or the checkpoint; or the GGUF file."""
 
     config: TransformerConfig
     """The decoder."""
@@ -33,7 +39,7 @@ class ModelRecord:
     """JSON that travels from bundle to bundle: run, step, corpus, sequence_length, and what was done since."""
 
     sha256: str
-    """Of its weights and its tokenizer: what was made of a model with the same value need not be made again."""
+    """Of its weights, tokenizer and assets: what was made of a model with the same value need not be made again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +52,15 @@ class ModelSource(ModelRecord):
     tokenizer: Tokenizer
     """What its text was cut with."""
 
+    assets: dict[str, bytes]
+    """Files that travel with it as they are: chat template, generation config."""
+
 
 def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
-    """The record of a run's newest checkpoint, or of a bundle, whose weights are not read.
+    """The record of a run's newest checkpoint, of a bundle or of a foreign model, whose weights are not read.
 
     Raises:
-      InputError: the directory holds neither, or its record cannot be read.
+      InputError: the directory holds none of them, or its record cannot be read.
     """
     directory = Path(directory)
     if is_run(directory):
@@ -59,27 +68,59 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
             record = checkpointer.read_record()
         run = from_dict(RunConfig, record["config"])
         return _record_run(directory, run, int(record["next_step"]), record["data_directory"])
+    if is_gguf(directory):
+        return _record_gguf(open_gguf_checkpoint(directory))
+    if is_huggingface(directory):
+        return _record_checkpoint(open_checkpoint(directory))
     _check_is_bundle(directory)
     return _record_bundle(directory, read_manifest(directory))
 
 
-def open_model(directory: str | os.PathLike[str]) -> ModelSource:
-    """Reads a run's newest checkpoint, or a bundle; raises `InputError` if it is neither, or damaged."""
+def open_model(
+    directory: str | os.PathLike[str], *, dtype: str | None = None, progress: Progress | None = None
+) -> ModelSource:
+    """Reads a run's newest checkpoint, a bundle, a checkpoint of `transformers`, or a GGUF file.
+
+    Args:
+      directory: of the model.
+      dtype: of the weights of a foreign model, by default one that rounds none; others have theirs.
+      progress: called with (tensors done, tensors in all) of a foreign model.
+    Raises:
+      InputError: it is none of them, or damaged; or a dtype is given for a run or a bundle.
+    """
     directory = Path(directory)
+    if is_gguf(directory):
+        found = open_gguf_checkpoint(directory)
+        return ModelSource(
+            **vars(_record_gguf(found)),
+            tokenizer=make_tokenizer(found.tokenizer, str(directory)),
+            model=read_gguf(found, dtype=dtype, progress=progress),
+            assets=make_assets(found.tokenizer, found.config.max_length),
+        )
+    if not is_run(directory) and is_huggingface(directory):
+        checkpoint = open_checkpoint(directory)
+        return ModelSource(
+            **vars(_record_checkpoint(checkpoint)),
+            tokenizer=Tokenizer.from_huggingface(directory, vocab=checkpoint.config.vocab),
+            model=read_huggingface(checkpoint, dtype=dtype, progress=progress),
+            assets=read_assets(directory),
+        )
+    if dtype is not None:
+        raise InputError(f"dtype {dtype}: {directory} is no foreign model; hsai compress changes the weights of ours")
     if is_run(directory):
         trained = read_run(directory)
         record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
-        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer)
+        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets={})
     _check_is_bundle(directory)
     bundle = read_bundle(directory)
     record = _record_bundle(directory, bundle.manifest)
-    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer)
+    return ModelSource(**vars(record), model=bundle.model, tokenizer=bundle.tokenizer, assets=bundle.assets)
 
 
 def _check_is_bundle(directory: Path) -> None:
     if not (directory / MANIFEST).exists():
         what = "does not exist" if not directory.exists() else f"holds neither checkpoints nor a {MANIFEST}"
-        raise InputError(f"{directory} {what}; give the directory of a training run or of a bundle")
+        raise InputError(f"{directory} {what}; give a training run, a bundle, a checkpoint or a .gguf file")
 
 
 def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str) -> ModelRecord:
@@ -96,8 +137,32 @@ def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str)
 
 
 def _record_bundle(directory: Path, manifest: Manifest) -> ModelRecord:
-    digest = _join(manifest.files[WEIGHTS].sha256, manifest.files[manifest.tokenizer.file].sha256)
+    names = (WEIGHTS, manifest.tokenizer.file, *(name for name in ASSET_FILES if name in manifest.files))
+    digest = _join(*(manifest.files[name].sha256 for name in names))
     return ModelRecord(directory=directory, config=manifest.model, origin=dict(manifest.extra), sha256=digest)
+
+
+def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
+    tokens = {key: checkpoint.raw[key] for key in TOKEN_KEYS if checkpoint.raw.get(key) is not None}
+    origin = {
+        "checkpoint": checkpoint.directory.resolve().name,
+        "architecture": checkpoint.family.architecture,
+        "special_tokens": tokens,
+    }
+    parts = (checkpoint.directory / CONFIG, *checkpoint.files, checkpoint.directory / TOKENIZER)
+    parts += tuple(path for name in ASSET_FILES if (path := checkpoint.directory / name).is_file())
+    digest = _join(*(sha256(part) for part in parts))
+    return ModelRecord(directory=checkpoint.directory, config=checkpoint.config, origin=origin, sha256=digest)
+
+
+def _record_gguf(checkpoint: GgufCheckpoint) -> ModelRecord:
+    metadata, path = checkpoint.file.metadata, checkpoint.file.path
+    about = {name: metadata.get(f"general.{name}") for name in ("name", "organization", "license")}
+    origin = {
+        "checkpoint": path.resolve().name,
+        "about": {name: value for name, value in about.items() if isinstance(value, str)},
+    }
+    return ModelRecord(directory=path, config=checkpoint.config, origin=origin, sha256=sha256(path))
 
 
 def _join(*digests: str) -> str:

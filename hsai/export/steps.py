@@ -2,11 +2,12 @@
 
 The same two functions are traced for this machine by `hsai.infer` and exported by `hsai.export.stablehlo`. Weights come
 in as one `{name: array}` dict, with the names of weights.safetensors, since an exported graph knows no class of ours;
-the cache comes in and goes out as its three arrays.
+the cache comes in and goes out as its three arrays, or five where it is int8.
 
 L layers, B batch, T query, S slots of the cache, K kv heads, H head dim, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,24 +15,33 @@ import jax
 import jax.numpy as jnp
 
 from hsai.formats.storage import restore
-from hsai.models import KVCache, Transformer, TransformerConfig
+from hsai.models import CacheFormat, KVCache, Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 
 Arrays = Mapping[str, jax.Array]
-State = tuple[jax.Array, jax.Array, jax.Array]
-"""keys and values (L, B, S, K, H) in the model's dtype, lengths int32 (B,)."""
+State = tuple[jax.Array, ...]
+"""keys and values (L, B, S, K, H) as the cache stores them, lengths int32 (B,); of an int8 cache, also the scales of
+keys and of values, float32 (L, B, S, K)."""
 
-CACHE_NAMES = ("keys", "values", "lengths")
+CACHE_NAMES = tuple(field.name for field in dataclasses.fields(KVCache))
 PREFILL_INPUTS = ("weights", "tokens", "count", *CACHE_NAMES)
 DECODE_INPUTS = ("weights", "tokens", *CACHE_NAMES)
 OUTPUTS = ("logits", *CACHE_NAMES)
+"""The last two of each are there for an int8 cache only."""
 
 
 def make_prefill(config: TransformerConfig, formats: Mapping[str, Mapping[str, Any]]) -> Callable[..., Any]:
     """The prefill step of a model whose weights have `formats` (`hsai.formats.storage.describe`)."""
 
     def prefill(
-        weights: Arrays, tokens: jax.Array, count: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array
+        weights: Arrays,
+        tokens: jax.Array,
+        count: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        key_scales: jax.Array | None = None,
+        value_scales: jax.Array | None = None,
     ) -> tuple[jax.Array, *State]:
         """Reads the first `count` tokens of each row behind what the cache holds.
 
@@ -43,14 +53,14 @@ def make_prefill(config: TransformerConfig, formats: Mapping[str, Mapping[str, A
           weights: by name.
           tokens: int32 (B, T).
           count: int32 (B,), in [0, T].
-          keys, values, lengths: the cache.
+          keys, values, lengths, key_scales, value_scales: the cache.
         Returns: float32 (B, V) logits of what follows each row's last token (arbitrary where count is 0); the cache.
         """
         model = restore(abstract_transformer(config), formats, weights)
-        hidden, cache = _read(model, tokens, KVCache(keys, values, lengths))
+        hidden, cache = _read(model, tokens, KVCache(keys, values, lengths, key_scales, value_scales))
         last = jnp.maximum(count - 1, 0)[:, None, None]
         logits = model.logits(jnp.take_along_axis(hidden, last, axis=1, mode="clip"))[:, 0]
-        return logits, cache.keys, cache.values, lengths + count
+        return logits, *dataclasses.replace(cache, lengths=lengths + count).arrays
 
     return prefill
 
@@ -59,12 +69,18 @@ def make_decode(config: TransformerConfig, formats: Mapping[str, Mapping[str, An
     """The decode step of a model whose weights have `formats`."""
 
     def decode(
-        weights: Arrays, tokens: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array
+        weights: Arrays,
+        tokens: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        lengths: jax.Array,
+        key_scales: jax.Array | None = None,
+        value_scales: jax.Array | None = None,
     ) -> tuple[jax.Array, *State]:
         """Reads one token of each row, int32 (B, 1); returns as prefill."""
         model = restore(abstract_transformer(config), formats, weights)
-        hidden, cache = _read(model, tokens, KVCache(keys, values, lengths))
-        return model.logits(hidden)[:, 0], cache.keys, cache.values, cache.lengths
+        hidden, cache = _read(model, tokens, KVCache(keys, values, lengths, key_scales, value_scales))
+        return model.logits(hidden)[:, 0], *cache.arrays
 
     return decode
 
@@ -76,7 +92,12 @@ def _read(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.Ar
     return hidden, longer
 
 
-def cache_shapes(config: TransformerConfig, batch: int, slots: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes of keys, values and lengths."""
-    cache = jax.eval_shape(lambda: abstract_transformer(config).make_cache(batch, slots))
-    return cache.keys, cache.values, cache.lengths
+def cache_shapes(
+    config: TransformerConfig, batch: int, slots: int, format: CacheFormat = "activations"
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of the cache's arrays, in the order of CACHE_NAMES.
+
+    Raises:
+      InputError: an unknown format.
+    """
+    return jax.eval_shape(lambda: abstract_transformer(config).make_cache(batch, slots, format)).arrays

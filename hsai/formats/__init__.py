@@ -10,9 +10,12 @@ from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
+from hsai.formats.ternary import Ternary, TernaryConfig
 from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
 
-FormatConfig = DenseConfig | Int8Config | Int4Config | NMConfig | NMInt4Config | VNMConfig | VNMInt4Config
+FormatConfig = (
+    DenseConfig | Int8Config | Int4Config | TernaryConfig | NMConfig | NMInt4Config | VNMConfig | VNMInt4Config
+)
 
 __all__ = [
     "NM",
@@ -28,6 +31,8 @@ __all__ = [
     "NMInt4",
     "NMInt4Config",
     "Packed",
+    "Ternary",
+    "TernaryConfig",
     "VNMConfig",
     "VNMInt4",
     "VNMInt4Config",

@@ -1,7 +1,8 @@
 """NMInt4: N:M sparsity whose kept values are 4-bit codes with a bfloat16 scale a group.
 
 Invariant: positions as in `hsai.formats.nm`, codes as in `hsai.formats.int4`; a scale group spans `group` *dense*
-positions, so that both formats of one weight have the same scales. (n / m) * (4 + 2) + 16 / group bits a weight.
+positions, so that both formats of one weight have the same scales. (n / m) * (4 + 2) + 16 / group bits a weight for
+m = 4, and (n / m) * (4 + 3) + 16 / group for m = 8: with groups of 64, 2:4 has 3.25 bits, 4:8 3.75 and 2:8 2.
 """
 
 import dataclasses
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 
 from hsai.formats.int4 import Group, group_absmax, round_to_codes
 from hsai.formats.nm import check_pattern, index_block, nm_mask, select_kept
-from hsai.formats.packed import Packed, check_divides
-from hsai_kernels import densify_nm, pack_words
+from hsai.formats.packed import Packed, check_divides, check_finite
+from hsai_kernels import POSITION_BITS, densify_nm, pack_words
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NMInt4(Packed):
-    """words uint32 (..., C / 8, F); indices uint32 (..., C / 16, F); scale bfloat16 (..., D / group, F)."""
+    """words uint32 (..., C / 8, F); indices uint32 (..., C * b / 32, F) of b = 2 bits (m = 4) or 3 (m = 8);
+    scale bfloat16 (..., D / group, F)."""
 
     words: jax.Array
     indices: jax.Array
@@ -47,7 +49,7 @@ class NMInt4Config:
     """Weights kept in each group of m."""
 
     m: int = 4
-    """Size of a sparsity group along the contraction; 4 is what the 2-bit positions reach."""
+    """Size of a sparsity group along the contraction: 4 or 8."""
 
     group: Group = 64
     """Dense positions along the contraction that share a scale."""
@@ -64,13 +66,15 @@ class NMInt4Config:
         step of each group (default: max|kept| / 7)."""
         block = max(self.group, index_block(self.n, self.m))
         check_divides(f"{self.n}:{self.m} int4 with groups of {self.group}", block, w.shape[-2], w.shape)
+        check_finite("the weight", w)
         w = w.astype(jnp.float32)
         mask = self.mask(w) if mask is None else mask
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
+        check_finite("the scale", scale, is_scale=True)
         codes, indices = select_kept(round_to_codes(kept, scale), mask, self.n, self.m)
-        return NMInt4(pack_words(codes, 4), pack_words(indices, 2), scale, self.n, self.m)
+        return NMInt4(pack_words(codes, 4), pack_words(indices, POSITION_BITS[self.m]), scale, self.n, self.m)
 
     def invariant_bits(self, contraction: int) -> float:
         """Stored bits for each logical weight of a (contraction, F) matrix."""
-        return self.n / self.m * 6.0 + 16.0 / self.group
+        return self.n / self.m * (4.0 + POSITION_BITS[self.m]) + 16.0 / self.group

@@ -13,7 +13,9 @@ from hsai.formats.int4 import Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.observed import Observed
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
 from hsai.shards import add_parts, find_splits, map_shards
@@ -37,6 +39,9 @@ def project(
     Returns: (..., F), constrained to `out_axes`.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if isinstance(w, Observed):
+        w.notes.add(w.name, x)
+        w = w.value
     if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
         y = _multiply_parts(x.astype(out_dtype), w, in_axis, out_axes)
     else:
@@ -69,6 +74,8 @@ def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
             return quantized_matmul(x, values, scale)
         case Int4(words, scale):
             return quantized_matmul(x, words, scale)
+        case Ternary(words, scale):
+            return quantized_matmul(x, words, scale, bits=2)
         case NM(values, indices, n, m):
             return sparse_matmul(x, values, indices, n=n, m=m)
         case NMInt4(words, indices, scale, n, m):

@@ -7,13 +7,15 @@ weights a token). Compilation is no part of either; it happens once, before the 
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai.data.assets import Assets
+from hsai.data.chat import ChatTemplate
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
@@ -21,7 +23,7 @@ from hsai.export.stablehlo import GraphConfig
 from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
 from hsai.infer.sampling import Sampler, SamplingConfig
 from hsai.infer.streaming import TextStream
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 
 FinishReason = Literal["end_of_text", "max_tokens", "context"]
 
@@ -60,13 +62,20 @@ class Generation:
 class Engine:
     """Generates with a runtime and a tokenizer: `Engine.load` takes a bundle, `Engine.trace` a model in memory."""
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, assets: Assets | None = None) -> None:
         self.runtime = runtime
         self.tokenizer = tokenizer
+        self.assets = assets or Assets()
 
     @classmethod
     def load(
-        cls, directory: str | os.PathLike[str], *, graphs: bool = False, context: int | None = None, verify: bool = True
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        graphs: bool = False,
+        context: int | None = None,
+        cache: CacheFormat | None = None,
+        verify: bool = True,
     ) -> "Engine":
         """Reads a bundle.
 
@@ -74,25 +83,37 @@ class Engine:
           directory: of the bundle.
           graphs: runs the StableHLO that it ships; otherwise the model is traced here, with this machine's kernels.
           context: tokens that the cache holds, by default the model's max_length; shipped graphs have theirs.
+          cache: what its numbers are stored as, by default the activations' dtype; shipped graphs have theirs.
           verify: checks the SHA-256 of every file.
         Raises:
-          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's, or given with graphs.
+          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's; an unknown cache;
+            either of them given with graphs.
         """
         if graphs and context is not None:
             raise InputError(f"context={context} cannot be chosen with graphs: theirs is fixed")
-        config = GraphConfig(context=context)
+        if graphs and cache is not None:
+            raise InputError(f"cache={cache} cannot be chosen with graphs: theirs is fixed")
+        config = GraphConfig(context=context, cache=cache or "activations")
         bundle = read_bundle(directory, verify=verify)
         runtime = load_runtime(bundle) if graphs else trace_runtime(bundle.model, config)
-        return cls(runtime, bundle.tokenizer)
+        return cls(runtime, bundle.tokenizer, Assets.parse(bundle.assets))
 
     @classmethod
-    def trace(cls, model: Transformer, tokenizer: Tokenizer, *, context: int | None = None) -> "Engine":
+    def trace(
+        cls,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        assets: Assets | None = None,
+        *,
+        context: int | None = None,
+        cache: CacheFormat = "activations",
+    ) -> "Engine":
         """An engine for a model on this device, with weights of any formats.
 
         Raises:
-          InputError: a context beyond the model's.
+          InputError: a context beyond the model's, or an unknown cache.
         """
-        return cls(trace_runtime(model, GraphConfig(context=context)), tokenizer)
+        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer, assets)
 
     def generate(
         self,
@@ -113,6 +134,25 @@ class Engine:
           InputError: as `generate_tokens`.
         """
         ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
+        return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = 128,
+        sampling: SamplingConfig | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Generation:
+        """Answers a conversation through the model's chat template; other arguments as for `generate`.
+
+        Args:
+          messages: each with a role (system, user, assistant) and a content.
+        Raises:
+          InputError: the model has no chat template; what `ChatTemplate.render` and `generate_tokens` refuse.
+        """
+        template = ChatTemplate.of_model(self.assets, self.tokenizer)
+        ids = self.tokenizer.encode(template.render(messages), special=True)
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
 
     def generate_tokens(

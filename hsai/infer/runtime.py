@@ -47,7 +47,7 @@ class Runtime:
           weights: by name, resident on the device.
           prefill: a jitted prefill for each bucket, donating the cache.
           decode: the jitted decode step, donating the cache.
-          cache: shapes of keys, values and lengths.
+          cache: shapes of the cache's arrays, in the order of `CACHE_NAMES`.
           vocab: V.
         """
         self.buckets = tuple(sorted(prefill))
@@ -76,7 +76,7 @@ class Runtime:
             padded[0, : len(part)] = part
             count = np.full((1,), len(part), np.int32)
             step = self._compile(bucket)
-            logits, *state = step(self._weights, padded, count, cache.keys, cache.values, cache.lengths)
+            logits, *state = step(self._weights, padded, count, *cache.arrays)
             cache = KVCache(*state)
             start += len(part)
         if logits is None:
@@ -86,7 +86,7 @@ class Runtime:
     def decode(self, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads one token, int32 (1,); returns as `prefill`."""
         step = self._compile(None)
-        logits, *state = step(self._weights, token[:, None], cache.keys, cache.values, cache.lengths)
+        logits, *state = step(self._weights, token[:, None], *cache.arrays)
         return logits, KVCache(*state)
 
     def prepare(self, tokens: int) -> None:
@@ -105,11 +105,11 @@ class Runtime:
 
 
 def trace_runtime(model: Transformer, graphs: GraphConfig) -> Runtime:
-    """Traces `model` for this machine, with its kernels, in the buckets and the context that `graphs` says."""
+    """Traces `model` for this machine, with its kernels, in the buckets, context and cache that `graphs` says."""
     config, formats = model.config, describe(model)
     prefill = jax.jit(make_prefill(config, formats), donate_argnames=CACHE_NAMES)
     decode = jax.jit(make_decode(config, formats), donate_argnames=CACHE_NAMES)
-    cache = cache_shapes(config, 1, graphs.slots(config))
+    cache = cache_shapes(config, 1, graphs.slots(config), graphs.cache)
     return Runtime(named_arrays(model), dict.fromkeys(graphs.buckets(config), prefill), decode, cache, config.vocab)
 
 
@@ -130,14 +130,26 @@ def load_runtime(bundle: Bundle) -> Runtime:
     for step, found in steps.items():
         if not found or (step == "decode" and 1 not in found):
             raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
-    cache = cache_shapes(bundle.config, 1, graphs[0].slots)
+    cache = _read_cache(bundle.directory, graphs)
     return Runtime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
+
+
+def _read_cache(directory: Path, graphs: Sequence[GraphRecord]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The arrays of the cache that the graphs hand on; `InputError` if they differ about it."""
+    caches = [
+        tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in graph.inputs if array.name in CACHE_NAMES)
+        for graph in graphs
+    ]
+    for graph, cache in zip(graphs, caches, strict=True):
+        if cache != caches[0]:
+            raise InputError(f"{directory}: graphs {graphs[0].name} and {graph.name} have different caches")
+    return caches[0]
 
 
 def _wrap_graph(directory: Path, graph: GraphRecord) -> Wrapped:
     """The graph as a jitted function that takes over the cache's buffers: `Exported.call` by itself does not."""
     inputs = PREFILL_INPUTS if graph.step == "prefill" else DECODE_INPUTS
-    donated = tuple(inputs.index(name) for name in CACHE_NAMES)
+    donated = tuple(inputs.index(array.name) for array in graph.inputs if array.name in CACHE_NAMES)
     return jax.jit(load_graph(directory, graph).call, donate_argnums=donated)
 
 

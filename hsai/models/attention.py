@@ -1,8 +1,11 @@
-"""Grouped-query attention with rotary positions, optional normalized queries and keys, and an optional cache.
+"""Grouped-query attention with rotary positions, and an optional cache.
+
+Families differ in biases, normalized queries and keys, the scale of the scores, and which layers see how far.
 
 B batch, T query, S key, D embed, N heads, K kv heads, H head dim.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -32,8 +35,17 @@ class Attention(nnx.Module):
         # Each block adds two branches to the residual stream; narrower outputs keep its variance level over depth.
         out_std = (c.heads * c.head_dim * 2 * c.layers) ** -0.5
         self.o = declare(rngs, (c.heads * c.head_dim, d), ("heads", "embed"), std=out_std)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps, axis="head_dim") if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps, axis="head_dim") if c.qk_norm else None
+
+        def bias(axis: str, count: int) -> nnx.Param | None:
+            zeros = jnp.zeros((count * c.head_dim,), jnp.float32)
+            return nnx.Param(zeros, out_sharding=(axis,)) if c.qkv_bias else None
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm(c.head_dim, c.norm_eps, axis="head_dim", plus_one=c.norm_plus_one) if c.qk_norm else None
+
+        self.q_bias = bias("heads", c.heads)
+        self.k_bias, self.v_bias = bias("kv_heads", c.kv_heads), bias("kv_heads", c.kv_heads)
+        self.q_norm, self.k_norm = norm(), norm()
         self.config = config
 
     def __call__(
@@ -43,6 +55,7 @@ class Attention(nnx.Module):
         rotation: Rotation,
         segments: jax.Array | None,
         cache: LayerCache | None,
+        is_global: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends from x to itself, or, with a cache, to everything in the cache after x was written to it.
 
@@ -52,36 +65,51 @@ class Attention(nnx.Module):
           rotation: of the positions.
           segments: (B, T) int32 or None; a query sees keys of its own segment only.
           cache: where keys and values of earlier tokens are; excludes `segments`.
+          is_global: a bool scalar, where layers differ: whether this one sees beyond the window.
         Returns: (B, T, D), and the cache with x written to it.
         """
         c = self.config
         batch, length, _ = x.shape
 
-        def heads(weight: nnx.Param, axis: str, count: int) -> jax.Array:
+        def heads(weight: nnx.Param, bias: nnx.Param | None, axis: str, count: int) -> jax.Array:
             flat = project(x, weight.get_value(), out_axes=("batch", "seq", axis), in_axis="embed")
+            if bias is not None:
+                flat = flat + bias[...].astype(flat.dtype)
             # The flat axis may be cut inside a head, where there are fewer kv heads than devices; heads are whole.
             return constrain(flat.reshape(batch, length, count, c.head_dim), "batch", "seq", axis, "head_dim")
 
-        q = heads(self.q, "heads", c.heads)
-        k, v = heads(self.k, "kv_heads", c.kv_heads), heads(self.v, "kv_heads", c.kv_heads)
+        q = heads(self.q, self.q_bias, "heads", c.heads)
+        k, v = (heads(w, b, "kv_heads", c.kv_heads) for w, b in ((self.k, self.k_bias), (self.v, self.v_bias)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
+        k_scale = v_scale = None
         if cache is None:
             kv_positions, kv_segments = positions, segments
         else:
             cache = cache.write(k, v, positions)
-            k, v = (part.astype(x.dtype) for part in cache.read())
+            k, v, k_scale, v_scale = cache.read()
             kv_positions, kv_segments = jnp.broadcast_to(jnp.arange(k.shape[1]), (batch, k.shape[1])), None
-        y = attend_heads(
-            q,
-            k,
-            v,
-            q_positions=positions,
-            kv_positions=kv_positions,
-            q_segments=segments,
-            kv_segments=kv_segments,
-            window=c.sliding_window,
-        )
+
+        def attend(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return attend_heads(
+                q,
+                k,
+                v,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                q_positions=positions,
+                kv_positions=kv_positions,
+                q_segments=segments,
+                kv_segments=kv_segments,
+                window=window,
+                scale=None if c.query_scalar is None else c.query_scalar**-0.5,
+            )
+
+        if is_global is None:
+            y = attend(c.sliding_window, q, k, v)
+        else:  # both kinds of layer are compiled, each with a window that the kernels know; one of them runs
+            kinds = (functools.partial(attend, window) for window in (None, c.sliding_window))
+            y = jax.lax.cond(is_global, *kinds, q, k, v)
         y = y.reshape(batch, length, -1)
         return project(y, self.o.get_value(), out_axes=("batch", "seq", "embed"), in_axis="heads"), cache

@@ -1,16 +1,26 @@
 """The key/value cache of a decoder: one array of keys and one of values for all layers.
 
+What a cached number is stored as is the deployer's choice (`CacheFormat`): decoding over a long context reads the whole
+cache for each token, so its bytes are time. Attention reads a cache as it is stored; nothing here widens it.
+
 L layers, B batch, S slots, K kv heads, H head dim, T new tokens.
 """
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from hsai.sharding import Axes
+from hsai.errors import InputError
+from hsai.formats.packed import invert_scale
+from hsai.sharding import Axes, constrain
 
 CACHE_AXES: Axes = ("layers", "batch", "cache", "kv_heads", "head_dim")
+
+CacheFormat = Literal["activations", "bfloat16", "int8"]
+"""The activations' dtype; bfloat16; or int8 codes with a float32 scale for each token and kv head (8 + 32 / H bits a
+number)."""
 
 
 @jax.tree_util.register_dataclass
@@ -19,37 +29,103 @@ class KVCache:
     """keys, values (L, B, S, K, H); lengths int32 (B,): how many slots of each row hold tokens.
 
     Slot s of a row holds the token at position s. What lies at or beyond a row's length is never read: its position
-    exceeds that of every query.
+    exceeds that of every query. An int8 cache has scales, float32 (L, B, S, K), for `keys * key_scales[..., None]`.
     """
 
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
 
     @property
     def slots(self) -> int:
         """S: how many tokens a row can hold."""
         return self.keys.shape[2]
 
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """Those that there are, in the order of the fields: `KVCache(*cache.arrays)` is the cache."""
+        return tuple(jax.tree.leaves(self))
+
+    @property
+    def stored(self) -> "StoredArrays":
+        """What the layers read and write."""
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+
+StoredArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+"""keys, values, and the scales of an int8 cache."""
+
+
+def make_cache(
+    layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, *, dtype: str, format: CacheFormat
+) -> KVCache:
+    """An empty cache, laid out like activations of `dtype`.
+
+    Raises:
+      InputError: an unknown format.
+    """
+    check_cache_format(format)
+    shape = (layers, batch, slots, kv_heads, head_dim)
+    stored = dtype if format == "activations" else format
+    # Arrays, not one several times: a step that takes over the cache's memory must find memory for each.
+    keys, values = (constrain(jnp.zeros(shape, stored), *CACHE_AXES) for _ in range(2))
+    lengths = jnp.zeros((batch,), jnp.int32)
+    if format != "int8":
+        return KVCache(keys, values, lengths)
+    scales = [constrain(jnp.zeros(shape[:-1], jnp.float32), *CACHE_AXES[:-1]) for _ in range(2)]
+    return KVCache(keys, values, lengths, *scales)
+
+
+def check_cache_format(format: str) -> None:
+    """Raises `InputError` for a name that is no `CacheFormat`."""
+    if format not in get_args(CacheFormat):
+        raise InputError(f"cache={format!r} is unknown; valid are {', '.join(get_args(CacheFormat))}")
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
     """One layer's view of a cache that is carried through the scan over layers, so that writes happen in place."""
 
-    keys: jax.Array
-    values: jax.Array
+    stored: StoredArrays
     layer: jax.Array
 
     def write(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> "LayerCache":
         """Stores (B, T, K, H) keys and values at `positions` (B, T); positions beyond the last slot are dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
         at = (self.layer, rows, positions)
+
+        def put(stored: jax.Array, new: jax.Array) -> jax.Array:
+            return stored.at[at].set(new.astype(stored.dtype), mode="drop")
+
+        stored_keys, stored_values, key_scales, value_scales = self.stored
+        if key_scales is not None and value_scales is not None:
+            keys, new_key_scales = quantize_heads(keys)
+            values, new_value_scales = quantize_heads(values)
+            key_scales, value_scales = put(key_scales, new_key_scales), put(value_scales, new_value_scales)
         return LayerCache(
-            self.keys.at[at].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[at].set(values.astype(self.values.dtype), mode="drop"),
+            (put(stored_keys, keys), put(stored_values, values), key_scales, value_scales),
             self.layer,
         )
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """This layer's keys and values, (B, S, K, H) each."""
-        return self.keys[self.layer], self.values[self.layer]
+    def read(self) -> StoredArrays:
+        """This layer's keys and values (B, S, K, H) as they are stored, and their scales (B, S, K) if there are any."""
+        keys, values, key_scales, value_scales = self.stored
+        return (
+            keys[self.layer],
+            values[self.layer],
+            None if key_scales is None else key_scales[self.layer],
+            None if value_scales is None else value_scales[self.layer],
+        )
+
+
+def quantize_heads(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, T, K, H) of any float dtype -> int8 codes in [-127, 127], and their float32 scales (B, T, K), max|x| / 127.
+
+    Rounded once, when a token is written: each number is off by at most half of its scale.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
+    codes = jnp.clip(jnp.round(x * invert_scale(scale)[..., None]), -127, 127)
+    return codes.astype(jnp.int8), scale

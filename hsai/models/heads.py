@@ -12,6 +12,7 @@ from hsai_kernels import attention
 
 HEADS: Axes = ("batch", "seq", "heads", "head_dim")
 KEYS: Axes = ("batch", "cache", "heads", "head_dim")
+SCALES: Axes = ("batch", "cache", "heads")
 QUERY_MARKS: Axes = ("batch", "seq")
 KEY_MARKS: Axes = ("batch", "cache")
 
@@ -21,11 +22,14 @@ def attend_heads(
     k: jax.Array,
     v: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """`hsai_kernels.attention`, by the kernel of one device on each device of a mesh.
 
@@ -35,7 +39,7 @@ def attend_heads(
 
     Where a sequence is split, the compiler splits plain jax: a device's queries read keys of others.
 
-    Args and result: as of `attention`; q (B, T, N, H), k and v (B, S, K, H).
+    Args and result: as of `attention`; q (B, T, N, H), k and v (B, S, K, H), scales (B, S, K).
     """
     splits = dict(find_splits((HEADS, q), (KEY_MARKS, kv_positions)))
 
@@ -43,6 +47,8 @@ def attend_heads(
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        k_scale: jax.Array | None,
+        v_scale: jax.Array | None,
         q_positions: jax.Array,
         kv_positions: jax.Array,
         q_segments: jax.Array | None,
@@ -52,30 +58,37 @@ def attend_heads(
             q,
             k,
             v,
+            k_scale=k_scale,
+            v_scale=v_scale,
             q_positions=q_positions,
             kv_positions=kv_positions,
             q_segments=q_segments,
             kv_segments=kv_segments,
             window=window,
+            scale=scale,
         )
 
     marks = (q_positions, kv_positions, q_segments, kv_segments)
     if splits["seq"] or splits["cache"]:
-        return attend(q, k, v, *marks)
+        return attend(q, k, v, k_scale, v_scale, *marks)
     kv_heads, devices = k.shape[2], count_parts(splits["heads"])
     if kv_heads % devices:
         if devices % kv_heads:
             splits["heads"] = ()
         else:
-            k, v = share_heads(k, devices // kv_heads), share_heads(v, devices // kv_heads)
-    in_axes = (HEADS, KEYS, KEYS, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
-    y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, *marks)
+            shared = devices // kv_heads
+            k, v = share_heads(k, shared), share_heads(v, shared)
+            k_scale, v_scale = (None if x is None else share_heads(x, shared) for x in (k_scale, v_scale))
+    in_axes = (HEADS, KEYS, KEYS, SCALES, SCALES, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
+    y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, k_scale, v_scale, *marks)
     return y
 
 
 def share_heads(x: jax.Array, copies: int) -> jax.Array:
-    """(B, S, K, H) -> (B, S, K * copies, H): each head `copies` times, one behind the other.
+    """(B, S, K, ...) -> (B, S, K * copies, ...): each head `copies` times, one behind the other.
 
-    By way of float32, which changes no value, so that its gradient is added up in float32.
+    Floats by way of float32, which changes no value, so that their gradient is added up in float32.
     """
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.repeat(x, copies, axis=2)
     return jnp.repeat(x.astype(jnp.float32), copies, axis=2).astype(x.dtype)

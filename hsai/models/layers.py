@@ -17,19 +17,24 @@ def declare(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, *, std: float) -
 
 
 def is_matrix(param: nnx.Variable) -> bool:
-    """Whether a parameter is multiplied by (or looked up in), and no gain: two axes besides that of stacked layers."""
-    return len([axis for axis in param.get_metadata("out_sharding") if axis != "layers"]) == 2
+    """Whether a parameter is multiplied by (or looked up in), and no gain or bias: two axes besides stacked ones."""
+    return len([axis for axis in param.get_metadata("out_sharding") if axis not in ("layers", "experts")]) == 2
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalization with a learned gain (1910.07467, eq. 4), computed in float32."""
+    """Root-mean-square normalization with a learned gain (1910.07467, eq. 4), computed in float32.
 
-    def __init__(self, size: int, eps: float, *, axis: str) -> None:
-        self.gain = nnx.Param(jnp.ones((size,), jnp.float32), out_sharding=(axis,))
+    With `plus_one` the gain is 1 + what is stored (Gemma), so that weight decay and rounding pull towards one.
+    """
+
+    def __init__(self, size: int, eps: float, *, axis: str, plus_one: bool = False) -> None:
+        self.gain = nnx.Param(jnp.full((size,), 0.0 if plus_one else 1.0, jnp.float32), out_sharding=(axis,))
         self.eps = eps
+        self.plus_one = plus_one
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(..., size) -> (..., size), in x's dtype."""
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * self.gain[...]).astype(x.dtype)
+        gain = self.gain[...].astype(jnp.float32) + 1.0 if self.plus_one else self.gain[...]
+        return (wide * inverse * gain).astype(x.dtype)

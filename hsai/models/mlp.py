@@ -3,7 +3,7 @@
 B batch, T query, D embed, F ffn.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 from flax import nnx
@@ -13,6 +13,13 @@ from hsai.models.layers import declare
 
 if TYPE_CHECKING:
     from hsai.models.transformer import TransformerConfig
+
+Activation = Literal["silu", "gelu"]
+
+
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """The gate's nonlinearity. GELU has its tanh form, which released GeGLU checkpoints were trained with."""
+    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 class Mlp(nnx.Module):
@@ -29,6 +36,5 @@ class Mlp(nnx.Module):
         """(B, T, D) -> (B, T, D)."""
         gate = project(x, self.gate.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
         up = project(x, self.up.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
-        # The tanh form of GELU is the one that released GeGLU checkpoints were trained with.
-        gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return project(gate * up, self.down.get_value(), out_axes=("batch", "seq", "embed"), in_axis="mlp")
+        hidden = activate(gate, self.activation) * up
+        return project(hidden, self.down.get_value(), out_axes=("batch", "seq", "embed"), in_axis="mlp")

@@ -1,4 +1,4 @@
-"""The decoder: covers Llama 3, Qwen 3, SmolLM2 and Mistral by configuration.
+"""The decoder: covers Llama 3, SmolLM2, Mistral, Mixtral, Qwen 2.5 and 3 (dense, experts), Gemma 3 by configuration.
 
 B batch, T query, D embed, V vocabulary, L layers.
 """
@@ -13,15 +13,16 @@ from flax import nnx
 from hsai.errors import InputError
 from hsai.formats import lookup, project
 from hsai.models.attention import Attention
-from hsai.models.cache import CACHE_AXES, KVCache, LayerCache
+from hsai.models.cache import CacheFormat, KVCache, LayerCache, StoredArrays, make_cache
 from hsai.models.layers import RMSNorm, declare
-from hsai.models.mlp import Mlp
+from hsai.models.mlp import Activation, Mlp
+from hsai.models.moe import MoE, MoEConfig
 from hsai.models.rope import RopeConfig, Rotation, make_rotation
 from hsai.sharding import constrain
 
 Remat = Literal["none", "dots", "full"]
 # What the scan over layers hands on: activations, and the keys and values of all layers where there is a cache.
-Carry = tuple[jax.Array, tuple[jax.Array, jax.Array] | None]
+Carry = tuple[jax.Array, StoredArrays | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,28 +48,52 @@ class TransformerConfig:
     """Width of a head."""
 
     mlp: int
-    """Width of the feed-forward block."""
+    """Width of the feed-forward block; of each expert, where `moe` says that there are several."""
 
     max_length: int
     """Longest context in tokens, for which caches and exported graphs are made."""
 
-    activation: Literal["silu", "gelu"] = "silu"
+    activation: Activation = "silu"
     """Gate of the feed-forward block: SwiGLU or GeGLU."""
 
     norm_eps: float = 1e-5
     """Added to the mean square in each normalization."""
 
+    norm_plus_one: bool = False
+    """Normalizations multiply by 1 + their stored gain (Gemma)."""
+
+    post_norm: bool = False
+    """Normalizes also what a block's attention and feed-forward give, before it is added (Gemma 2 and 3)."""
+
     qk_norm: bool = False
-    """Normalizes queries and keys of each head (Qwen 3)."""
+    """Normalizes queries and keys of each head (Qwen 3, Gemma 3)."""
+
+    qkv_bias: bool = False
+    """Adds a learned bias to queries, keys and values (Qwen 2.5)."""
+
+    query_scalar: int | None = None
+    """Scores are divided by the root of this (Gemma's query_pre_attn_scalar); none takes head_dim."""
 
     sliding_window: int | None = None
     """A query sees this many positions, its own included (Mistral); none sees all."""
+
+    global_every: int | None = None
+    """Every this many-th layer sees all positions whatever the window is (Gemma 3: 6); none: no layer does."""
+
+    scale_embeddings: bool = False
+    """Embedded tokens are multiplied by the root of `embed` (Gemma)."""
+
+    moe: MoEConfig | None = None
+    """Experts in the place of each feed-forward block (Mixtral, Qwen 3 MoE); none has a single one."""
 
     tie_embeddings: bool = True
     """The output projection is the embedding table."""
 
     rope: RopeConfig = RopeConfig()
     """Rotary position embedding."""
+
+    local_rope: RopeConfig | None = None
+    """Of the layers with a window, where others are global (Gemma 3); none takes `rope`."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of activations and products; parameters stay float32 while training."""
@@ -83,23 +108,45 @@ class TransformerConfig:
             raise InputError(f"model.head_dim={self.head_dim} must be even: rotary embedding turns pairs")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise InputError(f"model.sliding_window={self.sliding_window} must be at least 1, or none")
+        if self.global_every is not None and (self.global_every < 2 or self.sliding_window is None):
+            raise InputError(
+                f"model.global_every={self.global_every} must be at least 2, and needs a model.sliding_window, "
+                f"which is {self.sliding_window}"
+            )
+        if self.local_rope is not None and self.global_every is None:
+            raise InputError("model.local_rope is for layers beside global ones: it needs model.global_every")
+        if self.query_scalar is not None and self.query_scalar < 1:
+            raise InputError(f"model.query_scalar={self.query_scalar} must be at least 1, or none")
         if self.norm_eps <= 0:
             raise InputError(f"model.norm_eps={self.norm_eps} must be positive")
 
     @property
     def axis_sizes(self) -> dict[str, int]:
         """How many units each logical axis of the weights has, for `check_mesh`: heads are whole, not their widths."""
-        return {name: getattr(self, name) for name in ("embed", "heads", "kv_heads", "mlp", "vocab")}
+        sizes = {name: getattr(self, name) for name in ("embed", "heads", "kv_heads", "mlp", "vocab")}
+        if self.moe is not None:  # experts are split in the place of their width
+            sizes["experts"] = self.moe.experts
+            del sizes["mlp"]
+        return sizes
+
+    def is_global(self, layer: int) -> bool:
+        """Whether a layer sees all positions."""
+        return self.sliding_window is None or (self.global_every is not None and (layer + 1) % self.global_every == 0)
 
 
 class Block(nnx.Module):
     """Attention and feed-forward, each on a normalized copy of the residual stream."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.embed, config.norm_eps, axis="embed")
+        def norm() -> RMSNorm:
+            return RMSNorm(config.embed, config.norm_eps, axis="embed", plus_one=config.norm_plus_one)
+
+        self.attention_norm = norm()
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed, config.norm_eps, axis="embed")
-        self.mlp = Mlp(config, rngs=rngs)
+        self.attention_post_norm = norm() if config.post_norm else None
+        self.mlp_norm = norm()
+        self.mlp = Mlp(config, rngs=rngs) if config.moe is None else MoE(config, config.moe, rngs=rngs)
+        self.mlp_post_norm = norm() if config.post_norm else None
 
     def __call__(
         self,
@@ -108,11 +155,13 @@ class Block(nnx.Module):
         rotation: Rotation,
         segments: jax.Array | None,
         cache: LayerCache | None,
+        is_global: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """(B, T, D) -> (B, T, D), and the cache with this block's keys and values written to it."""
-        y, cache = self.attention(self.attention_norm(x), positions, rotation, segments, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        y, cache = self.attention(self.attention_norm(x), positions, rotation, segments, cache, is_global)
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
+        y = self.mlp(self.mlp_norm(x))
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache
 
 
 class Transformer(nnx.Module):
@@ -129,7 +178,7 @@ class Transformer(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.layers = stack(rngs)
-        self.final_norm = RMSNorm(config.embed, config.norm_eps, axis="embed")
+        self.final_norm = RMSNorm(config.embed, config.norm_eps, axis="embed", plus_one=config.norm_plus_one)
         if not config.tie_embeddings:
             shape, std = (config.embed, config.vocab), config.embed**-0.5
             self.unembed = declare(rngs, shape, ("embed", "vocab"), std=std)
@@ -164,41 +213,72 @@ class Transformer(nnx.Module):
         if positions is None:
             start = jnp.zeros((), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        dtype = jnp.dtype(self.config.dtype)
-        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
-
-        rotation = make_rotation(positions, self.config.rope, self.config.head_dim)
+        x = self.embed_tokens(tokens)
+        rotations = self.make_rotations(positions)
 
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
             x, stored = carry
             block, layer = scanned
-            view = None if stored is None else LayerCache(*stored, layer)
-            x, view = block(x, positions, rotation, segments, view)
-            x = constrain(x, "batch", "seq", "embed")
-            return (x, None if view is None else (view.keys, view.values)), None
+            view = None if stored is None else LayerCache(stored, layer)
+            x, view = self.apply_block(block, layer, x, positions, rotations, segments, view)
+            return (x, None if view is None else view.stored), None
 
         if remat != "none":
             policies = jax.checkpoint_policies
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
-        carry: Carry = (x, None if cache is None else (cache.keys, cache.values))
+        carry: Carry = (x, None if cache is None else cache.stored)
         (x, stored), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
         if cache is not None and stored is not None:
-            cache = KVCache(*stored, cache.lengths + tokens.shape[1])
+            keys, values, *scales = stored
+            cache = KVCache(keys, values, cache.lengths + tokens.shape[1], *scales)
         return self.final_norm(x), cache
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """What the first block reads: (B, T) int32 -> (B, T, D) in the config's dtype."""
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = lookup(self.embed.get_value(), tokens, dtype=dtype, out_axes=("batch", "seq", "embed"))
+        return x * jnp.asarray(c.embed**0.5, dtype) if c.scale_embeddings else x
+
+    def make_rotations(self, positions: jax.Array) -> tuple[Rotation, Rotation]:
+        """Of global layers and of those with a window, which mostly are the same."""
+        c = self.config
+        far = make_rotation(positions, c.rope, c.head_dim)
+        return far, far if c.local_rope is None else make_rotation(positions, c.local_rope, c.head_dim)
+
+    def apply_block(
+        self,
+        block: Block,
+        layer: jax.Array,
+        x: jax.Array,
+        positions: jax.Array,
+        rotations: tuple[Rotation, Rotation],
+        segments: jax.Array | None = None,
+        view: LayerCache | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One layer: `block` holds the weights of number `layer`, int32 (); the rest as for `Block`."""
+        far, near = rotations
+        is_global, rotation = None, far
+        if self.config.global_every is not None:
+            is_global = (layer + 1) % self.config.global_every == 0
+            rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
+        x, view = block(x, positions, rotation, segments, view, is_global)
+        return constrain(x, "batch", "seq", "embed"), view
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) in float32."""
         axes = ("batch", "seq", "vocab")
         return project(hidden, self.head.get_value(), out_axes=axes, in_axis="embed", out_dtype=jnp.float32)
 
-    def make_cache(self, batch: int, slots: int | None = None) -> KVCache:
-        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations."""
+    def make_cache(self, batch: int, slots: int | None = None, format: CacheFormat = "activations") -> KVCache:
+        """An empty cache of `slots` tokens a row (default: the longest context), laid out like activations.
+
+        Raises:
+          InputError: an unknown format.
+        """
         c = self.config
-        shape = (c.layers, batch, slots or c.max_length, c.kv_heads, c.head_dim)
-        # Two arrays, not one twice: a step that takes over the cache's memory must find memory for both.
-        keys, values = (constrain(jnp.zeros(shape, c.dtype), *CACHE_AXES) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((batch,), jnp.int32))
+        slots = slots or c.max_length
+        return make_cache(c.layers, batch, slots, c.kv_heads, c.head_dim, dtype=c.dtype, format=format)
 
 
 def abstract_transformer(config: TransformerConfig) -> Transformer:

@@ -19,10 +19,14 @@ def matmul_parameter_count(config: TransformerConfig) -> int:
     """The weights that a token is multiplied by: blocks and output projection.
 
     Norm gains are not matrices, and the embedding is looked up; a tied table counts once, for the output projection.
+    Of several experts those count that a token goes to, and the router.
     """
     c = config
     attention = 2 * c.embed * c.heads * c.head_dim + 2 * c.embed * c.kv_heads * c.head_dim
-    return c.layers * (attention + 3 * c.embed * c.mlp) + c.embed * c.vocab
+    mlp = 3 * c.embed * c.mlp
+    if c.moe is not None:
+        mlp = c.moe.active * mlp + c.embed * c.moe.experts
+    return c.layers * (attention + mlp) + c.embed * c.vocab
 
 
 def flops_per_token(config: TransformerConfig, sequence_length: int) -> float:
@@ -35,8 +39,9 @@ def flops_per_token(config: TransformerConfig, sequence_length: int) -> float:
     models are trained far beyond it: T is then at most the window.
     """
     c = config
-    keys = sequence_length if c.sliding_window is None else min(sequence_length, c.sliding_window)
-    return 6.0 * matmul_parameter_count(c) + 12.0 * c.layers * c.heads * c.head_dim * keys
+    window = sequence_length if c.sliding_window is None else min(sequence_length, c.sliding_window)
+    keys = sum(sequence_length if c.is_global(layer) else window for layer in range(c.layers))
+    return 6.0 * matmul_parameter_count(c) + 12.0 * c.heads * c.head_dim * keys
 
 
 # Dense bfloat16 peak of one jax device, in flop/s, by `device_kind`. Matched exactly: a slice of a GPU (MIG) or a

@@ -16,6 +16,7 @@ from hsai.formats import nm_mask
 from hsai.formats.nm import check_pattern, index_block
 from hsai.formats.packed import check_divides
 from hsai.formats.storage import named_weights, replace_weights
+from hsai.models.layers import is_matrix
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ def sparsify(model: T, config: SparsityConfig, *, gradient_scale: jax.Array | fl
     """The model as its sparse self, differentiable to the dense weights behind it.
 
     Args:
-      model: with dense matrices (L, D, F) under `layers`.
+      model: with dense matrices (L, D, F), or (L, E, D, F) of experts, under `layers`.
       config: the pattern.
       gradient_scale: what the gradients of this pass will be divided by (the number of targets, where the loss is a
         sum); the pull on masked weights is multiplied by it, so that it is the same for every batch.
@@ -70,7 +71,7 @@ def sparsify(model: T, config: SparsityConfig, *, gradient_scale: jax.Array | fl
     values = {}
     for name, param in named_weights(model).items():
         w = param.get_value()
-        if name.startswith("layers.") and w.ndim == 3:
+        if name.startswith("layers.") and is_matrix(param):
             rule = f"{config.n}:{config.m} sparsity of {name}"
             check_divides(rule, index_block(config.n, config.m), w.shape[-2], w.shape)
             mask = jax.lax.stop_gradient(nm_mask(w, config.n, config.m))

@@ -6,6 +6,7 @@
 #include <exception>
 #include <string>
 
+#include "ffi_checks.h"
 #include "multiply.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,16 +15,10 @@ namespace {
 namespace ffi = xla::ffi;
 using ffi::AnyBuffer;
 using ffi::DataType;
+using hsai::describe;
 using hsai::Format;
+using hsai::invalid;
 using hsai::ScaleType;
-
-ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("hsai_kernels: " + message); }
-
-std::string describe(const AnyBuffer& buffer) {
-  std::string text = "(";
-  for (const std::int64_t size : buffer.dimensions()) text += std::to_string(size) + ",";
-  return text + ")";
-}
 
 bool is_matrix(const AnyBuffer& buffer) { return buffer.dimensions().size() == 2; }
 
@@ -113,12 +108,13 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   return run(pool, format, weight, activations);
 }
 
-// Checks choices (D/32, F/V) and fills in the weight's; (0, F) for an N:4 weight.
+// Checks choices (D/32, F/V) and fills in the weight's; (0, F) for an N:4 or N:8 weight.
 ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, hsai::Weight& weight) {
   if (choices.element_type() != DataType::U32) return invalid("choices must be uint32");
   weight.pattern = m;
   if (height(choices) == 0) {
-    if (m != 4) return invalid("m=" + std::to_string(m) + " needs choices");
+    if (m != 4 && m != 8) return invalid("m=" + std::to_string(m) + " needs choices");
+    if (m == 8 && !packed) return invalid("m=8 without choices is for int4 words only");
     return ffi::Error::Success();
   }
   if (m != 8 && m != 16 && m != 32) return invalid("m=" + std::to_string(m) + " takes no choices");
@@ -134,8 +130,8 @@ ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, h
   return ffi::Error::Success();
 }
 
-// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F); scale (D/g, F), or (0, F) for none;
-// choices (D/32, F/V), or (0, F) for N:4.
+// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F), or (3*C/32, F) for N:8; scale (D/g, F),
+// or (0, F) for none; choices (D/32, F/V), or (0, F) for N:4 and N:8.
 ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
                          AnyBuffer choices, ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t m,
                          std::int64_t activation_bits) {
@@ -143,7 +139,10 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
       !is_matrix(*out)) {
     return invalid("sparse_matmul takes matrices");
   }
-  if (n < 1 || n > 3) return invalid("n=" + std::to_string(n) + " of 4 is not 1, 2 or 3");
+  const bool eighths = m == 8 && height(choices) == 0;
+  if (n < 1 || n > 4 || n == (eighths ? 3 : 4)) {
+    return invalid("n=" + std::to_string(n) + (eighths ? " of 8 is not 1, 2 or 4" : " of 4 is not 1, 2 or 3"));
+  }
   Format format;
   switch (values.element_type()) {
     case DataType::U32:
@@ -170,8 +169,8 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
                    " of " + std::to_string(m));
   }
   if (auto error = read_choices(choices, m, packed, weight); error.failure()) return error;
-  if (indices.element_type() != DataType::U32 || height(indices) * 16 != weight.stored ||
-      width(indices) != weight.columns) {
+  if (indices.element_type() != DataType::U32 || height(indices) * 32 != weight.stored * (eighths ? 3 : 2) ||
+      weight.stored % (eighths ? 32 : 16) != 0 || width(indices) != weight.columns) {
     return invalid("indices have shape " + describe(indices) + " for values " + describe(values));
   }
   weight.indices = static_cast<const std::uint32_t*>(indices.untyped_data());

@@ -38,8 +38,11 @@ std::vector<float> widen_activations(const Activations& a, std::int64_t dense, i
   return x;
 }
 
-// How many of 4 positions a sparse weight keeps: of the 4 that were chosen, for V:N:M.
+// How many positions of a group a sparse weight keeps: of the 4 that were chosen, for V:N:M.
 std::int64_t count_kept(const Weight& weight) { return weight.stored / (weight.dense / weight.pattern); }
+
+// How many positions a group has from which elements pick: M, but for V:N:M the 4 that were chosen.
+std::int64_t count_positions(const Weight& weight) { return weight.choices != nullptr ? 4 : weight.pattern; }
 
 // Where every stored element's group of 4 starts.
 std::vector<std::int32_t> list_quads(const Weight& weight) {
@@ -72,13 +75,14 @@ std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threa
 }
 
 ProductTile choose_kernel(const Products& products, Format format) {
-  if (format == Format::kInt8) return products.int8;
   return format == Format::kSparseFloat32 ? products.sparse_float32 : products.sparse_bfloat16;
 }
 
-IntegerTile choose_integer_kernel(const Products& products, Format format) {
+IntegerTile choose_integer_kernel(const Products& products, Format format, const Weight& weight) {
+  if (format == Format::kInt8) return products.int8;
   if (format == Format::kInt4) return products.int4;
-  return format == Format::kInt2 ? products.int2 : products.sparse_int4;
+  if (format == Format::kInt2) return products.int2;
+  return count_positions(weight) == 8 ? products.sparse_int4_of_8 : products.sparse_int4;
 }
 
 // Copies the tile's columns from `sums` (rows, length) to the result.
@@ -96,23 +100,26 @@ void write_tile(const Tile& tile, const float* sums, const Activations& a, std::
 }
 
 std::vector<Slot> list_slots(const Weight& weight) {
-  const std::int64_t kept = count_kept(weight);
+  const std::int64_t kept = count_kept(weight), positions = count_positions(weight);
   std::vector<Slot> slots(static_cast<std::size_t>(weight.stored / 4));
   std::int64_t element = 0;
   for (Slot& slot : slots) {
     const std::int64_t first = element / kept;
-    slot = {static_cast<std::int32_t>(4 * first), 0};
+    slot = {static_cast<std::int32_t>(positions * first), 0, 0};
     for (int byte = 0; byte < 4; ++byte, ++element) {
-      slot.offsets |= static_cast<std::uint32_t>(4 * (element / kept - first)) << (8 * byte);
+      const std::int64_t offset = positions * (element / kept - first);
+      if (offset >= 16) slot.next = 16;
+      slot.offsets |= static_cast<std::uint32_t>(offset % 16) << (8 * byte);
     }
   }
   return slots;
 }
 
 // Stored elements of a block of activations: the most that the kernels take, of whole words and whole groups of 4, and
-// so many that blocks fill a group of the weight.
+// so many that blocks fill a group of the weight. int8 weights have no words; their groups may be of any size.
 std::int64_t choose_block(const Weight& weight, Format format, std::int64_t most) {
   std::int64_t unit = format == Format::kInt2 ? 16 : 8;
+  if (format == Format::kInt8 && weight.group % unit != 0) unit = 1;
   if (weight.indices != nullptr && count_kept(weight) == 3) unit = 24;
   std::int64_t block = unit;
   for (std::int64_t size = unit; size <= most; size += unit) {
@@ -134,13 +141,17 @@ struct Plan {
 
 void plan_planes(Format format, const Weight& weight, const Activations& a, const Products& products, Plan& plan) {
   Planes& planes = plan.planes;
+  planes.int8 = a.int8;
+  planes.wide = products.wide && format == Format::kInt8;
   planes.planes = a.int8 ? 1 : a.bfloat16 ? 2 : 3;
+  if (planes.wide && planes.planes == 1) planes.planes = 2;
   planes.biased = products.biased && weight.indices != nullptr;
   planes.rows = static_cast<int>(a.rows);
-  planes.stride = weight.dense + kPlanePadding;
   planes.block = choose_block(weight, format, products.most_block);
   planes.blocks = weight.stored / planes.block;
   planes.span = weight.dense / planes.blocks;
+  planes.padded = (planes.span + 3) / 4 * 4;
+  planes.stride = planes.blocks * planes.padded * (planes.wide ? 2 : 1) + kPlanePadding;
   planes.shared = a.int8 ? weight.group / planes.block : 1;
   plan.digits.resize(static_cast<std::size_t>(planes.planes * planes.rows * planes.stride));
   plan.scale.resize(static_cast<std::size_t>(planes.rows * planes.blocks));
@@ -153,12 +164,13 @@ void plan_planes(Format format, const Weight& weight, const Activations& a, cons
 }  // namespace
 
 bool is_integer(Format format) {
-  return format == Format::kInt4 || format == Format::kInt2 || format == Format::kSparseInt4;
+  return format != Format::kSparseFloat32 && format != Format::kSparseBfloat16;
 }
 
 void multiply_packed(Format format, const Weight& weight, const Activations& activations, std::int64_t threads,
                      const Schedule& schedule) {
-  const Products& products = current_products();
+  const Products& current = current_products();
+  const Products& products = weight.columns < current.lanes ? kBaselineProducts : current;
   const bool integer = is_integer(format);
   const int rows = integer ? static_cast<int>(activations.rows) : round_rows(activations.rows);
   if (weight.stored * weight.columns * rows < kAlone || threads < 1) threads = 1;
@@ -174,7 +186,7 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     plan.quads = list_quads(weight);
     prepared.quads = plan.quads.data();
   }
-  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / 2);
+  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / (format == Format::kInt8 ? 1 : 2));
   const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads, most);
   std::vector<std::vector<float>> sums;
   sums.reserve(tiles.size());
@@ -186,7 +198,7 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     });
   }
   const ProductTile floats = choose_kernel(products, format);
-  const IntegerTile integers = choose_integer_kernel(products, format);
+  const IntegerTile integers = choose_integer_kernel(products, format, weight);
   run_tiles(static_cast<std::int64_t>(tiles.size()), threads, schedule, [&](std::int64_t i) {
     const Tile& tile = tiles[static_cast<std::size_t>(i)];
     float* out = sums[static_cast<std::size_t>(i)].data();

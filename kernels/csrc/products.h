@@ -22,23 +22,24 @@ constexpr int kBlockColumns = 16;         // V of a V:N:M weight is a multiple: 
 
 enum class ScaleType { kNone, kFloat32, kBfloat16 };
 
-// Where 4 consecutive kept elements of an N:4 weight look for their activations.
+// Where 4 consecutive kept elements of an N:4 or N:8 weight look for their activations.
 struct Slot {
   std::int32_t first;      // position, of those that a column may keep, where the group of the first of them begins
-  std::uint32_t offsets;   // byte j: the begin of the group of element j, counted from `first`; at most 12
+  std::int32_t next;       // where the 16 positions begin that elements 2 and 3 see, counted from `first`: 16 for 1:8
+  std::uint32_t offsets;   // byte j: the begin of the group of element j in the 16 that it sees; at most 12
 };
 
 // A packed weight; every array is row-major with F columns. Layouts are those of packing.py and the reference.py files.
 struct Weight {
   const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of int4 (C/8, F) or int2 (C/16, F)
-  const std::uint32_t* indices;  // (C/16, F) for N:4 weights, else null
+  const std::uint32_t* indices;  // (C/16, F) for N:4 weights, (3*C/32, F) for N:8 ones, else null
   const void* scale;          // (C/group, F), null for kNone
   ScaleType scale_type;
   const std::int32_t* quads;  // N:4 floats: for each stored element, the dense position where its group of 4 starts
-  const Slot* slots;          // N:4 codes: for every 4 stored elements
+  const Slot* slots;          // N:4 and N:8 codes: for every 4 stored elements
   const std::uint32_t* choices;  // V:N:M: (D/32, F/V), bit i of word j for position 32 * j + i; else null
   std::int64_t width;         // V, a multiple of kBlockColumns
-  std::int64_t pattern;       // M, of which a block of V columns may keep 4; 4 for all others
+  std::int64_t pattern;       // M, of which a block of V columns may keep 4; without choices 4 or 8
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale
@@ -46,7 +47,8 @@ struct Weight {
 };
 
 // Writes out[r * length + i] = sum over the contraction of x[r] times column begin + i, for r < rows.
-// x is float (rows, D), rows is 1, 2, 4 or 8. Unless length is a multiple of `lanes`, columns are computed singly.
+// x is float (rows, D), rows is 1, 2, 4 or 8. length is a multiple of `lanes`, or anything in the baseline's table, which
+// then computes columns singly.
 using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std::int64_t begin, std::int64_t length,
                              float* out);
 
@@ -56,15 +58,17 @@ using IntegerTile = void (*)(const Weight& weight, const Planes& x, std::int64_t
 
 struct Products {
   const char* name;
-  int lanes;       // columns a vector register holds
+  int lanes;       // columns a vector register holds; weights of fewer go to the baseline's table
   int most_block;  // most stored elements of a block of activations
-  bool biased;     // whether N:4 codes take biased digits; those of dense weights never are
-  ProductTile int8;
+  bool biased;     // whether N:4 and N:8 codes take biased digits; those of dense weights never are
+  bool wide;       // whether int8 weights take planes of two digits
   ProductTile sparse_float32;
   ProductTile sparse_bfloat16;
+  IntegerTile int8;
   IntegerTile int4;
   IntegerTile int2;
   IntegerTile sparse_int4;
+  IntegerTile sparse_int4_of_8;
   // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
   void (*fill_planes)(const Planes& planes, int row, const float* x);
   AttendTile attend;

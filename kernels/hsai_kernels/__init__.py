@@ -11,17 +11,20 @@ from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
-from hsai_kernels.ops.quantized_matmul.reference import dequantize_int4, dequantize_int8
+from hsai_kernels.ops.quantized_matmul.reference import dequantize_int2, dequantize_int4, dequantize_int8
 from hsai_kernels.ops.rope.api import rope
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
-from hsai_kernels.ops.sparse_matmul.reference import densify_nm
-from hsai_kernels.packing import pack_words, unpack_words
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, densify_nm, rank_chosen
+from hsai_kernels.packing import count_elements, pack_words, unpack_words
 
 __all__ = [
+    "POSITION_BITS",
     "attention",
+    "count_elements",
     "cross_entropy",
     "cross_entropy_sum",
     "densify_nm",
+    "dequantize_int2",
     "dequantize_int4",
     "dequantize_int8",
     "gated_mlp",
@@ -29,6 +32,7 @@ __all__ = [
     "pack_words",
     "prefer",
     "quantized_matmul",
+    "rank_chosen",
     "rope",
     "sparse_matmul",
     "unpack_words",

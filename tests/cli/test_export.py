@@ -23,8 +23,12 @@ def test_bundles_hold_graphs_and_their_origin(workshop: Workshop) -> None:
 
 
 def test_a_run_is_exported_as_it_is(workshop: Workshop, place: Path) -> None:
-    assert main(["export", str(workshop.run), "--out", "dense", "--prefill-buckets", "8"]) == 0
-    assert read_manifest(Path("dense")).extra["run"] == "run"
+    assert main(["export", str(workshop.run), "--out", "dense", "--prefill-buckets", "8", "--cache", "int8"]) == 0
+    manifest = read_manifest(Path("dense"))
+    assert manifest.extra["run"] == "run" and manifest.extra["graphs"]["cache"] == "int8"
+    for graph in manifest.graphs:
+        kinds = {array.name: array.dtype for array in graph.inputs}
+        assert (kinds["keys"], kinds["value_scales"]) == ("int8", "float32")
 
 
 @pytest.mark.parametrize(
@@ -33,9 +37,10 @@ def test_a_run_is_exported_as_it_is(workshop: Workshop, place: Path) -> None:
         (("--prefill-buckets", "0"), ("prefill_buckets: 0", "at least 1")),
         (("--prefill-buckets", "8", "129"), ("--prefill-buckets 129", "128")),
         (("--prefill-buckets",), ("--prefill-buckets", "at least one")),
+        (("--cache", "int4"), ("--cache", "'int4'", "'activations', 'bfloat16', 'int8'")),
     ],
 )
-def test_buckets_that_cannot_be(
+def test_graphs_that_cannot_be(
     words: tuple[str, ...], names: tuple[str, ...], workshop: Workshop, refuse: Refuse
 ) -> None:
     model = workshop.compressed / "int4"

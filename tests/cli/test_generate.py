@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from hsai.cli import main
+from hsai.export import write_bundle
+from hsai.export.source import open_model
 from hsai.files import sha256
-from tests.cli.conftest import RECIPES, Workshop
+from hsai.infer import Engine
+from tests.cli.conftest import RECIPES, Workshop, recipe
 from tests.export.manifests import edit
 from tests.export.tiny_models import make_tokenizer
 
@@ -30,6 +33,17 @@ def test_graphs_give_the_same_text(recipe: str, workshop: Workshop, capsys: pyte
     text = generate(capsys, *words)
     assert text.startswith(PROMPT) and len(text) > len(PROMPT) + 1 and text.endswith("\n")
     assert generate(capsys, *words, "--graphs") == text
+
+
+def test_an_int8_cache_gives_a_text_that_begins_alike(
+    workshop: Workshop, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (workshop.bundles / "int4", PROMPT, "--max-tokens", 12)
+    texts = [generate(capsys, *words, *more) for more in ((), ("--cache", "int8"))]
+    assert texts[0][: len(PROMPT) + 3] == texts[1][: len(PROMPT) + 3]
+    names = ("cache=int8", "cannot be chosen with graphs")
+    refuse("generate", *words, "--cache", "int8", "--graphs", names=names, beside=(words[0],))
+    refuse("generate", *words, "--cache", "8", names=("--cache", "'8'", "'int8'"), beside=(words[0],))
 
 
 def test_draws_follow_the_seed(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,3 +161,61 @@ def test_what_is_no_bundle(workshop: Workshop, place: Path, refuse: Refuse) -> N
     refuse("generate", workshop.run, PROMPT, names=(str(workshop.run), "manifest.json"), beside=(workshop.run,))
     plain = workshop.compressed / "int4"
     refuse("generate", plain, PROMPT, "--graphs", names=(str(plain), "no graphs"), beside=(plain,))
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="module")
+def talking(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a chat template, made by compressing one that has it."""
+    base = tmp_path_factory.mktemp("talking")
+    source = open_model(workshop.run)
+    generation = {"do_sample": True, "temperature": 1.5, "top_k": 40, "max_new_tokens": 7, "repetition_penalty": 1.1}
+    assets = {"chat_template.jinja": TEMPLATE.encode(), "generation_config.json": json.dumps(generation).encode()}
+    write_bundle(base / "plain", source.model, source.tokenizer, assets=assets)
+    assert main(["compress", str(base / "plain"), "--recipe", recipe("int8"), "--out", str(base / "int8")]) == 0
+    assert main(["export", str(base / "int8"), "--out", str(base / "out"), "--prefill-buckets", "8"]) == 0
+    return base / "out"
+
+
+def test_chat_goes_through_the_template(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which came with the bundle through compression and export; only the answer is printed."""
+    settings = ("--temperature", 0, "--max-tokens", 9)
+    whole = "[system]Be brief.\n[user]x = 1\n[assistant]"
+    wanted = generate(capsys, talking, whole, *settings).removeprefix(whole)
+    engine = Engine.load(talking)
+    ids = engine.tokenizer.encode(whole)  # no prefix: the template has none
+    assert generate(capsys, talking, "x = 1", "--chat", "--system", "Be brief.", *settings) == (
+        engine.generate_tokens(ids, max_tokens=9).text + "\n"
+    )
+    assert wanted.endswith("\n")
+    assert generate(capsys, talking, "x = 1", "--chat", *settings) == (
+        engine.chat([{"role": "user", "content": "x = 1"}], max_tokens=9).text + "\n"
+    )
+
+
+def test_the_generation_config_holds_where_nothing_is_said(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*words: object) -> tuple[str, str]:
+        capsys.readouterr()
+        assert main(["generate", str(talking), PROMPT, *map(str, words)]) == 0
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    text, said = run()
+    assert "note: generation_config.json's repetition_penalty=1.1 is not applied\n" in said
+    assert "[7 tokens" in said
+    asked, _ = run("--temperature", 1.5, "--top-k", 40, "--max-tokens", 7)
+    assert text == asked != run("--temperature", 0)[0]
+    assert run("--seed", 5)[0] != text
+    assert "[3 tokens" in run("--max-tokens", 3)[1]
+
+
+def test_chats_that_cannot_be(workshop: Workshop, talking: Path, place: Path, refuse: Refuse) -> None:
+    bundle = workshop.bundles / "int8"
+    refuse("generate", bundle, "x", "--chat", names=("no chat template", "chat_template.jinja"))
+    refuse("generate", bundle, "x", "--system", "y", names=("--system", "--chat"))
+    shutil.copytree(talking, place / "b")
+    (place / "b" / "chat_template.jinja").write_text("{% for %}")
+    resign(place / "b", "chat_template.jinja")
+    refuse("generate", "b", "x", "--chat", names=("chat template", "no Jinja", "line 1"))

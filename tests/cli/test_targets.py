@@ -5,10 +5,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import hsai.export.bundle
+import hsai.files
 from hsai.cli import main
 from hsai.export.bundle import read_bundle
 from tests.cli.conftest import Workshop, recipe
@@ -109,14 +111,14 @@ def test_a_damaged_bundle_is_not_reused(damage: str, workshop: Workshop, bundle:
     assert read_bundle(bundle).manifest.files == read_bundle(workshop.compressed / "int4").manifest.files
 
 
-@pytest.mark.parametrize("function", ["write_manifest", "_publish"])
+@pytest.mark.parametrize(("module", "function"), [(hsai.export.bundle, "write_manifest"), (hsai.files, "_publish")])
 def test_overwriting_that_fails_keeps_the_old(
-    function: str, workshop: Workshop, bundle: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse
+    module: ModuleType, function: str, workshop: Workshop, bundle: Path, monkeypatch: pytest.MonkeyPatch, refuse: Refuse
 ) -> None:
     def fail(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(hsai.export.bundle, function, fail)
+    monkeypatch.setattr(module, function, fail)
     refuse(*compress(workshop, "int8", bundle, "--overwrite"), names=("No space left on device",))
     read_bundle(bundle)
 

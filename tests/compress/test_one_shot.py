@@ -13,9 +13,10 @@ from flax import nnx
 from rich.console import Console
 
 from hsai.compress import RecipeConfig, Rule, compress
+from hsai.compress.ledger import name_format
 from hsai.compress.one_shot import check_bytes
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, nbytes, to_dense
+from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, nbytes, to_dense
 from hsai.formats.storage import describe, named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 
@@ -27,6 +28,7 @@ MIXED = RecipeConfig(
         Rule(pattern="embed", format=Int8Config()),
         Rule(pattern="layers.attention.q", format=DenseConfig(dtype="bfloat16")),
         Rule(pattern="layers.attention.k", format=NMConfig(n=2)),
+        Rule(pattern="layers.attention.v", format=TernaryConfig(group=None)),
         Rule(pattern="layers.attention.*", format=Int4Config(group=32)),
         Rule(pattern="layers.mlp.[dg]*", format=NMInt4Config(n=2, group=64)),
     )
@@ -50,7 +52,7 @@ def test_each_weight_has_the_format_of_its_rule(model: Transformer, mixed) -> No
         "embed": "int8",
         "layers.attention.k": "nm",
         "layers.attention.o": "int4",
-        "layers.attention.v": "int4",
+        "layers.attention.v": "ternary",
         "layers.mlp.down": "nm_int4",
         "layers.mlp.gate": "nm_int4",
     }
@@ -58,6 +60,8 @@ def test_each_weight_has_the_format_of_its_rule(model: Transformer, mixed) -> No
     assert compressed.layers.mlp.up.get_value() is model.layers.mlp.up.get_value()
     words = {row.weight: row.format for row in ledger.rows}
     assert words["layers.attention.k"] == "2:4 bfloat16" and words["layers.mlp.down"] == "2:4 int4 g64"
+    assert words["layers.attention.v"] == "ternary" == name_format(TernaryConfig(group=None))
+    assert name_format(TernaryConfig()) == "ternary g64" and name_format(NMInt4Config(m=8)) == "2:8 int4 g64"
     assert words["layers.attention.o"] == "int4 g32" and words["layers.attention.q"] == "bfloat16"
     assert words["embed"] == "int8" and words["layers.mlp.up"] == words["final_norm.gain"] == "float32"
 

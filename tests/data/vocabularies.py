@@ -38,7 +38,7 @@ def byte_level(special: list[str], *, nfc: bool = False, bos: str | None = None)
 
 
 def sentencepiece(style: str) -> tokenizers.Tokenizer:
-    """BPE with byte fallback: a space before the text by normalizer (llama2), by pre-tokenizer (mistral), none (gemma)."""
+    """BPE with byte fallback; `style` says what puts a space before a text: a normalizer, a pre-tokenizer, nothing."""
     learner = tokenizers.Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
     learner.train_from_iterator(

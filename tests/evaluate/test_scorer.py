@@ -16,6 +16,10 @@ TOLERANCE = 1e-5
 """Nats a token, in float32: sums are added in another order, and nothing else differs."""
 
 
+ON_MESH = slice(2, 7)
+"""Groups of every kind, whose programs are fewer."""
+
+
 def draw_groups(seed: int) -> list[list[Pair]]:
     """Groups of 1 to 3 pairs that share a context wholly, in part or not at all, up to beyond the model's context.
 
@@ -86,12 +90,12 @@ def test_batches_change_nothing(model: Transformer, scores: list[list[Score]], b
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_meshes_change_nothing(model: Transformer, scores: list[list[Score]], sizes: tuple[int, int, int]) -> None:
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], model=sizes[2]))
-    check_same(scores, Scorer(model, batch_tokens=512, mesh=mesh))
+    check_same(scores, Scorer(model, batch_tokens=512, mesh=mesh), ON_MESH)
 
 
-def check_same(scores: list[list[Score]], other: Scorer) -> None:
+def check_same(scores: list[list[Score]], other: Scorer, part: slice = slice(None)) -> None:
     """The other scorer gives the same numbers, and the same choice in every group."""
-    for left, right in zip(scores, other.score(draw_groups(1)), strict=True):
+    for left, right in zip(scores[part], other.score(draw_groups(1)[part]), strict=True):
         for a, b in zip(left, right, strict=True):
             np.testing.assert_allclose(a.token_log_likelihoods, b.token_log_likelihoods, atol=TOLERANCE, rtol=0)
             assert a.is_greedy == b.is_greedy

@@ -198,8 +198,18 @@ def test_graph_of_another_jax_is_refused(
 
 def test_an_input_that_the_step_ignores_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_careless(config: Any, formats: Any) -> Any:
-        def prefill(weights: Any, tokens: Any, count: Any, keys: Any, values: Any, lengths: Any) -> Any:
-            return make_prefill(config, formats)(weights, tokens, jnp.full_like(count, 8), keys, values, lengths)
+        def prefill(
+            weights: Any,
+            tokens: Any,
+            count: Any,
+            keys: Any,
+            values: Any,
+            lengths: Any,
+            key_scales: Any = None,
+            value_scales: Any = None,
+        ) -> Any:
+            cache = (keys, values, lengths, key_scales, value_scales)
+            return make_prefill(config, formats)(weights, tokens, jnp.full_like(count, 8), *cache)
 
         return prefill
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from hsai.data.tokenizer import Tokenizer
 from hsai.formats import (
@@ -69,6 +70,20 @@ def make_shapes(format_name: str, **changes: Any) -> Transformer:
 def make_tokenizer() -> Tokenizer:
     """280 tokens, fewer than the models have; its end of text is 0."""
     return Tokenizer.train(["def main(): return 'héron 数据 😀' # hello world, hello bundle\n" * 3], 280)
+
+
+def make_chatty_tokenizer() -> Tokenizer:
+    """The same, with a prefix and stops that are not its end of text."""
+    backend = tokenizers.Tokenizer.from_str(make_tokenizer().to_json())
+    backend.add_special_tokens(["<|user|>", "<|assistant|>", "<|system|>", "<|begin|>", "<|end|>"])
+    return Tokenizer(backend, prefix=("<|begin|>",), stops=("<|end|>", "<|user|>"))
+
+
+CHATTY_ASSETS = {
+    "chat_template.jinja": b"{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>",
+    "generation_config.json": b'{"do_sample": true,\r\n "temperature": 0.7}',
+    "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}',
+}
 
 
 def full_logits(model: Transformer, ids: np.ndarray) -> np.ndarray:

@@ -17,11 +17,12 @@ from hsai.formats import (
     NMConfig,
     NMInt4Config,
     Packed,
+    TernaryConfig,
     bits_per_weight,
     nbytes,
     to_dense,
 )
-from hsai.formats.nm import index_block
+from hsai.formats.nm import PATTERNS, index_block
 
 PACKED = [
     Int8Config(),
@@ -31,6 +32,10 @@ PACKED = [
     NMConfig(n=3, dtype="float32"),
     NMInt4Config(n=2, group=64),
     NMInt4Config(n=3, group=32),
+    NMConfig(n=4, m=8, dtype="float32"),
+    TernaryConfig(group=32),
+    TernaryConfig(group=None),
+    NMInt4Config(n=2, m=8, group=32),
 ]
 FORMATS = [
     *PACKED,
@@ -38,15 +43,16 @@ FORMATS = [
     DenseConfig(dtype="float32"),
     Int4Config(group=64),
     NMConfig(n=2),
-    *(NMInt4Config(n=n, group=group) for n in (1, 2, 3) for group in (32, 64, 128)),
+    *(NMInt4Config(n=n, m=m, group=group) for n, m in PATTERNS for group in (32, 64, 128)),
+    *(NMConfig(n=n, m=8) for n in (1, 2)),
 ]
 
 
 def block_of(format) -> int:
     """The smallest contraction that the format can hold."""
     blocks = [1]
-    if isinstance(format, Int4Config | NMInt4Config):
-        blocks.append(format.group)
+    if isinstance(format, Int4Config | NMInt4Config | TernaryConfig):
+        blocks.append(format.group or 16)
     if isinstance(format, NMConfig | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
     return max(blocks)
@@ -81,10 +87,15 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (DenseConfig(), 16),
         (Int8Config(), 8 + 32 / 256),
         (Int4Config(group=64), 4.25),
+        (TernaryConfig(group=64), 2.25),
+        (TernaryConfig(group=None), 2 + 16 / 256),
         (NMConfig(n=2), 9),
         (NMConfig(n=1, dtype="float32"), 8.5),
         (NMInt4Config(n=2, group=64), 3.25),
         (NMInt4Config(n=3, group=128), 4.625),
+        (NMConfig(n=4, m=8), (4 * 16 + 4 * 3) / 8),
+        (NMInt4Config(n=4, m=8, group=64), (4 * 4 + 4 * 3) / 8 + 16 / 64),
+        (NMInt4Config(n=1, m=8, group=128), (4 + 3) / 8 + 16 / 128),
     ],
     ids=str,
 )
@@ -148,3 +159,33 @@ def test_what_does_not_divide_is_refused_with_both_numbers(format) -> None:
 def test_a_dense_weight_is_its_own_dense() -> None:
     w = draw((4, 4))
     assert to_dense(w) is w
+
+
+@pytest.mark.parametrize("format", FORMATS[:9], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_refused(format, value):
+    """Where its numbers are known; while a program is traced they are not."""
+    w = draw((block_of(format), 3)).at[0, 2].set(value)
+    with pytest.raises(InputError, match=rf"^the weight holds {value} at \[0, 2\], and weights are finite \(1 of"):
+        format.pack(w)
+    jax.eval_shape(format.pack, w)
+
+
+@pytest.mark.parametrize("format", [f for f in PACKED if not isinstance(f, NMConfig)], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+def test_a_scale_that_is_none_is_refused(format, value):
+    w = draw((128, 3))
+    scale = jnp.ones(format.pack(w).scale.shape, jnp.float32).at[0, 1].set(value)
+    with pytest.raises(
+        InputError, match=rf"^the scale holds {value} at \[0, 1\], and scales are finite and at least 0"
+    ):
+        format.pack(w, scale=scale)
+    jax.eval_shape(lambda scale: format.pack(w, scale=scale), scale)
+
+
+def test_a_weight_beyond_the_stored_precision_is_refused():
+    """The largest float32 is infinite in bfloat16."""
+    largest = jnp.full((2, 2), jnp.finfo(jnp.float32).max)
+    with pytest.raises(InputError, match="the weight holds inf"):
+        DenseConfig(dtype="bfloat16").pack(largest)
+    assert (DenseConfig(dtype="float32").pack(largest) == largest).all()

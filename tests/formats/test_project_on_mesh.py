@@ -7,10 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, project
+from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, project
 from hsai.sharding import MeshConfig, make_mesh, use_mesh
 
-FORMATS = [Int8Config(), Int4Config(group=32), NMConfig(n=3, dtype="float32"), NMInt4Config(n=1, group=64)]
+FORMATS = [
+    Int8Config(),
+    Int4Config(group=32),
+    TernaryConfig(group=32),
+    NMConfig(n=3, dtype="float32"),
+    NMInt4Config(n=1, group=64),
+    NMInt4Config(n=4, m=8, group=64),
+]
 # Axes of contraction and result, rows, and the mesh axis that the contraction is split over.
 CASES = [
     ("embed", "mlp", 8, None),

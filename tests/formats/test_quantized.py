@@ -1,4 +1,4 @@
-"""Int8 and Int4 against plain numpy: exact where a weight is representable, within half a step where it is not."""
+"""Int8, Int4 and Ternary against plain numpy: exact where a weight is representable, else within half a step."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsai.formats import Int4Config, Int8Config
+from hsai.formats import Int4Config, Int8Config, TernaryConfig
 from hsai.formats.int4 import group_absmax, round_to_codes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -38,6 +38,44 @@ def test_int4_holds_its_codes_exactly(seed: int, stack: tuple[int, ...], group: 
     packed = Int4Config(group=group).pack(jnp.asarray(w), jnp.asarray(scale))
     np.testing.assert_array_equal(packed.dense(), w)
     np.testing.assert_array_equal(packed.scale.astype(jnp.float32), scale)
+
+
+GROUPS = st.sampled_from([32, 64, 128, None])
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=SEEDS, stack=st.sampled_from([(), (3,)]), group=GROUPS)
+def test_ternary_holds_its_codes_exactly(seed: int, stack: tuple[int, ...], group: int | None) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-1, 2, (*stack, 256, 3)).astype(np.float32)
+    scale = draw_scales(rng, (*stack, 256 // (group or 256), 3))
+    w = codes * np.repeat(scale, group or 256, axis=-2)
+    packed = TernaryConfig(group=group).pack(jnp.asarray(w), jnp.asarray(scale))
+    np.testing.assert_array_equal(packed.dense(), w)
+    np.testing.assert_array_equal(packed.scale.astype(jnp.float32), scale)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=SEEDS, group=GROUPS)
+def test_ternary_is_absmean_rounding(seed: int, group: int | None) -> None:
+    """Equations 1 to 3 of BitNet b1.58, a group at a time, for the scale as it is stored."""
+    w = np.random.default_rng(seed).standard_t(3, (256, 4)).astype(np.float32)
+    packed = TernaryConfig(group=group).pack(jnp.asarray(w))
+    dense, steps = np.asarray(packed.dense()), np.asarray(packed.scale, np.float32)
+    size = group or 256
+    for at, part in enumerate(np.split(w, 256 // size)):
+        np.testing.assert_allclose(steps[at], np.abs(part).mean(0), rtol=2**-8)
+        wanted = np.clip(np.rint(part * (np.float32(1) / steps[at])), -1, 1) * steps[at]
+        np.testing.assert_array_equal(dense[at * size : (at + 1) * size], wanted)
+
+
+def test_ternary_never_takes_the_fourth_code() -> None:
+    w = jnp.asarray([[-100.0], [100.0], [0.0], [-1e-3]] * 8)
+    for scale in (None, jnp.ones((1, 1))):
+        packed = TernaryConfig(group=32).pack(w, scale)
+        step = float(packed.scale[0, 0])
+        assert packed.dense()[:4, 0].tolist() == [-step, step, 0.0, 0.0]
+        assert {int(word) >> shift & 3 for word in packed.words[:, 0] for shift in range(0, 32, 2)} == {1, 2, 3}
 
 
 @settings(deadline=None, max_examples=10)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config
+from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
 from hsai.formats.storage import describe, fill, named_arrays, named_weights, replace_weights, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -29,9 +29,11 @@ CONFIG = TransformerConfig(
 FORMATS = {
     "embed": Int8Config(),
     "unembed": Int4Config(group=64),
+    "layers.attention.o": TernaryConfig(group=64),
     "layers.attention.q": Int4Config(group=32),
     "layers.mlp.down": NMConfig(n=2, dtype="float32"),
     "layers.mlp.up": NMInt4Config(n=3, group=32),
+    "layers.mlp.gate": NMInt4Config(n=4, m=8, group=64),
 }
 
 
@@ -108,12 +110,39 @@ def test_what_does_not_fit_is_named(model: Transformer) -> None:
             {"add": {"layers.attention_norm.gain": jnp.zeros((2, 64), jnp.int8)}},
             "is int8, and a dense weight is floating",
         ),
+        # What an hsai that knows no 3-bit positions could not have written, nor one that knows them.
+        (
+            {"records": {"layers.mlp.down": {"format": "nm", "n": 4, "m": 8}}},
+            "'layers.mlp.down' do not fit together as nm",
+        ),
+        (
+            {"records": {"layers.mlp.gate": {"format": "nm_int4", "n": 2, "m": 6}}},
+            "'layers.mlp.gate' do not fit together as nm_int4: m=6 has no positions: valid are 4, 8",
+        ),
         ({"records": {"layers.mlp.up": {"format": "nm_int4", "n": 3}}}, "nm_int4 of 'layers.mlp.up' has no 'm'"),
     ]
     for changes, message in cases:
         with pytest.raises(InputError, match=message) as error:
             change(model, **changes)
         assert "\n" not in str(error.value)
+
+
+def test_numbers_that_are_none_are_named_where_they_are_known(model: Transformer) -> None:
+    """While a program is traced nobody knows them, and the model is made."""
+    arrays = named_arrays(model)
+    for name, value, place in (
+        ("embed.scale", np.nan, "[0, 0]"),
+        ("layers.attention.q.scale", -np.inf, "[0, 0, 0]"),
+        ("unembed.scale", -1.0, "[0, 0]"),
+        ("layers.mlp.down.values", np.nan, "[0, 0, 0]"),
+        ("layers.attention.k", np.inf, "[0, 0, 0]"),
+    ):
+        spoilt = arrays[name].at[(0,) * arrays[name].ndim].set(value)
+        with pytest.raises(InputError) as caught:
+            change(model, add={name: spoilt})
+        assert f"{name!r} holds " in str(caught.value) and f"at {place}, and " in str(caught.value)
+        jax.eval_shape(lambda spoilt, name=name: change(model, add={name: spoilt}), spoilt)
+    change(model, add={"layers.attention.k": -jnp.abs(arrays["layers.attention.k"])})  # weights may be negative
 
 
 def test_a_missing_record_is_named(model: Transformer) -> None:

@@ -4,7 +4,21 @@ import numpy as np
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 (C * bits / 32, F) of integers (C, F): element e of a word at bit 8 * (e % 4) + bits * (e // 4)."""
+    """uint32 (C * bits / 32, F) of integers (C, F): element e of a word at bit 8 * (e % 4) + bits * (e // 4).
+
+    Of 3 bits, 32 elements have three words. Slots of 4 bits are as above, those of element e the slot e % 8, shared by
+    four elements: e // 8 = 0 and 1 have its bits 0, 1 and 2, 3 of the first word, 2 and 3 the same of the second, and
+    the highest bit of each is bit e // 8 of the slot in the third.
+    """
+    if bits == 3:
+        words = np.zeros((values.shape[0] // 32 * 3, values.shape[1]), np.uint32)
+        for row in range(values.shape[0]):
+            element, first = row % 32, row // 32 * 3
+            slot, turn = 8 * (element % 4) + 4 * (element // 4 % 2), element // 8
+            value = values[row].astype(np.uint32)
+            words[first + turn // 2] |= (value & np.uint32(3)) << np.uint32(slot + 2 * (turn % 2))
+            words[first + 2] |= (value >> np.uint32(2)) << np.uint32(slot + turn)
+        return words
     per_word = 32 // bits
     words = np.zeros((values.shape[0] // per_word, values.shape[1]), np.uint32)
     for row in range(values.shape[0]):
@@ -24,18 +38,18 @@ def scale_rows(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values.astype(np.float64) * np.repeat(scale.astype(np.float64), values.shape[0] // scale.shape[0], axis=0)
 
 
-def densify(kept: np.ndarray, positions: np.ndarray, n: int) -> np.ndarray:
-    """float64 (D, F) with kept element c of column f at row 4 * (c // n) + positions[c, f]."""
-    dense = np.zeros((kept.shape[0] * 4 // n, kept.shape[1]))
+def densify(kept: np.ndarray, positions: np.ndarray, n: int, m: int = 4) -> np.ndarray:
+    """float64 (D, F) with kept element c of column f at row m * (c // n) + positions[c, f]."""
+    dense = np.zeros((kept.shape[0] * m // n, kept.shape[1]))
     for row in range(kept.shape[0]):
-        at = 4 * (row // n) + positions[row].astype(np.int64)
+        at = m * (row // n) + positions[row].astype(np.int64)
         dense[at, np.arange(kept.shape[1])] = kept[row]
     return dense
 
 
-def draw_positions(rng: np.random.Generator, size: int, columns: int, n: int) -> np.ndarray:
-    """uint8 (size * n / 4, columns): n distinct, ascending positions for every group of 4."""
-    order = np.argsort(rng.random((size // 4, 4, columns)), axis=1)[:, :n]
+def draw_positions(rng: np.random.Generator, size: int, columns: int, n: int, m: int = 4) -> np.ndarray:
+    """uint8 (size * n / m, columns): n distinct, ascending positions for every group of m."""
+    order = np.argsort(rng.random((size // m, m, columns)), axis=1)[:, :n]
     return np.sort(order, axis=1).reshape(-1, columns).astype(np.uint8)
 
 

@@ -44,17 +44,33 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     assert_close(out, exact @ oracles.scale_rows((codes & 3) - 2, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
+    large = np.where(codes % 2, 16 * codes + 15, 16 * codes)
+    out = quantized_matmul(x, large.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ oracles.scale_rows(large, scale), 17 * largest, "float32")
     sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
     out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
     assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
     if rows > native.MAX_ROWS:
         return
-    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
-    assert_close(out, exact @ dense, largest, "float32")
     plain = oracles.densify(kept, positions, 2)
     for dtype in (jnp.float32, jnp.bfloat16):
         out = sparse_matmul(x, jnp.asarray(kept, dtype), indices, n=2, m=4, implementation="cpu")
         assert_close(out, exact @ plain, np.abs(exact) @ np.abs(plain), "float32")
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 17, 100, 4133])
+@pytest.mark.parametrize(("rows", "kept"), [(1, 4), (2, 2), (3, 1), (13, 4)])
+def test_eighths_of_every_instruction_set_match_the_oracle(instruction_set, rows, kept, columns):
+    rng = np.random.default_rng(columns)
+    x = rng.standard_normal((rows, 256)).astype(np.float32)
+    positions = oracles.draw_positions(rng, 256, columns, kept, 8)
+    codes = rng.integers(-8, 8, positions.shape)
+    scale = rng.uniform(0.01, 0.1, (4, columns)).astype(np.float32)
+    weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
+    words, indices = oracles.pack(codes + 8, 4), oracles.pack(positions, 3)
+    out = sparse_matmul(x, words, indices, scale, n=kept, m=8, implementation="cpu")
+    exact = x.astype(np.float64)
+    assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
 
 
 def test_results_are_the_same_bits_every_time():
@@ -112,6 +128,8 @@ def test_magnitudes(instruction_set, name):
     floor = 64 * 15 * 0.1 * 2.0**-127 / 2.0**-20
     magnitude = np.abs(exact) @ oracles.scale_rows(np.full(codes.shape, 15), scale) + floor
     assert_close(out, exact @ oracles.scale_rows(codes, scale), magnitude, "float32")
+    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ oracles.scale_rows(codes, scale), magnitude, "float32")
     kept = codes[:32]
     sparse = oracles.scale_rows(oracles.densify(kept, positions, 2), scale)
     args = (oracles.pack(kept + 8, 4), oracles.pack(positions, 2), scale)
@@ -124,8 +142,9 @@ def test_a_row_that_holds_no_number_gives_none(instruction_set, value):
     x, codes, positions, scale = _draw(2, 64, 33)
     x[1, 40] = value
     words = oracles.pack(codes + 8, 4)
-    out = quantized_matmul(x, words, scale, implementation="cpu")
-    assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
+    for values in (words, codes.astype(np.int8)):
+        out = quantized_matmul(x, values, scale, implementation="cpu")
+        assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
     out = sparse_matmul(x, words[:4], oracles.pack(positions, 2), scale, n=2, m=4, implementation="cpu")
     assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
 
@@ -135,10 +154,11 @@ def test_dynamic_int8_is_the_references(instruction_set, rows):
     """Both round the same way, and their integers are exact: only the sum over groups may differ."""
     x, codes, positions, scale = _draw(rows, 128, 100)
     magnitude = np.abs(x).astype(np.float64) @ oracles.scale_rows(np.full(codes.shape, 15), scale)
-    operands = (x, oracles.pack(codes + 8, 4), scale)
-    expected = quantized_matmul(*operands, activation_bits=8, implementation="reference")
-    out = quantized_matmul(*operands, activation_bits=8, implementation="cpu")
-    assert_close(out, np.asarray(expected, np.float64), magnitude, "float32")
+    for values, unit in (((16 * codes).astype(np.int8), 16), (oracles.pack(codes + 8, 4), 1)):
+        operands = (x, values, scale)
+        expected = quantized_matmul(*operands, activation_bits=8, implementation="reference")
+        out = quantized_matmul(*operands, activation_bits=8, implementation="cpu")
+        assert_close(out, np.asarray(expected, np.float64), unit * magnitude, "float32")
     operands = (x, operands[1][:8], oracles.pack(positions, 2), scale)
     expected = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="reference")
     out = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="cpu")
@@ -179,7 +199,6 @@ HALF_WORDS = np.zeros((4, 5), np.uint32)
         ((X, WORDS, SCALE.astype(np.float16)), (2, 5), jnp.float32),
         ((X, WORDS.astype(np.int32), SCALE), (2, 5), jnp.float32),
         ((X.astype(np.float16), WORDS, SCALE), (2, 5), jnp.float16),
-        ((np.ones((9, 64), np.float32), BYTES, SCALE), (9, 5), jnp.float32),  # too many rows
         ((np.ones((2, 0), np.float32), WORDS[:0], SCALE), (2, 5), jnp.float32),  # nothing to contract
     ],
 )
@@ -191,7 +210,7 @@ def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
 
 @pytest.mark.parametrize(
     ("values", "bits", "activation_bits"),
-    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 8), (WORDS, 4, 7), (WORDS, 4, -8)],
+    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 7), (WORDS, 4, 7), (WORDS, 4, -8)],
 )
 def test_wrong_bits_give_an_error(values, bits, activation_bits):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
@@ -207,6 +226,7 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
         ((X, KEPT, INDICES, NO_SCALE), 0),
         ((X, KEPT, INDICES, NO_SCALE), 4),
         ((X[:, :62], KEPT, INDICES, NO_SCALE), 2),
+        ((np.ones((9, 64), np.float32), KEPT, INDICES, NO_SCALE), 2),  # too many rows of floats
         ((X, KEPT[:24], INDICES, NO_SCALE), 2),
         ((X, KEPT, INDICES[:1], NO_SCALE), 2),
         ((X, KEPT, INDICES[:, :4], NO_SCALE), 2),
@@ -222,7 +242,33 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
 def test_wrong_sparse_calls_give_an_error(operands, n):
     attributes = {"n": np.int64(n), "m": np.int64(4), "activation_bits": np.int64(0)}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (2, 5), **attributes)
+        _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (len(operands[0]), 5), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "n"),
+    [
+        ({}, 2),
+        ({}, 3),
+        ({}, 5),
+        ({}, 8),
+        ({}, 0),
+        ({"indices": np.zeros((2, 5), np.uint32)}, 4),  # of 2 bits
+        ({"indices": np.zeros((3, 4), np.uint32)}, 4),
+        (
+            {"words": np.zeros((2, 5), np.uint32), "indices": np.zeros((1, 5), np.uint32)},
+            2,
+        ),  # of half a unit
+        ({"words": np.zeros((32, 5), np.float32), "scale": NO_SCALE}, 4),
+    ],
+)
+def test_wrong_calls_of_eighths_give_an_error(changes, n):
+    right = {"x": X, "words": np.zeros((4, 5), np.uint32), "indices": np.zeros((3, 5), np.uint32), "scale": SCALE}
+    attributes = {"m": np.int64(8), "activation_bits": np.int64(0)}
+    _call(native.SPARSE_MATMUL, (*right.values(), NO_CHOICES), (2, 5), n=np.int64(4), **attributes)
+    operands = (*(right | changes).values(), NO_CHOICES)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
+        _call(native.SPARSE_MATMUL, operands, (2, 5), n=np.int64(n), **attributes)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from hsai_kernels.ops.quantized_matmul.shapes import SHAPES as QUANTIZED_SHAPES
 from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
 from hsai_kernels.ops.quantized_matmul.tpu import CODES, INT8
 from hsai_kernels.ops.quantized_matmul.tpu_product import plan_product
+from hsai_kernels.ops.sparse_matmul.shapes import EIGHTHS, SparseShape
 from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
-from hsai_kernels.ops.sparse_matmul.shapes import SparseShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
@@ -26,10 +26,7 @@ DTYPES = ("float32", "bfloat16")
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw_quantized(shape: QuantizedShape, kind: str, dtype: str):
@@ -50,7 +47,7 @@ def draw_sparse(shape: SparseShape, kind: str, dtype: str):
     """(x, values, indices, scale), and in float64: the product, and the magnitude of its terms."""
     rng = np.random.default_rng(shape.contraction + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
-    positions = oracles.draw_positions(rng, shape.contraction, shape.columns, shape.kept)
+    positions = oracles.draw_positions(rng, shape.contraction, shape.columns, shape.kept, shape.pattern)
     if kind == "int4":
         codes = rng.integers(-8, 8, positions.shape)
         values = jnp.asarray(oracles.pack(codes + 8, 4))
@@ -59,9 +56,10 @@ def draw_sparse(shape: SparseShape, kind: str, dtype: str):
     else:
         values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
         kept = np.asarray(values, np.float64)
-    weight = oracles.densify(kept, positions, shape.kept)
+    weight = oracles.densify(kept, positions, shape.kept, shape.pattern)
+    indices = jnp.asarray(oracles.pack(positions, 2 if shape.pattern == 4 else 3))
     exact = np.asarray(x, np.float64)
-    return (x, values, jnp.asarray(oracles.pack(positions, 2)), scale), exact @ weight, np.abs(exact) @ np.abs(weight)
+    return (x, values, indices, scale), exact @ weight, np.abs(exact) @ np.abs(weight)
 
 
 # Each shape in one of the dtypes; then two blocks of the contraction, the second ragged, and two blocks of rows.
@@ -96,6 +94,9 @@ def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
     ("shape", "kind", "dtype"),
     [
         *((s, ("float32", "int4", "bfloat16")[i % 3], DTYPES[i % 2]) for i, s in enumerate(SPARSE_SHAPES)),
+        (EIGHTHS[2], "float32", "float32"),
+        (EIGHTHS[3], "int4", "bfloat16"),
+        (EIGHTHS[6], "bfloat16", "bfloat16"),
         *(
             (SparseShape(lead=(3,), contraction=1280, columns=140, kept=n, group=64), kind, "float32")
             for n, kind in ((2, "int4"), (2, "bfloat16"), (1, "int4"), (3, "float32"))
@@ -106,7 +107,7 @@ def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
 def test_sparse_products_match_the_oracle(shape, kind, dtype):
     operands, product, magnitude = draw_sparse(shape, kind, dtype)
     with interpret_tpu():
-        out = np.asarray(sparse_matmul(*operands, n=shape.kept, m=4, implementation="tpu"))
+        out = np.asarray(sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation="tpu"))
     assert out.dtype == dtype
     assert_close(out, product, magnitude, dtype)
 

@@ -20,8 +20,8 @@ from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
 from hsai_kernels.ops.quantized_matmul.shapes import SHAPES as QUANTIZED_SHAPES
 from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
 from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
+from hsai_kernels.ops.sparse_matmul.shapes import EIGHTHS, SparseShape
 from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
-from hsai_kernels.ops.sparse_matmul.shapes import SparseShape
 from tests.kernels.test_quantized_matmul import _draw as draw_quantized
 from tests.kernels.test_sparse_matmul import _draw as draw_sparse
 from tests.kernels.tolerances import assert_close
@@ -48,11 +48,11 @@ def test_quantized_products_match_the_oracle(kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "int4"])
 def test_sparse_products_match_the_oracle(kind: str) -> None:
-    for index, shape in enumerate(SPARSE_SHAPES):
+    for index, shape in enumerate((*SPARSE_SHAPES, *EIGHTHS)):
         values = kind if kind == "int4" else ("float32", "bfloat16")[index % 2]
         for dtype in ("float32", "bfloat16") if index % 3 == 2 else ("float32",):
             operands, x, weight = draw_sparse(shape, values, dtype)
-            out = run(sparse_matmul, *operands, n=shape.kept, m=4, implementation="gpu")
+            out = run(sparse_matmul, *operands, n=shape.kept, m=shape.pattern, implementation="gpu")
             assert out.dtype == dtype
             assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
 
@@ -74,6 +74,15 @@ def test_many_blocks_of_a_sparse_product(kind: str, dtype: str) -> None:
     operands, x, weight = draw_sparse(shape, kind, dtype)
     out = run(sparse_matmul_gpu, *operands, n=2, m=4, tile=SMALL)
     assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("float32", 2), ("int4", 4)])
+def test_many_blocks_of_a_product_of_eighths(kind: str, kept: int) -> None:
+    """3 ragged blocks of rows, 2 of columns, 3 of units; scale groups of 3/4 of one."""
+    shape = SparseShape(lead=(35,), contraction=384, columns=45, kept=kept, group=96, pattern=8)
+    operands, x, weight = draw_sparse(shape, kind, "float32")
+    out = run(sparse_matmul_gpu, *operands, n=kept, m=8, tile=SMALL)
+    assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), "float32")
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

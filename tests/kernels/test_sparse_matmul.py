@@ -7,7 +7,7 @@ import pytest
 
 from hsai_kernels import densify_nm, pack_words, sparse_matmul
 from hsai_kernels.ops.sparse_matmul.api import BACKENDS
-from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, SHAPES, SparseShape
+from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, EIGHTHS, SHAPES, SparseShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
@@ -18,10 +18,11 @@ KINDS = ("float32", "bfloat16", "int4")
 
 def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32"):
     """(x, values, indices, scale), for V:N:M with choices, and in float64: x and the dense weight."""
+    m = 4 if shape.width else shape.pattern
     rng = np.random.default_rng(shape.contraction * 1000 + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
-    positions = oracles.draw_positions(rng, shape.contraction * 4 // shape.pattern, shape.columns, shape.kept)
-    indices = jnp.asarray(oracles.pack(positions, 2))
+    positions = oracles.draw_positions(rng, shape.contraction * m // shape.pattern, shape.columns, shape.kept, m)
+    indices = jnp.asarray(oracles.pack(positions, 2 if m == 4 else 3))
     if kind == "int4":
         codes = rng.integers(-8, 8, positions.shape)
         values = jnp.asarray(oracles.pack(codes + 8, 4))
@@ -30,7 +31,7 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
     else:
         values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
         kept = np.asarray(values, np.float64)
-    operands, weight = (x, values, indices, scale), oracles.densify(kept, positions, shape.kept)
+    operands, weight = (x, values, indices, scale), oracles.densify(kept, positions, shape.kept, m)
     if shape.width:
         choices = oracles.draw_choices(rng, shape.contraction, shape.columns // shape.width, shape.pattern)
         operands = (*operands, jnp.asarray(oracles.pack_choices(choices, shape.pattern)))
@@ -39,18 +40,20 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
 
 
 def _implementations(shape: SparseShape, kind: str):
+    if shape.pattern == 8 and kind != "int4":
+        return ["reference"]
     return [name for name in IMPLEMENTATIONS if name != "cpu" or kind == "int4" or np.prod(shape.lead) <= 8]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", (*SHAPES, *EIGHTHS), ids=str)
 def test_products_match_the_oracle(shape, kind, dtype):
     operands, x, weight = _draw(shape, kind, dtype)
     for implementation in _implementations(shape, kind):
-        if implementation == "cpu" and kind == "int4" and shape.group * shape.kept // 4 % 8:
+        if implementation == "cpu" and kind == "int4" and shape.group * shape.kept // shape.pattern % 8:
             continue
-        out = sparse_matmul(*operands, n=shape.kept, m=4, implementation=implementation)
+        out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
 
@@ -125,7 +128,8 @@ def test_choices_of_too_few_or_too_many_are_read_within_their_bounds():
 
 def test_every_native_shape_is_tested():
     """The condition above must not hide a shape that decoding has."""
-    assert all(shape.group * shape.kept // 4 % 8 == 0 for shape in SHAPES if np.prod(shape.lead) <= 8)
+    few = [shape for shape in (*SHAPES, *EIGHTHS) if np.prod(shape.lead) <= 8]
+    assert all(shape.group * shape.kept // shape.pattern % 8 == 0 for shape in few)
 
 
 def test_bfloat16_scales():
@@ -136,14 +140,16 @@ def test_bfloat16_scales():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", (*SHAPES[:4], *EIGHTHS[:3]), ids=str)
 def test_densifying_is_exact(shape, kind):
     (_, values, indices, scale), _, weight = _draw(shape, kind, "float32")
-    dense = densify_nm(values, indices, scale, shape.kept, 4, shape.contraction)
+    dense = densify_nm(values, indices, scale, shape.kept, shape.pattern, shape.contraction)
     assert dense.dtype == jnp.float32
     np.testing.assert_array_equal(dense, weight.astype(np.float32))
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), (values, indices, scale))
-    np.testing.assert_array_equal(densify_nm(*twice, shape.kept, 4, shape.contraction), jnp.stack([dense, dense]))
+    np.testing.assert_array_equal(
+        densify_nm(*twice, shape.kept, shape.pattern, shape.contraction), jnp.stack([dense, dense])
+    )
 
 
 def test_densifying_refuses_another_count():
@@ -203,7 +209,9 @@ INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
 @pytest.mark.parametrize(
     ("operands", "n", "m", "message"),
     [
-        ((X, DENSE, INDICES), 2, 8, "m=8 is not supported: valid are 4 without choices"),
+        ((X, DENSE, INDICES), 2, 16, "m=16 is not supported: valid are 4 and 8 without choices"),
+        ((X, DENSE, INDICES), 3, 8, "n=3 of m=8 is not supported: valid are 1, 2, 4"),
+        ((X, DENSE, INDICES), 4, 8, "indices hold 21.3333 positions of 3 bits a column, values 32"),
         ((X, DENSE, INDICES, None, CHOICES), 2, 4, "m=4 is not supported"),
         ((X, DENSE, INDICES, None, CHOICES), 4, 8, "n=4 of m=8"),
         ((X, DENSE[:16], INDICES[:1], None, CHOICES[:1]), 2, 8, "choices hold 32 positions, x contracts over 64"),
@@ -212,7 +220,7 @@ INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
         ((X, DENSE, INDICES), 4, 4, "n=4 of m=4"),
         ((X, DENSE, INDICES), 1, 4, r"over 64, but 32 kept elements \(1:4\) make 128"),
         ((X[:, :60], DENSE, INDICES), 2, 4, r"over 60, but 32 kept elements \(2:4\) make 64"),
-        ((X, DENSE, INDICES[:1]), 2, 4, "indices hold 16 positions a column, values 32"),
+        ((X, DENSE, INDICES[:1]), 2, 4, "indices hold 16 positions of 2 bits a column, values 32"),
         ((X, DENSE, INDICES[:, :2]), 2, 4, "indices have 2 columns, values have 3"),
         ((X, DENSE, INDICES.astype(jnp.int32)), 2, 4, "not int32"),
         ((X, DENSE.astype(jnp.int8), INDICES), 2, 4, "not of int8"),

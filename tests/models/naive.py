@@ -20,12 +20,19 @@ def normalize(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
     return x / math.sqrt(float(np.mean(x**2)) + eps) * gain
 
 
-def turn_rates(config: TransformerConfig) -> list[float]:
+def sees_all(config: TransformerConfig, layer: int) -> bool:
+    """Whether a layer has no window: none has one, or it is the last of its group."""
+    group = config.global_every
+    return config.sliding_window is None or (group is not None and layer % group == group - 1)
+
+
+def turn_rates(config: TransformerConfig, layer: int) -> list[float]:
     """Radians a token of each rotated pair, by the piecewise definition over wavelengths."""
     rates = []
+    rope = config.rope if config.local_rope is None or sees_all(config, layer) else config.local_rope
     for pair in range(config.head_dim // 2):
-        rate = 1.0 / config.rope.theta ** (2 * pair / config.head_dim)
-        scaling = config.rope.scaling
+        rate = 1.0 / rope.theta ** (2 * pair / config.head_dim)
+        scaling = rope.scaling
         if scaling is not None and scaling.kind == "linear":
             rate /= scaling.factor
         elif scaling is not None:
@@ -56,26 +63,55 @@ def gate(x: np.ndarray, activation: str) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def widen(config: TransformerConfig, gain: np.ndarray) -> np.ndarray:
+    """What a stored gain multiplies by."""
+    return 1 + gain if config.norm_plus_one else gain
+
+
+def feed(config: TransformerConfig, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
+    """(T, D) -> (T, D): the feed-forward block, or the experts of one token after the other."""
+    gates, ups, downs = (weights[f"layers.mlp.{name}"][layer] for name in ("gate", "up", "down"))
+    if config.moe is None:
+        return (gate(x @ gates, config.activation) * (x @ ups)) @ downs
+    out = np.zeros_like(x)
+    for t, row in enumerate(x):
+        scores = row @ weights["layers.mlp.router"][layer]
+        chances = np.exp(scores - scores.max())
+        chances /= chances.sum()
+        best = sorted(range(config.moe.experts), key=lambda e: -chances[e])[: config.moe.active]
+        total = sum(chances[e] for e in best) if config.moe.normalize else 1.0
+        for e in best:
+            out[t] += chances[e] / total * ((gate(row @ gates[e], config.activation) * (row @ ups[e])) @ downs[e])
+    return out
+
+
 def attend(config: TransformerConfig, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
     """(T, D) -> (T, D), one head and one token at a time."""
-    c, width, rates = config, config.head_dim, turn_rates(config)
+    c, width, rates = config, config.head_dim, turn_rates(config, layer)
+    softness = math.sqrt(width if c.query_scalar is None else c.query_scalar)
 
     def heads(name: str, count: int, gain: str | None) -> list[list[np.ndarray]]:
-        rows = (x @ weights[f"layers.attention.{name}"][layer]).reshape(len(x), count, width)
+        flat = x @ weights[f"layers.attention.{name}"][layer]
+        if c.qkv_bias:
+            flat = flat + weights[f"layers.attention.{name}_bias"][layer]
+        rows = flat.reshape(len(x), count, width)
         found = []
         for position, row in enumerate(rows):
             if gain is not None and c.qk_norm:
-                row = [normalize(head, weights[f"layers.attention.{gain}.gain"][layer], c.norm_eps) for head in row]
+                row = [
+                    normalize(head, widen(c, weights[f"layers.attention.{gain}.gain"][layer]), c.norm_eps)
+                    for head in row
+                ]
             found.append([turn(head, position, rates) for head in row] if name != "v" else list(row))
         return found
 
     q, k, v = heads("q", c.heads, "q_norm"), heads("k", c.kv_heads, "k_norm"), heads("v", c.kv_heads, None)
     out = np.zeros((len(x), c.heads * width))
     for t in range(len(x)):
-        first = 0 if c.sliding_window is None else max(0, t - c.sliding_window + 1)
+        first = 0 if sees_all(c, layer) else max(0, t - c.sliding_window + 1)
         for head in range(c.heads):
             shared = head // (c.heads // c.kv_heads)
-            scores = np.array([q[t][head] @ k[s][shared] / math.sqrt(width) for s in range(first, t + 1)])
+            scores = np.array([q[t][head] @ k[s][shared] / softness for s in range(first, t + 1)])
             chances = np.exp(scores - scores.max())
             chances /= chances.sum()
             mixed = sum(p * v[s][shared] for p, s in zip(chances, range(first, t + 1), strict=True))
@@ -89,14 +125,16 @@ def logits(config: TransformerConfig, weights: Weights, tokens: np.ndarray) -> n
     wide = {name: np.asarray(value, np.float64) for name, value in weights.items()}
 
     def normalize_rows(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
-        return np.stack([normalize(row, gain, c.norm_eps) for row in x])
+        return np.stack([normalize(row, widen(c, gain), c.norm_eps) for row in x])
 
     x = np.stack([wide["embed"][:, token] for token in tokens])
+    if c.scale_embeddings:
+        x = x * math.sqrt(c.embed)
     for layer in range(c.layers):
-        x = x + attend(c, wide, layer, normalize_rows(x, wide["layers.attention_norm.gain"][layer]))
-        y = normalize_rows(x, wide["layers.mlp_norm.gain"][layer])
-        opened = gate(y @ wide["layers.mlp.gate"][layer], c.activation) * (y @ wide["layers.mlp.up"][layer])
-        x = x + opened @ wide["layers.mlp.down"][layer]
+        y = attend(c, wide, layer, normalize_rows(x, wide["layers.attention_norm.gain"][layer]))
+        x = x + (normalize_rows(y, wide["layers.attention_post_norm.gain"][layer]) if c.post_norm else y)
+        y = feed(c, wide, layer, normalize_rows(x, wide["layers.mlp_norm.gain"][layer]))
+        x = x + (normalize_rows(y, wide["layers.mlp_post_norm.gain"][layer]) if c.post_norm else y)
     return normalize_rows(x, wide["final_norm.gain"]) @ wide["embed" if c.tie_embeddings else "unembed"]
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hsai.models.cache import quantize_heads
 from hsai.models.heads import attend_heads
 from hsai.sharding import RULES, Axes, MeshConfig, array_sharding, make_mesh, use_mesh
 from hsai_kernels.dispatch import compile_for
@@ -68,6 +69,31 @@ def test_numbers_are_those_of_one_device(sizes: tuple[int, int, int], heads: int
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     with compile_for("tpu"), use_mesh(mesh):
         assert "name=attention_forward" in str(jax.make_jaxpr(attend)(*operands))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "kv_heads"),
+    [
+        ((2, 2, 2), 4, 2),
+        ((1, 2, 4), 8, 2),  # 2 devices share a kv head
+        ((1, 2, 2), 6, 3),  # 3 kv heads for 2 devices: each computes all
+        ((1, 2, 4), 4, 2),
+    ],
+)
+def test_an_int8_cache_is_split_as_its_scales_are(sizes: tuple[int, int, int], heads: int, kv_heads: int) -> None:
+    q, *vectors, at_q, at_k = draw(heads, kv_heads, queries=1)
+    (k, k_scale), (v, v_scale) = (quantize_heads(x) for x in vectors)
+
+    def decode(q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> jax.Array:
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        return attend_heads(q, k, v, **scales, q_positions=at_q, kv_positions=at_k, window=7)
+
+    operands = (q, k, v, k_scale, v_scale)
+    with use_mesh(mesh_of(*sizes)):
+        program = jax.jit(decode).lower(*operands)
+        found = program.compile()(*operands)
+    np.testing.assert_allclose(found, decode(*operands), rtol=1e-4, atol=1e-5)
+    assert "hsai_attention" in program.as_text()
 
 
 @pytest.mark.parametrize("queries", [12, 1])

@@ -12,13 +12,18 @@ from flax import nnx
 
 from hsai.errors import InputError
 from hsai.formats.storage import named_arrays
-from hsai.models import KVCache, Transformer, TransformerConfig
+from hsai.models import KVCache, MoEConfig, RopeConfig, Transformer, TransformerConfig
 from tests.models.conftest import SMALL, MakeModel
 
 CLOSE = 2e-5
 """Largest difference of a normalized hidden state, float32; its elements are of order one."""
 
-FAMILIES: list[dict[str, Any]] = [{}, {"sliding_window": 5, "qk_norm": True}]
+FAMILIES: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 5, "qk_norm": True},
+    {"layers": 3, "sliding_window": 4, "global_every": 3, "local_rope": RopeConfig(theta=99.0), "post_norm": True},
+    {"moe": MoEConfig(experts=6, active=2), "mlp": 24, "qkv_bias": True},
+]
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -162,6 +167,10 @@ def test_initial_weights_have_the_spread_they_ask_for() -> None:
         ({"heads": 6, "kv_heads": 4}, "model.heads=6 must be a multiple of model.kv_heads=4"),
         ({"head_dim": 7}, "model.head_dim=7 must be even"),
         ({"sliding_window": 0}, "model.sliding_window=0 must be at least 1, or none"),
+        ({"global_every": 1, "sliding_window": 4}, "model.global_every=1 must be at least 2"),
+        ({"global_every": 3}, "model.global_every=3 .* needs a model.sliding_window, which is None"),
+        ({"local_rope": RopeConfig()}, "model.local_rope .* needs model.global_every"),
+        ({"query_scalar": 0}, "model.query_scalar=0 must be at least 1, or none"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be positive"),
     ],
 )

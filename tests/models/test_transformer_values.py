@@ -9,7 +9,7 @@ import pytest
 
 from hsai.data.packing import Batch
 from hsai.formats.storage import named_arrays
-from hsai.models import RopeConfig, RopeScaling, Transformer
+from hsai.models import MoEConfig, RopeConfig, RopeScaling, Transformer
 from hsai.models.rope import frequencies
 from hsai.train.step import batch_loss
 from tests.models import naive
@@ -22,6 +22,20 @@ TOLERANCE = 1e-4
 # Within 32 tokens some pairs turn often (kept), some hardly (stretched), and some lie between (blended).
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=32)
 
+GEMMA: dict[str, Any] = {
+    "layers": 3,
+    "sliding_window": 4,
+    "global_every": 3,
+    "rope": RopeConfig(theta=1e6, scaling=RopeScaling(kind="linear", factor=8.0)),
+    "local_rope": RopeConfig(theta=1e4),
+    "query_scalar": 16,
+    "qk_norm": True,
+    "norm_plus_one": True,
+    "post_norm": True,
+    "scale_embeddings": True,
+    "activation": "gelu",
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama, tied": {},
     "llama, untied": {"tie_embeddings": False},
@@ -32,6 +46,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4, "tie_embeddings": False},
     "geglu": {"activation": "gelu"},
     "linear scaling": {"rope": RopeConfig(scaling=RopeScaling(kind="linear", factor=4.0))},
+    "qwen 2": {"qkv_bias": True},
+    "softer scores": {"query_scalar": 3},
+    "gains on top of one": {"norm_plus_one": True},
+    "norms behind": {"post_norm": True},
+    "scaled embeddings": {"scale_embeddings": True},
+    "some layers global": {"layers": 5, "sliding_window": 4, "global_every": 2},
+    "local rope": {"layers": 3, "sliding_window": 4, "global_every": 3, "local_rope": RopeConfig(theta=10.0)},
+    "gemma 3": GEMMA,
+    "mixtral": {"moe": MoEConfig(experts=5, active=2), "mlp": 24},
+    "weights as they are": {"moe": MoEConfig(experts=5, active=2, normalize=False), "mlp": 24},
+    "more choices than tokens": {"moe": MoEConfig(experts=71, active=2), "mlp": 8},
+    "one expert": {"moe": MoEConfig(experts=1, active=1)},
     "llama 3 scaling": {"head_dim": 16, "rope": RopeConfig(theta=100.0, scaling=LLAMA3)},
 }
 
@@ -57,7 +83,8 @@ def test_a_family_differs_from_the_plain_one(make_model: MakeModel) -> None:
     tokens = np.random.default_rng(0).integers(0, 61, (2, LENGTH), np.int32)
     plain = make_model()
     base = forward(plain, tokens)
-    for changes in ({"sliding_window": 4}, {"activation": "gelu"}, *(FAMILIES[n] for n in ("linear scaling",))):
+    options = ("linear scaling", "softer scores", "gains on top of one", "scaled embeddings")
+    for changes in ({"sliding_window": 4}, {"activation": "gelu"}, *(FAMILIES[n] for n in options)):
         model = make_model(**changes)
         assert named_arrays(model).keys() == named_arrays(plain).keys()
         assert np.abs(np.asarray(forward(model, tokens) - base)).max() > 0.01
@@ -70,9 +97,25 @@ def test_llama3_scaling_is_tested_in_all_three_regimes() -> None:
     assert ((ratio > 0.13) & (ratio < 0.99)).any()
 
 
-def test_gradient_is_the_slope_of_the_naive_loss(make_model: MakeModel) -> None:
+def test_what_only_layers_beside_global_ones_have_changes_them(make_model: MakeModel) -> None:
+    tokens = np.random.default_rng(0).integers(0, 61, (2, LENGTH), np.int32)
+    several = [{"sliding_window": 4}, {"sliding_window": 4, "global_every": 2}]
+    several.append(several[1] | {"local_rope": RopeConfig(theta=10.0)})
+    found = [np.asarray(forward(make_model(**changes), tokens)) for changes in several]
+    assert np.abs(found[0] - found[1]).max() > 0.01 and np.abs(found[1] - found[2]).max() > 0.01
+
+
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "qwen, windowed": {"qk_norm": True, "sliding_window": 6, "tie_embeddings": False},
+    "gemma 3 with biases": GEMMA | {"qkv_bias": True},
+    "experts": {"moe": MoEConfig(experts=5, active=2), "mlp": 24},
+}
+
+
+@pytest.mark.parametrize("changes", GRADIENTS.values(), ids=list(GRADIENTS))
+def test_gradient_is_the_slope_of_the_naive_loss(make_model: MakeModel, changes: dict[str, Any]) -> None:
     """Along a random direction of each weight; float32 autodiff against float64 central differences."""
-    model = make_model(qk_norm=True, sliding_window=6, tie_embeddings=False)
+    model = make_model(**changes)
     draw = np.random.default_rng(2)
     row = draw.integers(0, model.config.vocab, LENGTH + 1, np.int32)
     tokens, targets = row[:-1], row[1:]

@@ -112,8 +112,8 @@ def test_what_was_trained_sparse_packs_without_loss() -> None:
 
 
 def test_a_pattern_that_cannot_be_packed_is_refused_before_training() -> None:
-    with pytest.raises(InputError, match="sparsity 2:8 is not supported; valid are 1:4, 2:4 and 3:4"):
-        SparsityConfig(n=2, m=8)
+    with pytest.raises(InputError, match="sparsity 3:8 is not supported; valid are 1:4, 2:4, 3:4, 1:8, 2:8 and 4:8"):
+        SparsityConfig(n=3, m=8)
     with pytest.raises(InputError, match="sparsity.decay=-1 must not be negative"):
         SparsityConfig(decay=-1)
     odd = dataclasses.replace(TransformerConfig(**SMALL), mlp=72)

@@ -76,6 +76,17 @@ def _list_attention() -> Iterator[Case]:
                 operands=(arrays, at_q, at_k),
                 quick=quick,
             )
+    for cache, dtype in (("int8", "bfloat16"), ("int8", "float32"), ("bfloat16", "float32")):
+        q, k = jax.ShapeDtypeStruct((2, 1, 8, 128), dtype), jax.ShapeDtypeStruct((2, 5000, 2, 128), cache)
+        at_q, at_k = ((jax.ShapeDtypeStruct((2, length), jnp.int32),) for length in (1, 5000))
+        scales = (jax.ShapeDtypeStruct((2, 5000, 2), jnp.float32),) * 2 if cache == "int8" else ()
+        yield Case(
+            kernel="attention forward",
+            name=f"decoding, split keys, {cache} cache",
+            dtype=dtype,
+            function=functools.partial(_attend, {}),
+            operands=(q, k, k, at_q, at_k, *scales),
+        )
     for length in (4096, 8192):
         q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
         k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16")
@@ -95,8 +106,11 @@ def _pull_back(plan: Plan, kernel: str, arrays: tuple[jax.Array, ...], at_q: Mar
     return {"d_rows": pull_back_rows, "d_keys": pull_back_keys}[kernel](plan, tile, arrays, at_q, at_k)
 
 
-def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks) -> jax.Array:
-    marks: dict[str, Any] = dict(zip(("q_positions", "q_segments"), at_q, strict=False))
+def _attend(
+    options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks, *scales: jax.Array
+) -> jax.Array:
+    marks: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    marks |= dict(zip(("q_positions", "q_segments"), at_q, strict=False))
     marks |= dict(zip(("kv_positions", "kv_segments"), at_k, strict=False))
     return attention(q, k, v, **marks, **options, implementation="gpu")
 

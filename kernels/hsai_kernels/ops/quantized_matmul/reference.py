@@ -1,6 +1,6 @@
-"""Products with int8 and int4 weights in plain jax.numpy: rebuild the dense weight, then multiply.
+"""Products with int8, int4 and int2 weights in plain jax.numpy: rebuild the dense weight, then multiply.
 
-`dequantize_int8` and `dequantize_int4` define what the packed arrays mean; formats use them to densify.
+`dequantize_int8` and its like define what the packed arrays mean; formats use them to densify.
 
 Dimensions: D contraction, F output, g contraction positions that share a scale.
 """
@@ -25,6 +25,11 @@ def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
 def dequantize_int4(words: jax.Array, scale: jax.Array) -> jax.Array:
     """float32 (..., D, F) from uint32 words (..., D/8, F), packed as in packing.py, and scale (..., D/g, F)."""
     return scale_groups(decode_words(words, 4).astype(jnp.float32), scale)
+
+
+def dequantize_int2(words: jax.Array, scale: jax.Array) -> jax.Array:
+    """float32 (..., D, F) from uint32 words (..., D/16, F) of 2-bit codes, and scale (..., D/g, F)."""
+    return scale_groups(decode_words(words, 2).astype(jnp.float32), scale)
 
 
 def decode_words(words: jax.Array, bits: int) -> jax.Array:

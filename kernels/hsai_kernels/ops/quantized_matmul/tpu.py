@@ -19,7 +19,7 @@ from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
-from hsai_kernels.packing import SUPPORTED_BITS, count_elements, find_shift
+from hsai_kernels.packing import count_elements, find_shift
 
 
 def quantized_matmul_tpu(
@@ -57,9 +57,13 @@ def _load_codes(bits: int, planes: int, packed: list[Any]) -> list[jax.Array]:
 
 def take_element(words: jax.Array, bits: int, element: int) -> jax.Array:
     """int32: one element of every uint32 word, where packing.py puts it."""
+    return take_bits(words, bits, find_shift(element, bits))
+
+
+def take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
+    """int32: `bits` bits of every uint32 word, from bit `shift` on."""
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    shift = jnp.full_like(words, find_shift(element, bits))
-    return jax.lax.shift_right_logical(words, shift) & (2**bits - 1)
+    return jax.lax.shift_right_logical(words, jnp.full_like(words, shift)) & (2**bits - 1)
 
 
 INT8 = Packing(period=1, load_planes=_load_int8, rows=((1, 1),))
@@ -69,7 +73,7 @@ CODES = {
         load_planes=functools.partial(_load_codes, bits),
         rows=((1, count_elements(bits)),),
     )
-    for bits in SUPPORTED_BITS
+    for bits in (2, 4)
 }
 
 

@@ -1,4 +1,4 @@
-"""`sparse_matmul`: activations times a weight that keeps n of every m elements along the contraction, m = 4 or V:N:M.
+"""`sparse_matmul`: activations times a weight that keeps n of every m elements of its contraction: N:4, N:8 or V:N:M.
 
 Dimensions: D contraction, F output, C = D*n/m kept elements a column, g dense positions that share a scale, V columns
 that share their choice of 4 positions of every m.
@@ -11,8 +11,9 @@ from hsai_kernels.dispatch import Backend, run_kernel
 from hsai_kernels.ops.quantized_matmul.api import check_activation_bits, check_activations, check_scale
 from hsai_kernels.ops.sparse_matmul.cpu import sparse_matmul_cpu
 from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
-from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, sparse_matmul_reference
 from hsai_kernels.ops.sparse_matmul.tpu import sparse_matmul_tpu
+from hsai_kernels.packing import count_elements
 
 BACKENDS: dict[str, Backend] = {
     "cpu": sparse_matmul_cpu,
@@ -46,12 +47,14 @@ def sparse_matmul(
       x: (..., D), float32 or bfloat16.
       values: float32 or bfloat16 (C, F), or uint32 (C/8, F) holding 4-bit integers in offset binary (value + 8).
         Kept element c of a column belongs to its sparsity group c // n.
-      indices: uint32 (C/16, F): the 2-bit position of every kept element inside its group, ascending inside a group.
+      indices: the position of every kept element inside its group, ascending inside a group, packed as in packing.py:
+        uint32 (C/16, F) of 2 bits, or for m = 8 without choices (3*C/32, F) of 3 bits.
       scale: (D/g, F) float32 or bfloat16 for int4 words, where g counts dense positions and is a multiple of m;
         None for floating values.
       choices: for V:N:M, uint32 (D/32, F/V): bit i of word j says whether position 32*j + i is one of the 4 of its m
-        that the V columns of a block may keep; indices count these 4. None for m = 4.
-      n, m: kept elements and positions a group: n = 1, 2 or 3, m = 4, with choices 8, 16 or 32.
+        that the V columns of a block may keep; indices count these 4. None for N:4 and N:8.
+      n, m: kept elements and positions a group: n = 1, 2 or 3 of m = 4, n = 1, 2 or 4 of m = 8; with choices n = 1, 2
+        or 3 of the 4 that are chosen of m = 8, 16 or 32.
       activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for int4 words.
       implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), "tpu" (Mosaic), or None for the platform's
         best.
@@ -64,10 +67,11 @@ def sparse_matmul(
       NotImplementedError: the implementation was named and does not support this call.
     """
     check_activations("sparse_matmul", x)
-    if m not in ((4,) if choices is None else (8, 16, 32)):
-        raise ValueError(f"m={m} is not supported: valid are 4 without choices, and 8, 16 and 32 with them")
-    if n not in (1, 2, 3):
-        raise ValueError(f"n={n} of m={m} is not supported: valid are 1, 2, 3")
+    if m not in (POSITION_BITS if choices is None else (8, 16, 32)):
+        raise ValueError(f"m={m} is not supported: valid are 4 and 8 without choices, and 8, 16 and 32 with them")
+    valid = (1, 2, 4) if choices is None and m == 8 else (1, 2, 3)
+    if n not in valid:
+        raise ValueError(f"n={n} of m={m} is not supported: valid are {', '.join(map(str, valid))}")
     if values.ndim != 2 or indices.ndim != 2:
         raise ValueError(f"sparse_matmul needs values and indices (rows, F), got {values.shape} and {indices.shape}")
     packed = values.dtype == jnp.uint32
@@ -80,8 +84,10 @@ def sparse_matmul(
         raise ValueError(f"x contracts over {x.shape[-1]}, but {kept} kept elements ({n}:{m}) make {kept * m / n:g}")
     if indices.dtype != jnp.uint32:
         raise ValueError(f"indices are uint32 words, not {indices.dtype}")
-    if indices.shape[0] * 16 != kept:
-        raise ValueError(f"indices hold {indices.shape[0] * 16} positions a column, values {kept}")
+    bits = POSITION_BITS[m] if choices is None else 2
+    if indices.shape[0] * 32 != kept * bits or kept % count_elements(bits):
+        held = indices.shape[0] * 32 / bits
+        raise ValueError(f"indices hold {held:g} positions of {bits} bits a column, values {kept}")
     if indices.shape[1] != values.shape[1]:
         raise ValueError(f"indices have {indices.shape[1]} columns, values have {values.shape[1]}")
     if packed != (scale is not None):

@@ -1,4 +1,4 @@
-"""Native CPU backend of sparse_matmul: N:4 and V:N:M (kernels/csrc).
+"""Native CPU backend of sparse_matmul: N:4, N:8 and V:N:M (kernels/csrc).
 
 Dimensions: D contraction, F output, C kept elements a column, R rows: the product of x's leading dimensions.
 """
@@ -36,9 +36,11 @@ def sparse_matmul_cpu(
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
-    native.check_rows(math.prod(x.shape[:-1]), packed=scale is not None)
+    native.check_rows(math.prod(x.shape[:-1]), integer=scale is not None)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
+    if choices is None and m == 8 and scale is None:
+        raise NotImplementedError("multiplies n:8 weights of int4 words only")
     if scale is not None and x.shape[-1] // scale.shape[0] * n // m % 8:
         raise NotImplementedError("has int4 groups of whole words (multiples of 8 kept elements)")
     if choices is not None and scale is None:

@@ -1,12 +1,13 @@
-"""GPU backend of sparse_matmul: N:4 weights, decompressed in registers by Pallas Triton (gpu_product.py).
+"""GPU backend of sparse_matmul: N:4 and N:8 weights, decompressed in registers by Pallas Triton (gpu_product.py).
 
-The win is bytes, and not operations: each group of 4 becomes its 4 dense columns on the chip, and the products are the
+The win is bytes, and not operations: each group of m becomes its m dense columns on the chip, and the products are the
 dense ones (the sparse tensor cores, which would save half of them for 2:4 only, are not Triton's to use). Of D * F
 elements in bfloat16, 2 D F bytes when dense:
 - 2:4 in bfloat16 keeps D F / 2 values of 2 bytes and 2 bits of position each: 1.125 D F bytes, 0.56 of dense;
 - 1:4 in bfloat16 takes half of that, 0.28 of dense; 3:4 takes 0.84;
 - 2:4 in int4 takes half a byte and 2 bits for each of D F / 2, and a float32 scale for every g dense positions: with
   g = 32 0.5 D F bytes, a quarter of dense, where dense int4 takes 0.31. With g = 128, 0.41 against 0.53 D F bytes.
+With groups of 8 a position has 3 bits: 4:8 in bfloat16 takes 1.19 D F bytes, 4:8 in int4 with g = 32 0.56 D F.
 So decoding, which is bound by bytes, gains; prefill, which is bound by products, does not.
 
 Dimensions: D contraction, F output, C = D*n/m kept elements a column, g dense positions that share a scale.
@@ -22,7 +23,7 @@ from hsai_kernels.gpu_product import ProductTile, multiply_compressed
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
 from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
-from hsai_kernels.packing import count_elements, find_shift
+from hsai_kernels.packing import count_elements, find_halves, find_shift
 from hsai_kernels.triton_blocks import load_matrix
 
 
@@ -46,7 +47,7 @@ def sparse_matmul_gpu(
     """
     check_platform("gpu")
     if choices is not None:
-        raise NotImplementedError(f"multiplies n:4 weights, not V:{n}:{m}")
+        raise NotImplementedError(f"multiplies n:4 and n:8 weights, not V:{n}:{m}")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     if x.size == 0 or values.size == 0:
@@ -88,9 +89,20 @@ def _read_groups(
             value = _load_elements(values, 4, element, column, real).astype(jnp.float32) - INT4_ZERO
         else:
             value = load_matrix(values, element, column, real).astype(jnp.float32)
-        position = _load_elements(indices, 2, element, column, real)
+        position = _load_positions(indices, m, element, column, real)
         dense = [other + jnp.where(position == at, value, 0.0) for at, other in enumerate(dense)]
     return tuple(dense)
+
+
+def _load_positions(ref: jax.Array, m: int, element: jax.Array, column: jax.Array, real: jax.Array | None) -> jax.Array:
+    """int32 (u, f): positions in their groups of elements (u,) of columns (f,), of 2 or 3 bits."""
+    if m == 4:
+        return _load_elements(ref, 2, element, column, real)
+    first = jax.lax.div(element, jnp.int32(32)) * 3
+    (low, low_shift), (high, high_shift) = find_halves(jax.lax.rem(element, jnp.int32(32)))
+    lower = load_matrix(ref, first + low, column, real) >> low_shift.astype(jnp.uint32)[:, None]
+    upper = load_matrix(ref, first + high, column, real) >> high_shift.astype(jnp.uint32)[:, None]
+    return ((lower & jnp.uint32(3)) | ((upper & jnp.uint32(1)) << jnp.uint32(2))).astype(jnp.int32)
 
 
 def _load_elements(

@@ -15,6 +15,9 @@ from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import decode_words, multiply_codes, scale_groups
 from hsai_kernels.packing import unpack_words
 
+POSITION_BITS = {4: 2, 8: 3}
+"""Bits of a kept element's position in its group of m."""
+
 
 def densify_nm(
     values: jax.Array,
@@ -29,18 +32,21 @@ def densify_nm(
 
     Args:
       values: floating (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c belongs to sparsity group c // n.
-      indices: uint32 (..., C/16, F), the 2-bit position of each kept element inside its group.
+      indices: the position of each kept element inside its group, packed as in packing.py: uint32 (..., C/16, F) of
+        2 bits for m = 4, (..., 3*C/32, F) of 3 bits for m = 8.
       scale: (..., size/g, F) for int4 words, else None.
-      n, m: kept elements, positions a group; m is 4 without `choices`.
+      n, m: kept elements, positions a group; m is 4 or 8 without `choices`.
       size: the dense length D of the contraction.
       choices: for V:N:M, uint32 (..., size/32, F/V): bit i of word j says whether position 32*j + i may be kept in the
         V columns of a block. It is set 4 times in each m, and indices count these 4 only.
 
     Raises:
-      ValueError: the kept count is not size * n / m, or shapes do not fit.
+      ValueError: m is none of these, the kept count is not size * n / m, or shapes do not fit.
     """
     if choices is not None:
         return _spread(densify_nm(values, indices, scale, n, 4, size * 4 // m), choices, m, size)
+    if m not in POSITION_BITS:
+        raise ValueError(f"m={m} has no positions: valid are {', '.join(map(str, POSITION_BITS))}")
     packed = values.dtype == jnp.uint32
     kept = (decode_words(values, 4) if packed else values).astype(jnp.float32)
     *lead, count, columns = kept.shape
@@ -49,7 +55,7 @@ def densify_nm(
     if packed and scale is not None:
         kept = scale_groups(kept, scale)
     split = kept.reshape(*lead, size // m, n, 1, columns)
-    positions = unpack_words(indices, 2).reshape(*lead, size // m, n, 1, columns)
+    positions = unpack_words(indices, POSITION_BITS[m]).reshape(*lead, size // m, n, 1, columns)
     # Comparing instead of scattering: XLA fuses it into one pass, on every platform.
     chosen = positions == jnp.arange(m, dtype=jnp.uint8)[:, None]
     return jnp.sum(jnp.where(chosen, split, 0.0), axis=-3).reshape(*lead, size, columns)
@@ -62,6 +68,14 @@ def unpack_choices(choices: jax.Array) -> jax.Array:
     return bits.reshape(*lead, 32 * words, blocks) != 0
 
 
+def rank_chosen(groups: jax.Array) -> jax.Array:
+    """int32 (..., m, B): how many of the group's positions that are set in bool (..., m, B) stand before each set one.
+
+    Of a position that is not set, a number from 0 to 3 that means nothing.
+    """
+    return jnp.clip(jnp.cumsum(groups, axis=-2, dtype=jnp.int32) - 1, 0, 3)
+
+
 def _spread(compact: jax.Array, choices: jax.Array, m: int, size: int) -> jax.Array:
     """(..., size, F) with the rows of `compact` (..., size*4/m, F) where the choices of a column's block are set."""
     *lead, _, columns = compact.shape
@@ -69,8 +83,7 @@ def _spread(compact: jax.Array, choices: jax.Array, m: int, size: int) -> jax.Ar
         raise ValueError(f"choices {choices.shape} do not fit a weight of {size} positions and {columns} columns")
     chosen = jnp.repeat(unpack_choices(choices), columns // choices.shape[-1], axis=-1)
     groups = chosen.reshape(*lead, size // m, m, columns)
-    rank = jnp.clip(jnp.cumsum(groups, axis=-2, dtype=jnp.int32) - 1, 0, 3)
-    rows = jnp.take_along_axis(compact.reshape(*lead, size // m, 4, columns), rank, axis=-2)
+    rows = jnp.take_along_axis(compact.reshape(*lead, size // m, 4, columns), rank_chosen(groups), axis=-2)
     return jnp.where(groups, rows, 0.0).reshape(*lead, size, columns)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseShape:
-    """One product (lead..., D) @ (D, F) that keeps n of 4, in int4 with a scale for each `group` dense positions."""
+    """One product (lead..., D) @ (D, F) that keeps n of m, in int4 with a scale for each `group` dense positions."""
 
     lead: tuple[int, ...]
     """Leading dimensions of the activations; their product is the number of rows."""
@@ -14,11 +14,11 @@ class SparseShape:
     columns: int
     """F."""
     kept: int
-    """n of n:4."""
+    """n: of m, or of the 4 that a block chooses."""
     group: int
     """Dense positions that share a scale."""
     pattern: int = 4
-    """m: of V:N:M, positions of which a block of columns chooses 4."""
+    """m: 4 or 8; of V:N:M, positions of which a block of columns chooses 4."""
     width: int = 0
     """V: columns of a block, 0 without."""
 
@@ -40,6 +40,18 @@ SHAPES = (
     _shape((4, 6), 64, 33, 2, 16),  # more rows than decoding has
 )
 """Ragged, tiny and larger; divisible as packed indices need it."""
+
+EIGHTHS = (
+    SparseShape(lead=(1,), contraction=64, columns=1, kept=4, group=64, pattern=8),  # the smallest 4:8 product
+    SparseShape(lead=(), contraction=256, columns=7, kept=1, group=64, pattern=8),  # groups of one word of values
+    SparseShape(lead=(2, 1), contraction=128, columns=100, kept=2, group=32, pattern=8),
+    SparseShape(lead=(3,), contraction=192, columns=257, kept=4, group=48, pattern=8),  # 24 kept elements a group
+    SparseShape(lead=(8,), contraction=512, columns=65, kept=2, group=512, pattern=8),  # one scale a column
+    SparseShape(lead=(1,), contraction=512, columns=2085, kept=1, group=256, pattern=8),  # several tiles
+    SparseShape(lead=(5,), contraction=256, columns=2085, kept=4, group=64, pattern=8),
+    SparseShape(lead=(4, 6), contraction=64, columns=33, kept=4, group=16, pattern=8),  # more rows than decoding has
+)
+"""The same for 8 positions a group."""
 
 BLOCKED_SHAPES = (
     SparseShape(lead=(1,), contraction=128, columns=16, kept=2, group=64, pattern=8, width=16),  # one block

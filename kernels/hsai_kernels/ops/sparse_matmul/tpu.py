@@ -1,10 +1,11 @@
-"""TPU backend of sparse_matmul (Pallas, Mosaic): N:4 weights are made dense in fast memory.
+"""TPU backend of sparse_matmul (Pallas, Mosaic): N:4 and N:8 weights are made dense in fast memory.
 
 The matrix unit has no use for zeros, so that flops are those of a dense product; the win is bytes. With n of 4 kept, an
-element of the dense weight costs n/4 values and n/4 indices of 2 bits. For 2:4: bfloat16 8 + 0.5 = 8.5 bits where dense
-has 16 (1.9 times fewer), int4 2 + 0.5 = 2.5 bits and the scales, where dense int4 has 4 (1.6 times fewer) and bfloat16
-16 (6.4 times). For 1:4: 4.25 bits, and 1.25. Decoding can gain up to these factors where bytes bound it; each dense
-element needs about n comparisons and selections, by which a fast memory may outrun the vector unit.
+element of the dense weight costs n/4 values and n/4 indices of 2 bits. For 2:4: bfloat16 8 + 1 = 9 bits where dense has
+16 (1.8 times fewer), int4 2 + 1 = 3 bits and the scales, where dense int4 has 4 (1.3 times fewer) and bfloat16 16 (5.3
+times). For 1:4: 4.5 bits, and 1.5. With n of 8 an index has 3 bits: 4:8 takes 9.5 bits, and 3.5. Decoding can gain up
+to these factors where bytes bound it; each dense element needs about n comparisons and selections, by which a fast
+memory may outrun the vector unit.
 
 Dimensions: D contraction, F output, C kept elements a column, J planes (tpu_product.py), U rows a plane.
 """
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
-from hsai_kernels.ops.quantized_matmul.tpu import take_element
+from hsai_kernels.ops.quantized_matmul.tpu import take_bits, take_element
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
-from hsai_kernels.ops.sparse_matmul.reference import sparse_matmul_reference
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, sparse_matmul_reference
+from hsai_kernels.packing import count_elements, find_halves
 
 
 def sparse_matmul_tpu(
@@ -41,43 +43,55 @@ def sparse_matmul_tpu(
     """
     check_platform("tpu")
     if choices is not None:
-        raise NotImplementedError(f"multiplies n:4 weights, not V:{n}:{m}")
+        raise NotImplementedError(f"multiplies n:4 and n:8 weights, not V:{n}:{m}")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     reference = functools.partial(sparse_matmul_reference, n=n, m=m)
-    return differentiate_as(reference, functools.partial(_multiply, n))(x, values, indices, scale)
+    return differentiate_as(reference, functools.partial(_multiply, n, m))(x, values, indices, scale)
 
 
-def _multiply(n: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None) -> jax.Array:
-    kernel = f"sparse_matmul {n}:4 {'int4' if values.dtype == jnp.uint32 else values.dtype.name}"
-    return multiply_packed(kernel, choose_packing(n, values), x, (values, indices), scale)
+def _multiply(
+    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+) -> jax.Array:
+    kernel = f"sparse_matmul {n}:{m} {'int4' if values.dtype == jnp.uint32 else values.dtype.name}"
+    return multiply_packed(kernel, choose_packing(n, m, values), x, (values, indices), scale)
 
 
-def choose_packing(n: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:
+def choose_packing(n: int, m: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:
     """How values of that dtype, and their indices, are packed: a period ends with a word of indices."""
-    period = {1: 64, 2: 32, 3: 64}[n]
+    bits = POSITION_BITS[m]
     packed = values.dtype == jnp.uint32
     return Packing(
-        period=period,
-        load_planes=functools.partial(_load_dense, n),
-        rows=((n, 32) if packed else (n, 4), (n, 64)),
+        # Of 3:4, a word of indices ends within a group.
+        period=64 if n == 3 else count_elements(bits) * m // n,
+        load_planes=functools.partial(_load_dense, n, m),
+        rows=((n, 8 * m) if packed else (n, m), (bits * n, 32 * m)),
         floating=not packed,
     )
 
 
-def _load_dense(n: int, planes: int, packed: list[Any]) -> list[jax.Array]:
-    """Plane j holds position j % 4 of the sparsity groups j // 4, j // 4 + J / 4, ..."""
+def _load_dense(n: int, m: int, planes: int, packed: list[Any]) -> list[jax.Array]:
+    """Plane j holds position j % m of the sparsity groups j // m, j // m + J / m, ..."""
     values, indices = packed
-    count = planes * n // 4
-    words = load_strided(indices, count // 16)
+    count = planes * n // m
+    words = load_strided(indices, count * POSITION_BITS[m] // 32)
     kept = _load_kept(values, count)
-    places = [take_element(words[c // 16], 2, c % 16) for c in range(count)]
+    places = [_take_place(words, m, c) for c in range(count)]
     dense = []
     for j in range(planes):
-        chosen = range(j // 4 * n, (j // 4 + 1) * n)
+        chosen = range(j // m * n, (j // m + 1) * n)
         # Positions of a group are distinct: at most one is this one.
-        dense.append(functools.reduce(jnp.add, [jnp.where(places[c] == j % 4, kept[c], 0.0) for c in chosen]))
+        dense.append(functools.reduce(jnp.add, [jnp.where(places[c] == j % m, kept[c], 0.0) for c in chosen]))
     return dense
+
+
+def _take_place(words: list[jax.Array], m: int, element: int) -> jax.Array:
+    """int32: the position of a kept element in its group, of 2 or 3 bits."""
+    if m == 4:
+        return take_element(words[element // 16], 2, element % 16)
+    three = words[element // 32 * 3 :]
+    (low, low_shift), (high, high_shift) = find_halves(element % 32)
+    return take_bits(three[low], 2, low_shift) + 4 * take_bits(three[high], 1, high_shift)
 
 
 def _load_kept(values: Any, count: int) -> list[jax.Array]:

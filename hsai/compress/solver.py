@@ -1,0 +1,218 @@
+"""Rounding and pruning with error feedback: GPTQ (2210.17323), SparseGPT (2301.00774), and both decided together.
+
+What is lost at position i of the contraction is made up for by the positions behind it, in the least-squares sense of
+the activations that calibration saw. With U of `hsai.compress.factor`, an error e_i = (w_i - v_i) / U_ii costs e_i^2 of
+the squared output error, and the rows behind i become w_j - U_ij e_i. So the loss of a whole weight is the sum of all
+e_i^2, and everything that is chosen on the way (scales, masks) is chosen to keep that sum small:
+
+  - a scale is searched among shares of the largest weight, errors weighted by 1 / U_ii^2;
+  - a mask N:M is searched among all binomial(M, N) of a group, each tried with its rounding and its feedback within the
+    group: that is the joint solve. Where there are too many, or where V outputs share a choice, positions are ranked by
+    what pruning costs beyond rounding, (w^2 - (w - v)^2) / U_ii^2.
+
+D contraction, F outputs, G positions of a scale group, M positions of a sparsity group, B positions of a lazy block.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hsai.compress.grid import Grid, Pattern
+from hsai.formats.nm import nm_mask
+from hsai.formats.vnm import CHOSEN
+
+BLOCK = 128
+"""Positions whose errors reach the rows behind them in one product (2210.17323, step 2)."""
+
+MOST_MASKS = 70
+"""Masks of a group that are all tried: those of 4:8."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """values (D, F) float32 that the format holds exactly; mask bool (D, F), all true without a pattern; scale
+    (D / G, F) or (1, F), None without a grid; loss: the sum of e^2 over all positions and outputs, float32 ()."""
+
+    values: jax.Array
+    mask: jax.Array
+    scale: jax.Array | None
+    loss: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "pattern"))
+def solve(
+    w: jax.Array, upper: jax.Array, *, grid: Grid | None, pattern: Pattern | None, mask: jax.Array | None = None
+) -> Solved:
+    """Chooses values, scales and mask of one weight.
+
+    Args:
+      w: (D, F) float32.
+      upper: U (D, D) float32, of `factorize`.
+      grid: where values lie; None keeps floats.
+      pattern: what is kept; None keeps all.
+      mask: bool (D, F) that fits the pattern, to be taken as it is; None chooses one.
+    Returns: what a format's `pack` takes.
+    """
+    size, outputs = w.shape
+    group = grid.group if grid is not None and grid.group is not None else 1
+    unit = math.lcm(group, pattern.m if pattern is not None else 1)
+    block = -(-min(BLOCK, size) // unit) * unit
+    padded = -size % block
+    # Positions that are not there: no weight, and no part in the feedback.
+    w = jnp.pad(w.astype(jnp.float32), ((0, padded), (0, 0)))
+    upper = jnp.pad(upper, ((0, padded), (0, padded))) + jnp.diag(
+        jnp.pad(jnp.zeros(size), (0, padded), constant_values=1)
+    )
+    given = None if mask is None else jnp.pad(mask, ((0, padded), (0, 0)))
+    column = None
+    if grid is not None and grid.group is None:
+        importance = jnp.square(1.0 / jnp.diagonal(upper))[:, None]
+        start = (
+            w if pattern is None else jnp.where(_rank(w, w, importance, pattern) if given is None else given, w, 0.0)
+        )
+        column = search_scale(start, importance, grid)
+
+    def step(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        w, values, kept, scales, loss = state
+        start = index * block
+        rows = jax.lax.dynamic_slice_in_dim(w, start, block)
+        factor = jax.lax.dynamic_slice(upper, (start, start), (block, block))
+        part = None if given is None else jax.lax.dynamic_slice_in_dim(given, start, block)
+        rounded, mask, scale, errors = _solve_block(rows, factor, part, column, grid, pattern, group)
+        behind = jax.lax.dynamic_slice_in_dim(upper, start, block) * (jnp.arange(w.shape[0]) >= start + block)
+        w = w - jnp.matmul(behind.T, errors, precision=jax.lax.Precision.HIGHEST)
+        values = jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
+        kept = jax.lax.dynamic_update_slice_in_dim(kept, mask, start, 0)
+        scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, start // group, 0)
+        return w, values, kept, scales, loss + jnp.sum(jnp.square(errors))
+
+    shapes = (jnp.zeros_like(w), jnp.ones(w.shape, bool), jnp.zeros((w.shape[0] // group, outputs), jnp.float32))
+    _, values, kept, scales, loss = jax.lax.fori_loop(
+        0, w.shape[0] // block, step, (w, *shapes, jnp.zeros((), jnp.float32))
+    )
+    scale = None if grid is None else column if column is not None else scales[: size // group].astype(grid.dtype)
+    return Solved(values[:size], kept[:size], scale, loss)
+
+
+def search_scale(w: jax.Array, importance: jax.Array, grid: Grid) -> jax.Array:
+    """The scale with the least squared error of each output, as it is stored: (G, F) and (G, 1) -> (1, F).
+
+    The grid's ratios of the largest magnitude are tried from 1 downwards; the first wins a tie.
+    """
+    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True) / grid.high
+
+    def try_ratio(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        scale = (largest * ratio).astype(grid.dtype).astype(jnp.float32)
+        error = jnp.sum(importance * jnp.square(w - grid.round(w, scale)), axis=0, keepdims=True)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
+
+    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
+    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(grid.ratios))
+    return scale.astype(grid.dtype)
+
+
+def _solve_block(
+    w: jax.Array,
+    upper: jax.Array,
+    given: jax.Array | None,
+    column: jax.Array | None,
+    grid: Grid | None,
+    pattern: Pattern | None,
+    group: int,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """values (B, F), mask (B, F), scales (B / G, F) float32, errors (B, F) of one lazy block."""
+    span = pattern.m if pattern is not None else 1
+    inverse = 1.0 / jnp.diagonal(upper)
+    importance = jnp.square(inverse)[:, None]
+
+    def step(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        w, values, kept, scales, errors = state
+        start = index * span
+        first = start // group * group
+        if grid is not None and column is None:
+
+            def search() -> jax.Array:
+                rows = jax.lax.dynamic_slice_in_dim(w, first, group)
+                weight = jax.lax.dynamic_slice_in_dim(importance, first, group)
+                if pattern is not None:
+                    part = None if given is None else jax.lax.dynamic_slice_in_dim(given, first, group)
+                    rows = jnp.where(_rank(rows, rows, weight, pattern) if part is None else part, rows, 0.0)
+                return search_scale(rows, weight, grid).astype(jnp.float32)
+
+            old = jax.lax.dynamic_slice_in_dim(scales, first // group, 1)
+            scale = jax.lax.cond(start == first, search, lambda: old)
+            scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, first // group, 0)
+        else:
+            scale = jnp.zeros((1, 1)) if column is None else column.astype(jnp.float32)
+        rows = jax.lax.dynamic_slice_in_dim(w, start, span)
+        factor = jax.lax.dynamic_slice(upper, (start, start), (span, span))
+        mask = None
+        if pattern is not None:
+            mask = (
+                _choose(rows, factor, scale, grid, pattern)
+                if given is None
+                else jax.lax.dynamic_slice_in_dim(given, start, span)
+            )
+            kept = jax.lax.dynamic_update_slice_in_dim(kept, mask, start, 0)
+        rounded, missed = _feed_back(rows, factor, scale, grid, mask)
+        behind = jax.lax.dynamic_slice_in_dim(upper, start, span) * (jnp.arange(w.shape[0]) >= start + span)
+        w = w - jnp.matmul(behind.T, missed, precision=jax.lax.Precision.HIGHEST)
+        values = jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
+        errors = jax.lax.dynamic_update_slice_in_dim(errors, missed, start, 0)
+        return w, values, kept, scales, errors
+
+    zeros, scales = jnp.zeros_like(w), jnp.zeros((w.shape[0] // group, w.shape[1]), jnp.float32)
+    state = (w, zeros, jnp.ones(w.shape, bool), scales, zeros)
+    _, values, kept, scales, errors = jax.lax.fori_loop(0, w.shape[0] // span, step, state)
+    return values, kept, scales, errors
+
+
+def _feed_back(
+    w: jax.Array, upper: jax.Array, scale: jax.Array, grid: Grid | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """values and errors (..., M, F) of a group, one position after the other; `mask` (..., M, F) or None keeps all."""
+    rows = [w[..., i, :] for i in range(w.shape[-2])]
+    values, errors = [], []
+    for i, row in enumerate(rows):
+        value = row if grid is None else grid.round(row, scale[0])
+        if mask is not None:
+            value = jnp.where(mask[..., i, :], value, 0.0)
+        error = (row - value) / upper[i, i]
+        for j in range(i + 1, len(rows)):
+            rows[j] = rows[j] - upper[i, j] * error
+        values.append(value)
+        errors.append(error)
+    return jnp.stack(values, axis=-2), jnp.stack(errors, axis=-2)
+
+
+def _choose(w: jax.Array, upper: jax.Array, scale: jax.Array, grid: Grid | None, pattern: Pattern) -> jax.Array:
+    """The mask (M, F) of a group: the best of all, or the best ranked."""
+    if pattern.v is not None or math.comb(pattern.m, pattern.n) > MOST_MASKS:
+        rounded = w if grid is None else grid.round(w, scale)
+        return _rank(w, rounded, jnp.square(1.0 / jnp.diagonal(upper))[:, None], pattern)
+    kept = itertools.combinations(range(pattern.m), pattern.n)
+    masks = np.array([[i in chosen for i in range(pattern.m)] for chosen in kept])
+    tried = jnp.broadcast_to(masks[:, :, None], (*masks.shape, w.shape[1]))
+    _, errors = _feed_back(jnp.broadcast_to(w, tried.shape), upper, scale, grid, tried)
+    best = jnp.argmin(jnp.sum(jnp.square(errors), axis=1), axis=0)
+    return jnp.asarray(masks)[best].T
+
+
+def _rank(w: jax.Array, rounded: jax.Array, importance: jax.Array, pattern: Pattern) -> jax.Array:
+    """The mask (.., F) that keeps what pruning would cost most beyond rounding, group by group of m positions."""
+    cost = importance * (jnp.square(w) - jnp.square(w - rounded))
+    cost = jnp.maximum(cost, 0.0)  # a clipped weight may be nearer to zero than to its level
+    if pattern.v is None:
+        return nm_mask(cost, pattern.n, pattern.m)
+    size, outputs = cost.shape
+    shared = jnp.sum(cost.reshape(size, outputs // pattern.v, pattern.v), axis=-1)
+    chosen = jnp.repeat(nm_mask(shared, CHOSEN, pattern.m), pattern.v, axis=-1)
+    # Among the chosen the n largest; the others rank below any of them, even below what costs nothing.
+    return nm_mask(jnp.where(chosen, jnp.maximum(cost, jnp.finfo(jnp.float32).tiny), 0.0), pattern.n, pattern.m)

@@ -1,0 +1,189 @@
+"""Error feedback against a plain loop in float64, on random, correlated, ragged and degenerate weights."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai.compress.factor import factorize
+from hsai.compress.grid import Grid, Pattern, grid_of, pattern_of
+from hsai.compress.solver import Solved, solve
+from hsai.formats import (
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    TernaryConfig,
+    VNMConfig,
+    VNMInt4Config,
+    to_dense,
+)
+
+INT4 = Grid(low=-8, high=7, group=32, dtype="bfloat16")
+
+
+def draw(seed: int, size: int, outputs: int, *, tokens: int = 400, correlated: bool = True):
+    """w (D, F) and X^T X of activations with few strong directions, as those of transformers are."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, size))
+    if correlated:
+        x = x @ (rng.standard_normal((size, size)) * rng.lognormal(0, 1, size)) / size**0.5
+    return rng.standard_normal((size, outputs)).astype(np.float32), (x.T @ x).astype(np.float32), x
+
+
+def test_the_factor_is_that_of_the_damped_inverse() -> None:
+    _, gram, _ = draw(0, 48, 1)
+    upper, share = factorize(jnp.asarray(gram), 0.01)
+    assert share == 0.01
+    mean = np.trace(gram.astype(np.float64)) / 48
+    wanted = np.linalg.inv(gram.astype(np.float64) / mean + 0.01 * np.eye(48))
+    upper = np.asarray(upper, np.float64)
+    assert np.allclose(upper, np.triu(upper))
+    np.testing.assert_allclose(upper.T @ upper, wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
+
+
+def test_positions_that_were_never_excited_take_no_part() -> None:
+    _, gram, _ = draw(1, 32, 1)
+    gram[5], gram[:, 5] = 0, 0
+    upper = np.asarray(factorize(jnp.asarray(gram), 0.01)[0])
+    assert np.isfinite(upper).all()
+    assert not np.delete(upper[5], 5).any() and not np.delete(upper[:, 5], 5).any()
+
+
+def test_damping_rises_until_there_is_a_factor() -> None:
+    """A matrix that is not positive: no activations give it, but rounding in float32 does."""
+    gram = np.eye(16, dtype=np.float32)
+    gram[0, 1] = gram[1, 0] = 1.05
+    upper, share = factorize(jnp.asarray(gram), 0.001)
+    assert share == pytest.approx(0.1) and bool(jnp.all(jnp.isfinite(upper)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gram_matrix_that_is_not_finite_is_refused(value: float) -> None:
+    gram = np.eye(4, dtype=np.float32)
+    gram[1, 2] = value
+    with pytest.raises(FloatingPointError, match="not finite"):
+        factorize(jnp.asarray(gram), 0.01)
+
+
+def plain(w: np.ndarray, upper: np.ndarray, solved: Solved, grid: Grid | None, pattern: Pattern | None):
+    """Values and loss by the definition, position by position; scales are those found, masks all tried."""
+    w, upper = w.astype(np.float64).copy(), upper.astype(np.float64)
+    size, outputs = w.shape
+    values, loss = np.zeros_like(w), 0.0
+    scale = None if solved.scale is None else np.asarray(solved.scale, np.float64)
+
+    def round_(row: np.ndarray, d: int) -> np.ndarray:
+        if grid is None or scale is None:
+            return row
+        step = scale[d // grid.group if grid.group is not None else 0]
+        return (
+            np.clip(np.round(np.divide(row, step, out=np.zeros_like(row), where=step > 0)), grid.low, grid.high) * step
+        )
+
+    span = pattern.m if pattern is not None else 1
+    for start in range(0, size, span):
+        best = np.full(outputs, np.inf)
+        chosen = np.zeros((span, outputs))
+        candidates = itertools.combinations(range(span), pattern.n if pattern is not None else 1)
+        for kept in candidates:
+            trial, cost, found = w[start : start + span].copy(), np.zeros(outputs), np.zeros((span, outputs))
+            for i in range(span):
+                found[i] = round_(trial[i], start + i) if i in kept else 0.0
+                error = (trial[i] - found[i]) / upper[start + i, start + i]
+                trial[i + 1 :] -= np.outer(upper[start + i, start + i + 1 : start + span], error)
+                cost += error**2
+            better = cost < best
+            best, chosen = np.where(better, cost, best), np.where(better, found, chosen)
+        loss += best.sum()
+        for i in range(span):
+            d = start + i
+            error = (w[d] - chosen[i]) / upper[d, d]
+            w[d + 1 :] -= np.outer(upper[d, d + 1 :], error)
+        values[start : start + span] = chosen
+    return values, loss
+
+
+CASES = [
+    (INT4, None, 64, 24),
+    (INT4, None, 288, 17),  # more than one lazy block, the last of them ragged
+    (Grid(low=-127, high=127, group=None, dtype="float32"), None, 200, 9),
+    (None, Pattern(n=2, m=4), 160, 8),
+    (None, Pattern(n=1, m=4), 36, 5),
+    (INT4, Pattern(n=2, m=4), 160, 12),
+    (INT4, Pattern(n=2, m=8), 64, 6),
+]
+
+
+@pytest.mark.parametrize(("grid", "pattern", "size", "outputs"), CASES)
+def test_it_does_what_the_plain_loop_does(grid: Grid | None, pattern: Pattern | None, size: int, outputs: int) -> None:
+    """A tie or a rounding in float32 may turn a decision, after which a column goes another way: few may."""
+    w, gram, _ = draw(size, size, outputs)
+    upper, _ = factorize(jnp.asarray(gram), 0.01)
+    solved = solve(jnp.asarray(w), upper, grid=grid, pattern=pattern)
+    values, loss = plain(w, np.asarray(upper), solved, grid, pattern)
+    same = np.isclose(np.asarray(solved.values), values, rtol=1e-3, atol=1e-4).all(axis=0)
+    assert same.mean() >= 0.75
+    assert float(solved.loss) == pytest.approx(loss, rel=0.01)
+    if pattern is not None:
+        kept = np.asarray(solved.mask).reshape(-1, pattern.m, outputs).sum(axis=1)
+        assert (kept == pattern.n).all()
+        assert not np.asarray(solved.values)[~np.asarray(solved.mask)].any()
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        Int8Config(),
+        Int4Config(group=32),
+        TernaryConfig(group=32),
+        TernaryConfig(group=None),
+        NMConfig(n=2, m=4, dtype="float32"),
+        NMInt4Config(n=2, m=4, group=32),
+        VNMConfig(v=8, n=2, m=8, dtype="float32"),
+        VNMInt4Config(v=8, n=2, m=16, group=32),
+    ],
+    ids=lambda format: format.format,
+)
+def test_the_format_holds_what_was_solved(format) -> None:
+    """Bit for bit: packing rounds nothing once more. And the output error is well below that of plain rounding."""
+    w, gram, x = draw(3, 128, 32)
+    upper, _ = factorize(jnp.asarray(gram), 0.01)
+    solved = solve(jnp.asarray(w), upper, grid=grid_of(format), pattern=pattern_of(format))
+    words = {"mask": solved.mask} if pattern_of(format) is not None else {}
+    words |= {} if solved.scale is None else {"scale": solved.scale}
+    packed = np.asarray(to_dense(format.pack(solved.values, **words)))
+    np.testing.assert_array_equal(packed, np.asarray(solved.values))
+    plainly = np.asarray(to_dense(format.pack(jnp.asarray(w))))
+    wanted = x @ w
+    error, before = (np.linalg.norm(x @ v - wanted) for v in (packed, plainly))
+    assert error < 0.75 * before, (error, before)
+    # The loss says what the damped output error is.
+    damping = 0.01 * np.trace(gram) / 128
+    measured = error**2 + damping * np.linalg.norm(packed - w) ** 2
+    assert float(solved.loss) * np.trace(gram) / 128 == pytest.approx(measured, rel=0.02)
+
+
+def test_a_given_mask_is_kept() -> None:
+    w, gram, _ = draw(4, 96, 16)
+    upper, _ = factorize(jnp.asarray(gram), 0.01)
+    mask = NMConfig(n=2, m=4).mask(jnp.asarray(w))
+    solved = solve(jnp.asarray(w), upper, grid=INT4, pattern=Pattern(n=2, m=4), mask=mask)
+    np.testing.assert_array_equal(solved.mask, mask)
+    chosen = solve(jnp.asarray(w), upper, grid=INT4, pattern=Pattern(n=2, m=4))
+    assert float(chosen.loss) < float(solved.loss)
+
+
+def test_without_correlation_it_is_rounding_to_nearest() -> None:
+    w, _, _ = draw(5, 64, 16)
+    solved = solve(jnp.asarray(w), jnp.eye(64), grid=INT4, pattern=None)
+    rounded = Int4Config(group=32).pack(jnp.asarray(w), solved.scale)
+    np.testing.assert_array_equal(np.asarray(to_dense(rounded)), np.asarray(solved.values))
+
+
+def test_zero_weights_stay_zero() -> None:
+    _, gram, _ = draw(6, 64, 4)
+    upper, _ = factorize(jnp.asarray(gram), 0.01)
+    solved = solve(jnp.zeros((64, 4)), upper, grid=INT4, pattern=Pattern(n=2, m=4))
+    assert not np.asarray(solved.values).any() and float(solved.loss) == 0

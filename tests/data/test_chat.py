@@ -1,0 +1,165 @@
+"""Chat templates: the same text as transformers gives, and nothing that a template does can do harm."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from hsai.data import chat
+from hsai.data.assets import Assets
+from hsai.data.chat import ChatTemplate
+from hsai.data.tokenizer import Tokenizer
+from hsai.errors import InputError
+from tests.data.templates import SMOLLM2, TEMPLATES
+from tests.data.vocabularies import QWEN, byte_level
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+USER = {"role": "user", "content": "  What is <b>2 & 2</b>? é 数\n"}
+ANSWER = {"role": "assistant", "content": "<think>\nhm\n</think>\n\n4"}
+SYSTEM = {"role": "system", "content": "Be brief. "}
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [USER],
+    [SYSTEM, USER],
+    [SYSTEM, USER, ANSWER, {"role": "user", "content": "Why?", "name": None}],
+    [USER, ANSWER],
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_is_that_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(["<s>", "</s>"]), **SPECIAL)
+    theirs.chat_template = TEMPLATES[name]
+    ours = ChatTemplate(TEMPLATES[name], SPECIAL)
+    for messages in CONVERSATIONS:
+        for settings in ({}, {"add_generation_prompt": False}, {"enable_thinking": False}):
+            wanted = theirs.apply_chat_template(messages, tokenize=False, **{"add_generation_prompt": True, **settings})
+            assert ours.render(messages, **settings) == wanted
+            assert len(wanted) > 20
+
+
+def test_content_in_parts() -> None:
+    parts = [{"type": "text", "text": " one "}, {"type": "image"}, {"type": "text", "text": "two"}]
+    text = ChatTemplate(TEMPLATES["gemma"], SPECIAL).render([{"role": "user", "content": parts}])
+    assert text == "<s><start_of_turn>user\nonetwo<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_special_tokens_are_those_of_the_model() -> None:
+    tokenizer = Tokenizer(byte_level(QWEN), prefix=("<|im_start|>",))
+    source = "{{ bos_token }}{{ eos_token }}{{ pad_token }}"
+
+    def render(named: dict[str, str]) -> str:
+        return ChatTemplate.of_model(Assets(chat_template=source, special_tokens=named), tokenizer).render([])
+
+    assert render({}) == "<|im_start|><|endoftext|>"
+    assert render({"eos_token": "<|im_end|>", "pad_token": "<p>"}) == "<|im_start|><|im_end|><p>"
+    with pytest.raises(InputError, match="no chat template"):
+        ChatTemplate.of_model(Assets(), tokenizer)
+
+
+def test_the_text_becomes_special_tokens() -> None:
+    tokenizer = Tokenizer(byte_level(QWEN))
+    text = ChatTemplate(SMOLLM2).render([{"role": "user", "content": "hi"}])
+    names = [tokenizer.name(token) for token in tokenizer.encode(text, special=True)]
+    assert names.count("<|im_start|>") == 3 and names.count("<|im_end|>") == 2
+    assert not {"<|im_start|>", "<|im_end|>"} & {tokenizer.name(token) for token in tokenizer.encode(text)}
+
+
+@pytest.fixture
+def deadline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A short one, on a process that runs."""
+    assert ChatTemplate("{{ 1 + 1 }}").render([]) == "2"
+    monkeypatch.setattr(chat, "SECONDS", 0.5)
+    monkeypatch.setattr(chat, "START_SECONDS", 0.0)
+    yield
+    monkeypatch.undo()
+    assert ChatTemplate("{{ 1 + 1 }}").render([]) == "2"  # whatever happened, the next one is served
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    ],
+)
+def test_templates_that_loop(source: str, deadline: None) -> None:
+    start = time.monotonic()
+    with pytest.raises(InputError, match="takes more than 0.5 seconds"):
+        ChatTemplate(source).render([USER])
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("{{ 'a' * 10**10 }}", "needs more than 512 MiB"),
+        ("{{ 'a'|center(10**11) }}", "needs more than 512 MiB"),
+        ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "more than"),
+        ("{{ range(10**9)|list }}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "touches what it may not"),
+        ("{{ messages.append(1) }}", "touches what it may not"),
+        ("{{ messages[0].clear() }}", "touches what it may not"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "touches what it may not"),
+        ("{{ namespace.__init__.__globals__ }}", "touches what it may not"),
+        ("{{ '{0.__class__.__base__}'.format(messages) }}", "touches what it may not"),
+        ("{% set n = namespace(__class__=1) %}", "touches what it may not"),
+        ("{% set n = namespace() %}{% set n._x = 1 %}", "touches what it may not"),
+        ("{{ raise_exception.__globals__['json'] }}", "touches what it may not"),
+        ("{% include '/etc/passwd' %}", "fails: "),
+        ("{% import 'os' as os %}", "fails: "),
+        ("{{ open('/etc/passwd').read() }}", "fails: UndefinedError: 'open' is undefined"),
+        ("{{ raise_exception('no\nsystem') }}", "says: no system"),
+        ("{% for %}", r"is no Jinja: .*\(line 1\)"),
+        ("{{ messages[7].role }}", "fails: UndefinedError"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+    ],
+)
+def test_templates_that_do_harm_or_fail(source: str, fault: str) -> None:
+    messages = [dict(USER)]
+    with pytest.raises(InputError, match=f"^the chat template .*{fault}") as caught:
+        ChatTemplate(source).render(messages)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert messages == [USER]
+
+
+def test_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "CHARACTERS", 1000)
+    source = "{% for i in range(n) %}{{ i % 10 }}{% endfor %}"
+    assert len(ChatTemplate(source).render([], n=1000)) == 1000
+    with pytest.raises(InputError, match="makes more than 1000 characters"):
+        ChatTemplate(source).render([], n=1001)
+
+
+def test_a_process_that_was_killed_is_replaced() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    for _ in range(2):
+        assert template.render([{"content": "x" * 3_000_000}]) == "x" * 3_000_000  # more than a pipe holds
+        process = chat._WORKER._process
+        assert process is not None
+        os.kill(process.pid, 9)
+        process.wait()
+
+
+def test_threads_take_turns() -> None:
+    said: list[str] = []
+    template = ChatTemplate("{{ messages[0].content }}")
+    threads = [
+        threading.Thread(target=lambda n=n: said.append(template.render([{"content": str(n)}]))) for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(said) == [str(n) for n in range(8)]
+
+
+def test_what_is_no_json_is_a_defect_of_the_caller() -> None:
+    with pytest.raises(TypeError):
+        ChatTemplate("x").render([{"content": object()}])
+    assert json.loads(ChatTemplate("{{ messages|tojson }}").render([USER])) == [USER]

@@ -1,0 +1,68 @@
+"""Host memory of an import stays near one tensor, next to what the devices hold."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, os, resource, sys, tracemalloc
+from pathlib import Path
+os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"] = "cpu", "2"
+import jax, numpy as np
+from hsai.formats.storage import named_arrays, named_weights
+from hsai.interop.assemble import assemble
+from hsai.interop.huggingface import open_checkpoint, read_huggingface
+from hsai.interop.huggingface_config import write_config
+from hsai.interop.safetensors_file import write_tensors
+from hsai.models import TransformerConfig
+from hsai.models.transformer import abstract_transformer
+from hsai.sharding import MeshConfig, make_mesh, tree_shardings
+
+config = TransformerConfig(
+    vocab=1000, embed=768, layers=12, heads=12, kv_heads=12, head_dim=64, mlp=2048, max_length=64, dtype="float32"
+)
+directory = Path(sys.argv[1])
+family, raw = write_config(config)
+leaves = {name: param.get_value().shape for name, param in named_weights(abstract_transformer(config)).items()}
+shapes = {e.name: (e.shape(leaves[e.leaf]), np.dtype(np.float32)) for e in family.make_entries(config)}
+draw = np.random.default_rng(0)
+tensors = ((name, draw.random(shape, np.float32)) for name, (shape, _) in shapes.items())
+write_tensors(directory / "model.safetensors", shapes, tensors)
+(directory / "config.json").write_text(json.dumps(raw))
+sizes = [4 * int(np.prod(shape)) for shape, _ in shapes.values()]
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+shardings = tree_shardings(abstract_transformer(config), make_mesh(MeshConfig(data=1, model=2)))
+checkpoint = open_checkpoint(directory)
+before = peak()
+tracemalloc.start()
+model = read_huggingface(checkpoint, shardings)
+_, arrays = tracemalloc.get_traced_memory()
+tracemalloc.stop()
+streamed = peak() - before
+split = [array for array in named_arrays(model).values() if not array.sharding.is_fully_replicated]
+del model
+held = [record.read() for record in checkpoint.tensors.values()]  # the same work, with all tensors at hand
+hoard = dict(zip(checkpoint.tensors, held))
+model = assemble(config, family.make_entries(config), lambda entry: hoard[entry.name], shardings)
+print(json.dumps({"model": sum(sizes), "largest": max(sizes), "arrays": arrays, "streamed": streamed,
+                  "hoarded": peak() - before, "split": len(split)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_streamed_import_holds_about_one_tensor(tmp_path: Path) -> None:
+    """340 MB on two devices of one process, whose memory is the host's: all of the model, and little else."""
+    import json
+
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    print(sizes)
+    assert sizes["model"] > 300e6 > 40 * sizes["largest"] and sizes["split"] >= 7
+    assert sizes["arrays"] < 4 * sizes["largest"]  # of numpy: the tensor, the devices' parts of it
+    assert sizes["streamed"] < 1.3 * sizes["model"]
+    assert sizes["hoarded"] > 1.6 * sizes["model"]  # which this test would notice

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 """Compares hsai's perplexity with llama.cpp's: the same GGUF, text, context and chunks.
 
-    python scripts/bench_perplexity.py MODEL.gguf BUNDLE [--text FILE] [--window 512] [--chunks 32] [--json FILE]
+    python scripts/bench_perplexity.py MODEL.gguf [--text FILE] [--window 512] [--chunks 32] [--json FILE] [--quick]
 
-BUNDLE is what hsai imported from MODEL.gguf (a bundle, or whatever else `hsai eval` takes). Without --text the passages
-of LAMBADA are read, one after the other; --quick takes 4 chunks. Both sides score the second half of each chunk
-(hsai/evaluate/perplexity.py tells why), from float32 logits. llama.cpp multiplies by the quantized weights, with
-activations rounded to 8 bits; hsai by the dequantized ones in float32: that is what they may differ by. Needs
-llama-cpp-python: pip install '.[peers]'.
+Without --text the passages of LAMBADA are read, one after the other; --quick takes 4 chunks. Both sides score the
+second half of each chunk (hsai/evaluate/perplexity.py tells why), from float32 logits. llama.cpp multiplies by the
+quantized weights, with activations rounded to 8 bits; hsai by the dequantized ones in float32: that is what they may
+differ by. Needs llama-cpp-python: pip install '.[peers]'.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from hsai.evaluate import Pair, Scorer
 from hsai.evaluate.documents import load_documents
 from hsai.evaluate.metrics import Metric, perplexity
 from hsai.evaluate.perplexity import cut_chunks, read_text
-from hsai.export.source import open_model
+from hsai.export.source import ModelSource, open_model
 from hsai.files import write_json_atomic
 from hsai.machine import describe_machine
 from hsai.progress import ProgressBar, say
@@ -42,9 +41,8 @@ def read_passages() -> str:
     return "\n\n".join(f"{document['context']} {document['word']}" for document in documents)
 
 
-def measure_ours(bundle: Path, pairs: Sequence[Pair], progress: ProgressBar) -> Metric:
+def measure_ours(source: ModelSource, pairs: Sequence[Pair], progress: ProgressBar) -> Metric:
     """hsai, in float32."""
-    source = open_model(bundle)
     scorer = Scorer(compute_in(source.model, "float32"))
     scores = scorer.score([[pair] for pair in pairs], lambda done, total: progress("hsai", done, total))
     return perplexity([value for (score,) in scores for value in score.token_log_likelihoods])
@@ -69,7 +67,6 @@ def main() -> None:
     """Measures both, and says by how much they differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=32)
@@ -87,7 +84,8 @@ def main() -> None:
         verbose=False,
     )
     text = read_passages() if arguments.text is None else read_text(arguments.text)
-    tokenizer = open_model(arguments.bundle).tokenizer
+    source = open_model(arguments.gguf)
+    tokenizer = source.tokenizer
     tokens = model.tokenize(text.encode(), add_bos=False, special=False)
     theirs_prefix = model.tokenize(b"", add_bos=True, special=False)
     if theirs_prefix != list(tokenizer.prefix):
@@ -100,7 +98,7 @@ def main() -> None:
         times = [time.perf_counter()]
         theirs = measure_llama(model, pairs, progress)
         times.append(time.perf_counter())
-        ours = measure_ours(arguments.bundle, pairs, progress)
+        ours = measure_ours(source, pairs, progress)
         times.append(time.perf_counter())
     ratio = ours.value / theirs.value
     row = {

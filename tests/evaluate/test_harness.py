@@ -39,9 +39,16 @@ def make_instance(kind: str, *arguments: Any) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)  # type: ignore[arg-type]
 
 
-def test_both_agree(adapter: HarnessModel, wide: Transformer, tokenizer: Tokenizer, documents_cache: Path) -> None:
+def test_both_agree(
+    adapter: HarnessModel,
+    wide: Transformer,
+    tokenizer: Tokenizer,
+    documents_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # the harness would fork to draw samples, and jax has threads
     tasks = {f"local_{name}": make_task(name, TASKS[name].documents, TASKS[name].examples, 1) for name in NAMES}
-    theirs = lm_eval.evaluate(adapter, tasks, limit=LIMIT, bootstrap_iters=1, log_samples=False)["results"]
+    theirs = lm_eval.evaluate(adapter, tasks, limit=LIMIT, bootstrap_iters=2, log_samples=False)["results"]
     config = EvaluationConfig(tasks=NAMES, few_shot=1, limit=LIMIT)
     ours = list(evaluate_tasks(Scorer(wide), tokenizer, config, cache=documents_cache))
     assert [result.task for result in ours] == list(NAMES)

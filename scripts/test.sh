@@ -11,7 +11,7 @@ venv=.venv
 [ "${1:-}" != --python ] || venv=.venv-VERSION
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
 venv=${venv/VERSION/$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')}
-source scripts/install.sh "$venv" "$python" "[dev]"
+source scripts/install.sh "$venv" "$python" "[dev,interop]"
 bash scripts/install_aot.sh "$venv/bin/python"
 bash scripts/install_cross.sh
 if [ $# -gt 0 ]; then

@@ -29,7 +29,6 @@ def attend_heads(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     window: int | None = None,
-    scale: float | None = None,
 ) -> jax.Array:
     """`hsai_kernels.attention`, by the kernel of one device on each device of a mesh.
 
@@ -65,7 +64,6 @@ def attend_heads(
             q_segments=q_segments,
             kv_segments=kv_segments,
             window=window,
-            scale=scale,
         )
 
     marks = (q_positions, kv_positions, q_segments, kv_segments)
@@ -76,9 +74,9 @@ def attend_heads(
         if devices % kv_heads:
             splits["heads"] = ()
         else:
-            shared = devices // kv_heads
-            k, v = share_heads(k, shared), share_heads(v, shared)
-            k_scale, v_scale = (None if x is None else share_heads(x, shared) for x in (k_scale, v_scale))
+            copies = devices // kv_heads
+            k, v = share_heads(k, copies), share_heads(v, copies)
+            k_scale, v_scale = (None if x is None else share_heads(x, copies) for x in (k_scale, v_scale))
     in_axes = (HEADS, KEYS, KEYS, SCALES, SCALES, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
     y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, k_scale, v_scale, *marks)
     return y

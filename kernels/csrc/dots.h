@@ -50,6 +50,12 @@ struct Dots {
   HSAI_INLINE typename Lanes<L>::Int finish() const { return sum; }
 };
 
+#if defined(__AVX2__)
+// Makes the compiler add a product to its sum at once. Left to itself, GCC puts off so many additions that sums are
+// written to memory and read again.
+HSAI_INLINE void keep_in_register(__m256i& sum) { __asm__("" : "+x"(sum)); }
+#endif
+
 #if defined(__AVX512VNNI__)
 template <>
 struct Dots<16> {
@@ -79,6 +85,7 @@ struct Dots<8> {
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+    keep_in_register(sum);
   }
 
   HSAI_INLINE Lanes<8>::Int finish() const {
@@ -150,6 +157,7 @@ struct WideDots<8> {
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+    keep_in_register(sum);
   }
 
   HSAI_INLINE Lanes<8>::Int finish() const { return (Lanes<8>::Int)sum; }

@@ -21,6 +21,7 @@ from hsai_kernels.ops.attention.gpu_backward import pull_back_keys, pull_back_ro
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS
 from hsai_kernels.tuning import record_tiles
 
 
@@ -141,19 +142,20 @@ def _list_quantized_matmul() -> Iterator[Case]:
 
 def _list_sparse_matmul() -> Iterator[Case]:
     shapes = (*PRODUCTS, ("ragged, one scale a column", (37, 704, 1001, 704)))
-    kinds = ((2, False), (1, True), (2, True), (3, True))
-    for (name, (rows, contraction, columns, group)), dtype, (n, packed) in itertools.product(shapes, DTYPES, kinds):
-        if n != 2 and not name.startswith("ragged"):
+    kinds = ((2, 4, False), (1, 4, True), (2, 4, True), (3, 4, True), (4, 8, False), (4, 8, True))
+    for (name, (rows, contraction, columns, group)), dtype, (n, m, packed) in itertools.product(shapes, DTYPES, kinds):
+        if (n, m) != (2, 4) and not name.startswith("ragged"):
             continue
-        kept = contraction * n // 4
+        kept = contraction * n // m
+        indices = ((kept * POSITION_BITS[m] // 32, columns), jnp.uint32)
         values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
         scale = [((contraction // group, columns), jnp.float32)] if packed else []
         yield Case(
-            kernel=f"sparse_matmul {n}:4 {'int4' if packed else 'bfloat16'}",
+            kernel=f"sparse_matmul {n}:{m} {'int4' if packed else 'bfloat16'}",
             name=name,
             dtype=dtype,
-            function=functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
-            operands=_list_operands(((rows, contraction), dtype), values, ((kept // 16, columns), jnp.uint32), *scale),
+            function=functools.partial(sparse_matmul, n=n, m=m, implementation="gpu"),
+            operands=_list_operands(((rows, contraction), dtype), values, indices, *scale),
             quick=name.startswith("ragged"),
         )
 

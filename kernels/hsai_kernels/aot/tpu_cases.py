@@ -78,17 +78,8 @@ def _list_caches() -> Iterator[Case]:
 def _attend_cache(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
 ) -> jax.Array:
-    k_scale, v_scale = scales or (None, None)
-    return attention(
-        q,
-        k,
-        v,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        q_positions=q_positions,
-        kv_positions=kv_positions,
-        implementation="tpu",
-    )
+    given: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    return attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions, **given, implementation="tpu")
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:

@@ -82,9 +82,8 @@ def read_gguf(path: Path) -> None:
 
 def make_safetensors(path: Path) -> None:
     """Three tensors of different types."""
-    save_file(
-        {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16), "c": np.ones((1, 1, 2), np.float64)}, path
-    )
+    arrays = {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16), "c": np.ones((1, 1, 2), np.float64)}
+    save_file(arrays, path)
 
 
 def read_safetensors(path: Path) -> None:

@@ -17,7 +17,7 @@ from hsai.interop.gguf_tokenizer import GgufTokenizer
 from hsai.models import MoEConfig, RopeConfig, RopeScaling, Transformer, TransformerConfig
 
 VOCAB = 320
-LENGTH = 64
+LENGTH = 96
 """Tokens of the longest text."""
 _SIZES = {
     "vocab": VOCAB,

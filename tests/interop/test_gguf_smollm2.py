@@ -1,0 +1,102 @@
+"""A real, trained model: SmolLM2-135M-Instruct as PyPI has it, in Q4_1, against llama.cpp; in, and out again."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hsai.cli import main
+from hsai.export.source import ModelSource, open_model
+from hsai.fetch import fetch
+from hsai.infer import Engine
+from hsai.interop.gguf import open_gguf_checkpoint
+from tests.interop.gguf_files import llama_logits, open_llama, our_logits
+
+pytestmark = pytest.mark.slow
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHAT = (
+    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+    "<|im_start|>assistant\nThe capital of France is"
+)
+"""What the model's chat template makes of the question, and the beginning of an answer."""
+
+
+@pytest.fixture(scope="module")
+def file() -> Path:
+    return fetch("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def source(file: Path) -> ModelSource:
+    return open_model(file)
+
+
+@pytest.fixture(scope="module")
+def made(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The imported bundle, and what is exported of it."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    assert main(["import", str(file), str(directory / "bundle")]) == 0
+    export = ["export", str(directory / "bundle"), "--to", "gguf", "--gguf-type"]
+    for kind in ("f32", "q8_0"):
+        assert main([*export, kind, "--out", str(directory / f"{kind}.gguf")]) == 0
+    return directory
+
+
+def test_chat_is_what_the_template_makes(source: ModelSource) -> None:
+    import jinja2
+
+    template = jinja2.Environment(trim_blocks=True).from_string(source.assets["chat_template.jinja"].decode())
+    question = {"role": "user", "content": "What is the capital of France?"}
+    assert CHAT == template.render(messages=[question], add_generation_prompt=True) + "The capital of France is"
+
+
+def test_ids_are_those_of_llama_cpp(file: Path, source: ModelSource) -> None:
+    llama = open_llama(file, vocab_only=True)
+    rng = random.Random(0)
+    alphabet = [*"abcdefgh'sStT 12 \n\t.,!<|>_-é日🙂\u0301\u00a0½", "<|im_end|>", "the ", "'ll"]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(1, 40))) for _ in range(2000)]
+    for text in (CHAT, "1234567890 ٣٤٥ Ⅷ", "I'm you're they'LL\r\n", *texts):
+        data = text.encode()
+        assert source.tokenizer.encode(text) == llama.tokenize(data, add_bos=False, special=False), text
+        assert source.tokenizer.encode(text, special=True) == llama.tokenize(data, add_bos=False, special=True), text
+    assert llama.tokenize(b"a") == [*source.tokenizer.prefix, *source.tokenizer.encode("a")]
+
+
+def test_continued_with_paris(source: ModelSource, made: Path) -> None:
+    """From the file, from the bundle, and from what is exported, here and in llama.cpp."""
+    bundle = open_model(made / "bundle")
+    ids = source.tokenizer.encode(CHAT, special=True)
+    for found in (source, bundle, open_model(made / "f32.gguf")):
+        engine = Engine.trace(found.model, found.tokenizer, context=64)
+        assert engine.generate_tokens(ids, max_tokens=4).text == " Paris."
+    for kind in ("f32", "q8_0"):
+        assert (
+            open_llama(made / f"{kind}.gguf")
+            .create_completion(CHAT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
+            .startswith(" Paris.")
+        )
+
+
+def test_logits_are_those_of_llama_cpp(file: Path, source: ModelSource, made: Path) -> None:
+    """In float32 to a part in 10^5 of the largest; llama.cpp rounds activations to 8 bits for Q4_1 and Q8_0."""
+    ids = source.tokenizer.encode(CHAT, special=True)
+    ours = our_logits(source.model, ids)
+    largest = np.abs(ours).max()
+    assert largest > 30
+    theirs = llama_logits(open_llama(made / "f32.gguf"), ids)
+    assert np.abs(ours - theirs).max() < 5e-4
+    assert np.array_equal(ours.argmax(axis=-1), theirs.argmax(axis=-1))
+    for path in (file, made / "q8_0.gguf"):
+        theirs = llama_logits(open_llama(path), ids)
+        assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * largest
+        assert np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)) > 0.9
+
+
+def test_exported_numbers_are_those_of_the_file(file: Path, made: Path) -> None:
+    before, after = open_gguf_checkpoint(file), open_gguf_checkpoint(made / "f32.gguf")
+    assert before.config == after.config
+    for name in before.file.tensors:
+        assert np.array_equal(before.file.read(name), after.file.read(name)), name
+    assert after.tokenizer.backend.to_str() == before.tokenizer.backend.to_str()
+    assert after.tokenizer.chat_template == before.tokenizer.chat_template

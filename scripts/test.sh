@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that must be green: format, lint, types, tests. Installs what it needs into a virtual environment of its own, and
 # the compilers of absent accelerators beside it (.aot; without them the tests that compile for chips are skipped), and
-# as root on Debian those for ARM (install_cross.sh).
+# as root on Debian those for ARM (install_cross.sh), and llama.cpp, which judges our GGUF files (install_interop.sh).
 #
 #   bash scripts/test.sh [--python PATH] [PYTEST ARGUMENTS ...]
 #
@@ -14,6 +14,7 @@ venv=${venv/VERSION/$("$python" -c 'import sys; print("%d.%d" % sys.version_info
 source scripts/install.sh "$venv" "$python" "[dev]"
 bash scripts/install_aot.sh "$venv/bin/python"
 bash scripts/install_cross.sh
+bash scripts/install_interop.sh "$venv/bin/python"
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi

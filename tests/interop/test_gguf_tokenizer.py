@@ -20,7 +20,8 @@ from tests.interop.gguf_files import write_file
 
 TEXTS = [
     "", "a", " ", "  ", "\n", "\n\n", " \n \n", "Hello, world!", "I'm you're they'LL 'S don't 'tis", "1234567890 3.14",
-    "x = 1;\n\n\n  y = 2\t\tz", "日本語テキスト", "🙂👩‍👩‍👧‍👦 e\u0301 é", "٣٤٥ ² ½ Ⅷ", "<|turn|>hi<|turn|>", "a\r\nb\r\n",
+    "x = 1;\n\n\n  y = 2\t\tz", "日本語テキスト", "🙂👩‍👩‍👧‍👦 e\u0301 é",
+    "٣٤٥ ² ½ Ⅷ", "<|turn|>hi<|turn|>", "a\r\nb\r\n",
     "\u00a0\u2003x\u3000 y", "\x00\x01\x7f", "\u200b\u200d\ufeff", "   leading and trailing   ", "ก็ไทย मराठी",
     "\u2581a \u2581",
     "HelloWorld HTTPServer iPhone ÉTÉ été", "/path/to//file.txt!!??\n/", "$5+<=>^~|`x`", "<user> <user>x<user>",

@@ -75,7 +75,7 @@ class Metadata(dict[str, Any]):
         """The value of `key`, which must be of `kind` (an int where a float is asked for is one); else `default`.
 
         Raises:
-          InputError: the key has another type; or it is missing, and there is no default.
+          InputError: the key has another type, or is no finite number; or it is missing, and there is no default.
         """
         self.used.add(key)
         if key not in self:
@@ -85,7 +85,7 @@ class Metadata(dict[str, Any]):
         value = self[key]
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or (kind is float and not math.isfinite(value)):
             raise InputError(f"{self.path}: {key} is {quote(value)}, and should be of type {kind.__name__}")
         return value
 

@@ -86,7 +86,7 @@ def test_mistral() -> None:
         ({"llama.logit_scale": 0.1}, "llama.logit_scale=0.1 is not known; it may change what the model computes"),
         ({"llama.expert_count": 8}, "its metadata lacks llama.expert_used_count"),
         ({"llama.expert_count": 2, "llama.expert_used_count": 3}, "moe.active=3 must be between 1 and moe.experts=2"),
-        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "norm_eps"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan, and should be"),
     ],
 )
 def test_refusals(change: dict[str, Any], refusal: str) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.data.assets import Assets
+from hsai.data.chat import ChatTemplate
 from hsai.export.source import ModelSource, open_model
 from hsai.fetch import fetch
 from hsai.infer import Engine
@@ -44,11 +46,9 @@ def made(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_chat_is_what_the_template_makes(source: ModelSource) -> None:
-    import jinja2
-
-    template = jinja2.Environment(trim_blocks=True).from_string(source.assets["chat_template.jinja"].decode())
+    template = ChatTemplate.of_model(Assets.parse(source.assets), source.tokenizer)
     question = {"role": "user", "content": "What is the capital of France?"}
-    assert CHAT == template.render(messages=[question], add_generation_prompt=True) + "The capital of France is"
+    assert CHAT == template.render([question]) + "The capital of France is"
 
 
 def test_ids_are_those_of_llama_cpp(file: Path, source: ModelSource) -> None:
@@ -71,11 +71,8 @@ def test_continued_with_paris(source: ModelSource, made: Path) -> None:
         engine = Engine.trace(found.model, found.tokenizer, context=64)
         assert engine.generate_tokens(ids, max_tokens=4).text == " Paris."
     for kind in ("f32", "q8_0"):
-        assert (
-            open_llama(made / f"{kind}.gguf")
-            .create_completion(CHAT, max_tokens=4, temperature=0.0)["choices"][0]["text"]
-            .startswith(" Paris.")
-        )
+        answer = open_llama(made / f"{kind}.gguf").create_completion(CHAT, max_tokens=4, temperature=0.0)
+        assert answer["choices"][0]["text"].startswith(" Paris.")
 
 
 def test_logits_are_those_of_llama_cpp(file: Path, source: ModelSource, made: Path) -> None:

@@ -29,6 +29,7 @@ def attend_heads(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     window: int | None = None,
+    scale: float | None = None,
 ) -> jax.Array:
     """`hsai_kernels.attention`, by the kernel of one device on each device of a mesh.
 
@@ -64,6 +65,7 @@ def attend_heads(
             q_segments=q_segments,
             kv_segments=kv_segments,
             window=window,
+            scale=scale,
         )
 
     marks = (q_positions, kv_positions, q_segments, kv_segments)

@@ -116,17 +116,18 @@ class MoE(nnx.Module):
         owner = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts).reshape(-1)
         order = jnp.argsort(owner, stable=True)
         sizes = jnp.bincount(owner, length=experts + 1)[:experts].astype(jnp.int32)
-        rows = x[order // active]
+        # What a backend leaves in rows that no group reaches must get neither into results nor into gradients.
+        owned = (jnp.arange(order.size) < jnp.sum(sizes))[:, None]
+        rows = jnp.where(owned, x[order // active], 0)
 
         def multiply(rows: jax.Array, w: Weight) -> jax.Array:
             dense = to_dense(w).astype(rows.dtype)
-            return jax.lax.ragged_dot(rows, dense, sizes, preferred_element_type=rows.dtype)
+            y = jax.lax.ragged_dot(rows, dense, sizes, preferred_element_type=rows.dtype)
+            return jnp.where(owned, y, 0)
 
         hidden = activate(multiply(rows, gate), self.activation) * multiply(rows, up)
-        # Back in the order of the tokens; what lies behind the groups is nobody's, whatever a backend leaves there.
-        y = multiply(hidden, down)[jnp.argsort(order)].astype(jnp.float32)
-        y = jnp.where((owner < experts)[:, None], y * weights.reshape(-1, 1), 0.0)
-        return jnp.sum(y.reshape(*chosen.shape, -1), axis=1)
+        y = multiply(hidden, down)[jnp.argsort(order)].astype(jnp.float32)  # in the order of the tokens again
+        return jnp.sum((y * weights.reshape(-1, 1)).reshape(*chosen.shape, -1), axis=1)
 
     def _gather(
         self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate: Weight, up: Weight, down: Weight

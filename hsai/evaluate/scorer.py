@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hsai.errors import InputError
 from hsai.models import KVCache, Transformer
+from hsai.models.cache import CACHE_AXES
 from hsai.sharding import constrain, tree_shardings, use_mesh
 
 Report = Callable[[int, int], None]
@@ -273,8 +274,7 @@ def _read_prefix(model: Transformer, tokens: jax.Array, lengths: jax.Array, *, s
 
 def _read_suffix(model: Transformer, tokens: jax.Array, cache: KVCache, owners: jax.Array) -> jax.Array:
     """(R, S) -> (R, S, D), each row behind the prefix `owners` (R,) of `cache`."""
-    axes = ("layers", "batch", "cache", "kv_heads", "head_dim")
-    keys, values = (constrain(part[:, owners], *axes) for part in (cache.keys, cache.values))
+    keys, values = (constrain(part[:, owners], *CACHE_AXES) for part in (cache.keys, cache.values))
     own = KVCache(keys, values, cache.lengths[owners])
     return model(constrain(tokens, "batch", "seq"), cache=own)[0]
 

@@ -52,7 +52,7 @@ def compress(
       model: with dense weights; it is not changed.
       recipe: which weights become what.
       calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for one.
-      progress: called with ("compressing", parameters done, parameters in all), and as `stream_blocks` says.
+      progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
       InputError: see `match_weights`; or a weight holds a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
@@ -74,6 +74,7 @@ def compress(
         packed, layers = solve_layers(model, solved, calibration, batch=batch, plain=pack_weight, progress=progress)
         values |= packed
     rows: list[LedgerRow] = []
+    done = 0
     for name, param in params.items():
         before = param.get_value()
         after, error = before, 0.0
@@ -83,8 +84,9 @@ def compress(
             after = values[name]
             check_bytes(name, after, rules[name].format)
             error = float(measure_error(before, after))
+            done += 1
             if progress is not None:
-                progress("compressing", len(rows) + 1, len(params))
+                progress("compressing", done, len(rules))
         rows.append(
             LedgerRow(
                 weight=name,

@@ -17,4 +17,4 @@ def assert_close(actual: object, expected: np.ndarray, magnitude: np.ndarray | f
     assert value.shape == expected.shape, f"{value.shape} is not {expected.shape}"
     excess = np.abs(value - expected) - RELATIVE_ERROR[dtype] * magnitude
     # Written so that a NaN fails.
-    assert np.all(excess <= 1e-30), f"off by {np.max(np.abs(value - expected))}, {np.max(excess)} more than allowed"
+    assert np.all(excess <= 0.0), f"off by {np.max(np.abs(value - expected))}, {np.max(excess)} more than allowed"

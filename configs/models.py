@@ -4,7 +4,7 @@ Each function's sizes are those of the `config.json` that its authors published 
 parameter counts are held by tests. Fork one with `dataclasses.replace(models.smollm2_135m(), layers=12)`.
 """
 
-from hsai.models import RopeConfig, RopeScaling, TransformerConfig
+from hsai.models import MoEConfig, RopeConfig, RopeScaling, TransformerConfig
 
 
 def llama3_8b() -> TransformerConfig:
@@ -88,4 +88,83 @@ def mistral_7b() -> TransformerConfig:
         sliding_window=4096,
         tie_embeddings=False,
         rope=RopeConfig(theta=10_000.0),
+    )
+
+
+def qwen2_5_0_5b() -> TransformerConfig:
+    """Qwen 2.5 0.5B: 494,032,768 parameters. Source: Qwen/Qwen2.5-0.5B, config.json; 2412.15115, table 1."""
+    return TransformerConfig(
+        vocab=151_936,
+        embed=896,
+        layers=24,
+        heads=14,
+        kv_heads=2,
+        head_dim=64,
+        mlp=4864,
+        max_length=32_768,
+        norm_eps=1e-6,
+        qkv_bias=True,
+        tie_embeddings=True,
+        rope=RopeConfig(theta=1_000_000.0),
+    )
+
+
+def qwen3_30b_a3b() -> TransformerConfig:
+    """Qwen 3 30B-A3B: 30,532,122,624 parameters. Source: Qwen/Qwen3-30B-A3B, config.json; 2505.09388, table 2."""
+    return TransformerConfig(
+        vocab=151_936,
+        embed=2048,
+        layers=48,
+        heads=32,
+        kv_heads=4,
+        head_dim=128,
+        mlp=768,
+        max_length=40_960,
+        norm_eps=1e-6,
+        qk_norm=True,
+        tie_embeddings=False,
+        moe=MoEConfig(experts=128, active=8),
+        rope=RopeConfig(theta=1_000_000.0),
+    )
+
+
+def mixtral_8x7b() -> TransformerConfig:
+    """Mixtral 8x7B: 46,702,792,704 parameters. Source: mistralai/Mixtral-8x7B-v0.1, config.json; 2401.04088, tab. 1."""
+    return TransformerConfig(
+        vocab=32_000,
+        embed=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp=14_336,
+        max_length=32_768,
+        tie_embeddings=False,
+        moe=MoEConfig(experts=8, active=2),
+        rope=RopeConfig(theta=1_000_000.0),
+    )
+
+
+def gemma3_1b() -> TransformerConfig:
+    """Gemma 3 1B: 999,885,952 parameters. Source: google/gemma-3-1b-pt, config.json; 2503.19786, table 1."""
+    return TransformerConfig(
+        vocab=262_144,
+        embed=1152,
+        layers=26,
+        heads=4,
+        kv_heads=1,
+        head_dim=256,
+        mlp=6912,
+        max_length=32_768,
+        activation="gelu",
+        norm_eps=1e-6,
+        norm_plus_one=True,
+        post_norm=True,
+        qk_norm=True,
+        scale_embeddings=True,
+        sliding_window=512,
+        global_every=6,
+        tie_embeddings=True,
+        rope=RopeConfig(theta=1_000_000.0),
+        local_rope=RopeConfig(theta=10_000.0),
     )

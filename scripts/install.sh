@@ -12,7 +12,7 @@ compiler=$(command -v "${CXX:-c++}" || command -v g++ || command -v clang++ || e
 wanted="$("$python" -c 'import sys; print(sys.version, sys.prefix)') $PWD $compiler $(cat pyproject.toml CMakeLists.txt \
   $(find kernels/csrc -type f | sort) | sha256sum)"
 found=$(cat "$venv/.installed" 2>/dev/null || true)
-if [ "$found" = "$wanted $extras" ] || [ "$found" = "$wanted [dev]" ]; then  # with [dev] there is everything
+if [ "$found" = "$wanted $extras" ] || [ "$found" = "$wanted [dev,interop]" ]; then  # with these there is everything
   echo "reusing $venv"
 else
   echo "installing into $venv"

@@ -5,7 +5,7 @@
 #   bash scripts/sanitize.sh [PYTEST ARGUMENTS ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python.sh"
-source scripts/install.sh .venv "$python" "[dev]"
+source scripts/install.sh .venv "$python" "[dev,interop]"
 
 folder=build/tests/sanitized-library
 cmake -S . -B "$folder" -DCMAKE_BUILD_TYPE=Release -DHSAI_SANITIZE=ON -DPython_EXECUTABLE="$PWD/.venv/bin/python" > /dev/null

@@ -1,18 +1,22 @@
 """Writes docs/results.md and the table in README.md from docs/results/*.json, so that no number is typed by hand.
 
-python scripts/write_results.py [runs/quickstart/results.json]       becomes docs/results/quickstart.json first
-python scripts/write_results.py [what bench_kernels.py --json wrote]  becomes docs/results/kernels.json first
+python scripts/write_results.py [FILE ...]
+
+Each FILE becomes part of docs/results first: runs/quickstart/results.json as quickstart.json, what bench_kernels.py
+wrote as kernels.json, what bench_perplexity.py wrote as perplexity.json; and what `hsai eval --tasks --json` wrote goes
+into evaluation.json, task by task, in place of what the same model scored there before.
 """
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from hsai.files import read_json
+from hsai.files import read_json, write_json_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART, KERNELS = (ROOT / "docs" / "results" / f"{name}.json" for name in ("quickstart", "kernels"))
+QUICKSTART, KERNELS, EVALUATION, PERPLEXITY = (
+    ROOT / "docs" / "results" / f"{name}.json" for name in ("quickstart", "kernels", "evaluation", "perplexity")
+)
 BEGIN, END = "<!-- results:quickstart -->", "<!-- end -->"
 
 
@@ -70,6 +74,66 @@ def write_kernels(results: dict[str, Any]) -> str:
     )
 
 
+def merge_tasks(kept: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
+    """`kept`, a row a task, with those that `hsai eval --tasks --json` wrote in their place, or behind."""
+    rows = {(row["model"], row["task"]["task"], row["task"]["few_shot"]): row for row in kept}
+    for report in results["evaluations"]:
+        about = {name: value for name, value in report.items() if name != "tasks"}
+        for task in report["tasks"]:
+            rows[report["model"], task["task"], task["few_shot"]] = {
+                **about,
+                "machine": results["machine"],
+                "task": task,
+            }
+    return list(rows.values())
+
+
+def write_evaluation(rows: list[dict[str, Any]]) -> str:
+    """The tasks' scores in Markdown, a line a metric; MMLU's subjects stay in the JSON."""
+    lines = [
+        "| model | task | few-shot | metric | value | standard error | n | seconds |",
+        "|---|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        task = row["task"]
+        if task["part_of"]:
+            continue
+        name = task["task"] if task["limit"] is None else f"{task['task']}, the first {task['limit']}"
+        for metric, found in task["metrics"].items():
+            error = "" if found["standard_error"] is None else f"{found['standard_error']:.4f}"
+            lines.append(
+                f"| {row['model']} | {name} | {task['few_shot']} | {metric} | {found['value']:.4f} | {error} "
+                f"| {found['n']} | {task['seconds']:.0f} |"
+            )
+    made = {}
+    for row in rows:
+        machine = row["machine"]
+        where = f"{machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}"
+        about = f"{row['dtype']}, commit {row['commit']}, {row['batch_tokens']} tokens a batch, {where}"
+        made.setdefault((machine["command"], about), None)
+    return "\n".join(lines) + (
+        "\n\nBy the definitions of EleutherAI's harness (docs/evaluation.md). Seconds are those of the clock.\n\n"
+        + "".join(f"- `{command}`: {about}.\n" for command, about in made)
+    )
+
+
+def write_perplexity(results: dict[str, Any]) -> str:
+    """The comparison with llama.cpp in Markdown."""
+    lines = ["| case | text | hsai | llama.cpp | difference |", "|---|---|--:|--:|--:|"]
+    for row in results["rows"]:
+        lines.append(
+            f"| {row['case']} | {row['text']} | {row['ours']:.4f} ± {row['standard_error']:.4f} | {row['peer']:.4f} "
+            f"| {100 * (row['ratio'] - 1):+.2f}% |"
+        )
+    machine, first = results["machine"], results["rows"][0]
+    return "\n".join(lines) + (
+        f"\n\nThe second half of each chunk, {first['n']} tokens. The peer is {first['peer_name']}, which rounds\n"
+        "activations to 8 bits; hsai computes in float32 from the same weights.\n"
+        f"Machine: {machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}.\n"
+        f"Command: `{machine['command']}`.\n"
+    )
+
+
 def replace_between(text: str, content: str) -> str:
     """`text` with what stands between the markers replaced."""
     head, _, rest = text.partition(BEGIN)
@@ -78,15 +142,25 @@ def replace_between(text: str, content: str) -> str:
 
 
 def main() -> None:
-    """Renews both files."""
-    if len(sys.argv) > 1:
-        kernels = "case" in read_json(Path(sys.argv[1]))["rows"][0]
-        QUICKSTART.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(sys.argv[1], KERNELS if kernels else QUICKSTART)
+    """Takes in what was measured, and renews both files."""
+    QUICKSTART.parent.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:]:
+        results = read_json(Path(name))
+        if "evaluations" in results:
+            kept = read_json(EVALUATION) if EVALUATION.exists() else []
+            write_json_atomic(EVALUATION, merge_tasks(kept, results))
+        elif "case" not in results["rows"][0]:
+            write_json_atomic(QUICKSTART, results)
+        else:
+            write_json_atomic(PERPLEXITY if results["rows"][0]["metric"] == "perplexity" else KERNELS, results)
     table = write_table(read_json(QUICKSTART))
     text = f"# Results\n\n## Quickstart\n\n{table}"
     if KERNELS.exists():
         text += f"\n## Kernels\n\n{write_kernels(read_json(KERNELS))}"
+    if EVALUATION.exists():
+        text += f"\n## Benchmarks\n\n{write_evaluation(read_json(EVALUATION))}"
+    if PERPLEXITY.exists():
+        text += f"\n## Perplexity beside llama.cpp\n\n{write_perplexity(read_json(PERPLEXITY))}"
     (ROOT / "docs" / "results.md").write_text(text)
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(), table))

@@ -1,22 +1,27 @@
 """Make weights sparse and low-bit: a run or a bundle in, a bundle (without graphs) and its ledger out.
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
-Of several recipes each gets a directory of its name under --out.
+Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
+model's own corpus, or a file: --calibration text.txt
 """
 
 import functools
 from pathlib import Path
 
+import numpy as np
+
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.targets import check_targets, is_kept
 from hsai.compress import RecipeConfig, compress
+from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.recipe import match_weights
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
+from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
-from hsai.export.source import open_model
+from hsai.export.source import ModelSource, open_model
 from hsai.progress import ProgressBar, console, say
 
 
@@ -25,6 +30,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", type=Path, help="the directory of a run or of a bundle")
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
     parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
 
@@ -43,7 +49,10 @@ def run(parser: Parser, argv: list[str]) -> None:
             match_weights(recipe, source.model)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
+    windows = read_windows(recipes, source, arguments.calibration)
     made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
+    for name, drawn in windows.items():
+        made[name]["calibration_sha256"] = digest_windows(drawn)
     kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
     with no_empty_directories(targets.values()):
         for name, recipe in recipes.items():
@@ -52,7 +61,8 @@ def run(parser: Parser, argv: list[str]) -> None:
             else:
                 extra = source.origin | made[name] | {"recipe_name": name}
                 with ProgressBar() as progress:
-                    model, ledger = compress(source.model, recipe, progress=functools.partial(_report, progress, name))
+                    report = functools.partial(_report, progress, name)
+                    model, ledger = compress(source.model, recipe, calibration=windows.get(name), progress=report)
                 extra |= {"ledger": ledger.to_dict()}
                 write_bundle(
                     targets[name],
@@ -64,6 +74,50 @@ def run(parser: Parser, argv: list[str]) -> None:
                 )
                 console.print(ledger.table())
                 say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+
+
+def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Path | None) -> dict[str, np.ndarray]:
+    """The calibration tokens of each recipe that asks for some, int32 (N, T) by its name.
+
+    Raises:
+      InputError: a text is given and no recipe reads it; or it is needed, and is not there, too short, or no UTF-8;
+        windows exceed the model's context.
+    """
+    asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
+    if not asking:
+        if text is not None:
+            raise InputError(f"--calibration {text}: no recipe here calibrates")
+        return {}
+    stream = _read_stream(source, text)
+    windows = {}
+    for name, config in asking.items():
+        if config.sequence_length > source.config.max_length:
+            raise InputError(
+                f"recipe {name}: calibration.sequence_length={config.sequence_length} exceeds the model's context of "
+                f"{source.config.max_length}"
+            )
+        try:
+            windows[name] = draw_windows(stream, config)
+        except InputError as error:
+            raise InputError(f"recipe {name}: {error}") from error
+    return windows
+
+
+def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:
+    """Token ids of the text, or of the training text of the model's corpus."""
+    if text is not None:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read --calibration {text}: {error}") from error
+        return np.asarray(source.tokenizer.encode(content), np.int32)
+    directory = Path(source.origin.get("corpus", ""))
+    if not directory.name:
+        raise InputError(f"{source.directory} does not say what it was trained on; give --calibration")
+    corpus = open_corpus(directory, verify=True)
+    if corpus.tokenizer.to_json() != source.tokenizer.to_json():
+        raise InputError(f"corpus {directory} was cut by another tokenizer than that of {source.directory}")
+    return corpus.train
 
 
 def _report(progress: ProgressBar, name: str, step: str, done: int, total: int) -> None:

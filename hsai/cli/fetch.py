@@ -2,15 +2,24 @@
 
 hsai fetch smollm2-135m
 hsai fetch hf:HuggingFaceTB/SmolLM2-135M-Instruct
+A model of the catalog is imported as a bundle, and the bundle's directory is printed; of a repository of the hub it is
+the snapshot, which hsai import, export and eval take as it is.
 What is there already is verified and not fetched again. An interrupted download starts again, and is never half used.
 """
 
+import argparse
+import shutil
 from pathlib import Path
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import check_place, no_empty_directories
+from hsai.cli.targets import is_kept
+from hsai.export.bundle import write_bundle
+from hsai.export.source import inspect_model, open_model
 from hsai.fetch import CATALOG, default_cache, fetch
+from hsai.fetch.cache import hold
 from hsai.fetch.hub import PREFIX
+from hsai.interop.gguf import is_gguf
 from hsai.progress import ProgressBar
 
 _NAMES = "; ".join(f"{name}: {entry.about}" for name, entry in CATALOG.items())
@@ -26,10 +35,23 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parser: Parser, argv: list[str]) -> None:
-    """Fetches, and prints the path alone on stdout's last line."""
+    """Fetches, imports what is a model in a file, and prints the path alone on stdout's last line."""
     arguments = parser.parse(argv)
     if arguments.cache is not None:
         check_place(arguments.cache, "--cache")
     with no_empty_directories([arguments.cache] if arguments.cache else []), ProgressBar() as progress:
         path = fetch(arguments.name, cache=arguments.cache, progress=progress)
+        if is_gguf(path):
+            path = _import(path, (arguments.cache or default_cache()) / f"{arguments.name}-bundle", progress)
     print(path)
+
+
+def _import(path: Path, bundle: Path, progress: ProgressBar) -> Path:
+    """The bundle of the model in `path`; what stands there is kept if it is that, and whole."""
+    with hold(bundle, progress):
+        made = {"source_sha256": inspect_model(path).sha256}
+        if not is_kept(bundle, made, argparse.Namespace(reuse=True, overwrite=True)):
+            source = open_model(path, progress=lambda done, total: progress("import", done, total))
+            shutil.rmtree(bundle, ignore_errors=True)  # an entry of the cache, whatever was left of it
+            write_bundle(bundle, source.model, source.tokenizer, extra=source.origin | made, assets=source.assets)
+    return bundle

@@ -12,7 +12,7 @@ from hsai.errors import InputError
 from hsai.evaluate.documents import load_documents
 from hsai.evaluate.fewshot import SEED, ExampleSampler
 from hsai.evaluate.metrics import Metric, average, is_right, is_right_by_length, perplexity, pool
-from hsai.evaluate.pairs import encode_pairs
+from hsai.evaluate.pairs import begin_text, encode_pairs
 from hsai.evaluate.perplexity import cut_chunks, cut_windows, read_text
 from hsai.evaluate.scorer import Score, Scorer
 from hsai.evaluate.subjects import SUBJECTS
@@ -127,9 +127,10 @@ def make_questions(
 ) -> list[tuple[str, Question]]:
     """(What stands before the prompt, question) of each document."""
     documents = load_documents(task.documents, cache=cache, progress=progress)
-    pool = documents if task.examples == task.documents else load_documents(task.examples, cache=cache)
-    own = task.examples == task.documents
-    sampler = ExampleSampler(pool, count=few_shot, seed=seed, own=own, first=task.first_examples)
+    same = task.examples == task.documents
+    examples = documents if same else load_documents(task.examples, cache=cache, progress=progress)
+    own = same and not task.may_repeat
+    sampler = ExampleSampler(examples, count=few_shot, seed=seed, own=own, first=task.first_examples)
     questions = []
     for document in documents[:limit]:
         shots = "".join(task.ask(example).solved for example in sampler.draw(document))
@@ -159,7 +160,7 @@ def _measure(
         for lead, question in asked
         for prompt, answer in zip(question.prompts, question.answers, strict=True)
     ]
-    pairs = iter(encode_pairs(tokenizer, texts, prefix=tokenizer.eot))
+    pairs = iter(encode_pairs(tokenizer, texts))
     groups = [[next(pairs) for _ in question.answers] for asked in questions for _, question in asked]
     scores = iter(scorer.score(groups, _bind(progress, name)))
     seconds = time.perf_counter() - start
@@ -205,10 +206,10 @@ def _measure_text(
         raise InputError(f"--window {window} exceeds the model's context of {scorer.max_length} tokens")
     settings = {"window": window}
     if name.startswith(CHUNKS):
-        pairs = cut_chunks(tokens, context=window, bos=None)
+        pairs = cut_chunks(tokens, prefix=tokenizer.prefix, context=window)
     else:
         settings["stride"] = window if config.stride is None else config.stride
-        pairs = cut_windows(tokens, prefix=tokenizer.eot, context=window, stride=settings["stride"])
+        pairs = cut_windows(tokens, prefix=begin_text(tokenizer), context=window, stride=settings["stride"])
     pairs = pairs[: config.limit]
     if not pairs:
         raise InputError(f"{path} holds no text")

@@ -236,10 +236,8 @@ class Scorer:
 
 
 def pad_length(length: int) -> int:
-    """The length that so many tokens are padded to: 0, 8, 16, and then in steps of a quarter to an eighth."""
-    if length <= 16:
-        return -(-length // 8) * 8
-    step = max(8, 2 ** ((length - 1).bit_length() - 3))
+    """The length that so many tokens are padded to: a multiple of 4, and beyond 32 four to eight lengths an octave."""
+    step = max(4, 2 ** ((max(length, 1) - 1).bit_length() - 3))
     return -(-length // step) * step
 
 

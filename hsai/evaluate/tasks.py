@@ -62,6 +62,9 @@ class Task:
     first_examples: bool = False
     """Examples are the first of their set for every document, and not drawn."""
 
+    may_repeat: bool = False
+    """A document may be drawn as its own example: so the harness does it where examples come from a test set."""
+
 
 def _choose(prompt: str, answers: list[str], gold: int) -> Question:
     """One prompt for all answers."""
@@ -139,6 +142,7 @@ TASKS: Mapping[str, Task] = {
             ask=ask_lambada,
             metrics=("perplexity", "acc"),
             separator="",
+            may_repeat=True,
         ),
         Task(name="hellaswag", documents="hellaswag", examples="hellaswag", ask=ask_hellaswag, metrics=_BOTH),
         Task(name="piqa", documents="piqa", examples="piqa", ask=ask_piqa, metrics=_BOTH),

@@ -5,7 +5,7 @@ from pathlib import Path
 from hsai.data.assets import TOKENIZER_CONFIG
 from hsai.export.source import ModelSource
 from hsai.interop.assemble import Progress
-from hsai.interop.assets import TOKENIZER, describe_tokenizer
+from hsai.interop.assets import TOKENIZER, describe_tokenizer, name_tokens
 from hsai.interop.families import Family
 from hsai.interop.huggingface import SHARD_BYTES, write_huggingface
 
@@ -22,19 +22,18 @@ def export_checkpoint(
 ) -> Family:
     """Writes a model and its tokenizer as a checkpoint; arguments, result and refusals as of `write_huggingface`.
 
-    A model that came from a checkpoint goes back as the architecture, and with the special tokens, that it had; one
-    that was trained here begins and ends a text with its tokenizer's end of text.
+    A model that came from a checkpoint goes back as the architecture, and with the special tokens, that it had; of any
+    other, the tokenizer says which they are.
     """
     tokenizer, length = source.tokenizer, source.config.max_length
     assets = {TOKENIZER: tokenizer.to_json().encode(), TOKENIZER_CONFIG: describe_tokenizer(tokenizer, length)}
-    ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     return write_huggingface(
         directory,
         source.model,
         dtype=dtype,
         shard_bytes=shard_bytes,
         architecture=source.origin.get("architecture"),
-        tokens=source.origin.get("special_tokens", ends),
+        tokens=source.origin.get("special_tokens", name_tokens(tokenizer)),
         dequantize=dequantize,
         assets=assets | source.assets,
         overwrite=overwrite,

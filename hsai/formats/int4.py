@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai.formats.packed import Packed, check_divides, invert_scale
+from hsai.formats.packed import Packed, check_divides, check_finite, invert_scale
 from hsai_kernels import dequantize_int4, pack_words
 
 Group = Literal[32, 64, 128]
@@ -44,10 +44,15 @@ class Int4Config:
     """Weights along the contraction that share a scale."""
 
     def pack(self, w: jax.Array, scale: jax.Array | None = None) -> Int4:
-        """Rounds w (..., D, F) to the nearest code; `scale` (..., D / group, F), by default max|w| / 7 of the group."""
+        """Rounds w (..., D, F) to the nearest code; `scale` (..., D / group, F), by default max|w| / 7 of the group.
+
+        Raises `InputError` for a contraction that the groups do not divide, and numbers that `check_finite` refuses.
+        """
         check_divides(f"int4 with groups of {self.group}", self.group, w.shape[-2], w.shape)
+        check_finite("the weight", w)
         w = w.astype(jnp.float32)
         scale = (group_absmax(w, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
+        check_finite("the scale", scale, is_scale=True)
         return Int4(pack_words(round_to_codes(w, scale), 4), scale)
 
     def invariant_bits(self, contraction: int) -> float:

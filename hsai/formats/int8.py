@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai.formats.packed import Packed, invert_scale
+from hsai.formats.packed import Packed, check_finite, invert_scale
 from hsai_kernels import dequantize_int8
 
 
@@ -37,11 +37,16 @@ class Int8Config:
     """Names this format in files."""
 
     def pack(self, w: jax.Array, scale: jax.Array | None = None) -> Int8:
-        """Rounds w (..., D, F) to the nearest code; `scale` (..., 1, F) float32, by default max|w| / 127."""
+        """Rounds w (..., D, F) to the nearest code; `scale` (..., 1, F) float32, by default max|w| / 127.
+
+        Raises `InputError` for numbers that `check_finite` refuses.
+        """
+        check_finite("the weight", w)
         w = w.astype(jnp.float32)
         if scale is None:
             scale = self.absmax_scale(w)
         scale = scale.astype(jnp.float32)
+        check_finite("the scale", scale, is_scale=True)
         return Int8(jnp.clip(jnp.round(w * invert_scale(scale)), -127, 127).astype(jnp.int8), scale)
 
     def absmax_scale(self, w: jax.Array) -> jax.Array:

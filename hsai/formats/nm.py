@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.errors import InputError
-from hsai.formats.packed import Packed, check_divides
+from hsai.formats.packed import Packed, check_divides, check_finite
 from hsai_kernels import POSITION_BITS, count_elements, densify_nm, pack_words
 
 PATTERNS = ((1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8))
@@ -67,6 +67,7 @@ class NMConfig:
     def pack(self, w: jax.Array, mask: jax.Array | None = None) -> NM:
         """Packs w (..., D, F); `mask` (bool, n True in each group) chooses what is kept, by default the largest."""
         check_divides(f"{self.n}:{self.m} sparsity", index_block(self.n, self.m), w.shape[-2], w.shape)
+        check_finite("the weight", w)
         values, indices = select_kept(w, self.mask(w) if mask is None else mask, self.n, self.m)
         return NM(values.astype(self.dtype), pack_words(indices, POSITION_BITS[self.m]), self.n, self.m)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from hsai.formats.int4 import Group, group_absmax, round_to_codes
 from hsai.formats.nm import check_pattern, index_block, nm_mask, select_kept
-from hsai.formats.packed import Packed, check_divides
+from hsai.formats.packed import Packed, check_divides, check_finite
 from hsai_kernels import POSITION_BITS, densify_nm, pack_words
 
 
@@ -66,10 +66,12 @@ class NMInt4Config:
         step of each group (default: max|kept| / 7)."""
         block = max(self.group, index_block(self.n, self.m))
         check_divides(f"{self.n}:{self.m} int4 with groups of {self.group}", block, w.shape[-2], w.shape)
+        check_finite("the weight", w)
         w = w.astype(jnp.float32)
         mask = self.mask(w) if mask is None else mask
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
+        check_finite("the scale", scale, is_scale=True)
         codes, indices = select_kept(round_to_codes(kept, scale), mask, self.n, self.m)
         return NMInt4(pack_words(codes, 4), pack_words(indices, POSITION_BITS[self.m]), scale, self.n, self.m)
 

@@ -6,10 +6,11 @@ D contraction, F outputs; leading dimensions (layers) are allowed everywhere and
 import abc
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hsai.errors import InputError
 
@@ -59,8 +60,10 @@ class DenseConfig:
     """The stored precision."""
 
     def pack(self, w: jax.Array) -> jax.Array:
-        """(..., D, F) in any float dtype -> the same shape in `dtype`."""
-        return w.astype(self.dtype)
+        """(..., D, F) in any float dtype -> the same shape in `dtype`; `InputError` as `check_finite`."""
+        w = w.astype(self.dtype)
+        check_finite("the weight", w)
+        return w
 
     def invariant_bits(self, contraction: int) -> float:
         """Stored bits for each logical weight of a (contraction, F) matrix."""
@@ -86,6 +89,29 @@ def invert_scale(scale: jax.Array) -> jax.Array:
     """1 / scale in float32, and 0 where the scale is 0 or too small to have an inverse: its weights round to zero."""
     scale = scale.astype(jnp.float32)
     return jnp.where(jnp.abs(scale) >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
+
+
+def check_finite(name: str, x: Any, *, is_scale: bool = False) -> None:
+    """Raises `InputError` if an array holds a NaN or an infinity, or, of scales, a negative number; it says which.
+
+    Only of an array whose numbers are known here. While a program is traced they are not, nor those of an array that
+    several processes hold parts of: there a NaN goes through, and makes NaN of what it meets.
+    """
+    known = not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    if not known or not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return
+    numbers = np.asarray(x)
+    fine = np.isfinite(numbers)
+    if is_scale:
+        with np.errstate(invalid="ignore"):  # of NaNs, which are found already
+            fine &= ~(numbers < 0)
+    if not fine.all():
+        place = tuple(int(i) for i in np.unravel_index(np.argmin(fine), fine.shape))
+        wanted = "scales are finite and at least 0" if is_scale else "weights are finite"
+        count = int(fine.size - np.count_nonzero(fine))
+        raise InputError(
+            f"{name} holds {numbers[place]} at {list(place)}, and {wanted} ({count} of {fine.size} are not)"
+        )
 
 
 def check_divides(what: str, block: int, size: int, shape: tuple[int, ...]) -> None:

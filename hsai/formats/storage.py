@@ -18,7 +18,7 @@ from hsai.formats.int4 import Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
-from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.formats.packed import Packed, Weight, check_finite, to_dense
 from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
 
@@ -100,7 +100,8 @@ def describe(tree: Any) -> dict[str, dict[str, Any]]:
 def restore(model: T, records: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, Any]) -> T:
     """The inverse of `describe` and `named_arrays`: puts arrays of any format in the place of `model`'s parameters.
 
-    Raises `InputError` that names a parameter, format or field which is missing, unknown, or of the wrong shape.
+    Raises `InputError` that names a parameter, format or field which is missing, unknown, or of the wrong shape; or an
+    array with numbers that `hsai.formats.packed.check_finite` refuses.
     """
     weights = named_weights(model)
     if set(records) != set(weights):
@@ -129,6 +130,7 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
         _require(name in arrays, f"array {name!r} is missing")
         kind = arrays[name].dtype
         _require(jnp.issubdtype(kind, jnp.floating), f"array {name!r} is {kind}, and a dense weight is floating")
+        check_finite(repr(name), arrays[name])
         return arrays[name], {name}
     if kind not in PACKED:
         raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(PACKED)}")
@@ -141,6 +143,7 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
         else:
             part = f"{name}.{field.name}"
             _require(part in arrays, f"array {part!r} is missing")
+            check_finite(repr(part), arrays[part], is_scale=field.name == "scale")
             values[field.name] = arrays[part]
             names.add(part)
     value = PACKED[kind](**values)

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai.formats.packed import Packed, check_divides, invert_scale
+from hsai.formats.packed import Packed, check_divides, check_finite, invert_scale
 from hsai_kernels import count_elements, dequantize_int2, pack_words
 
 
@@ -49,8 +49,10 @@ class TernaryConfig:
         block = self.group or count_elements(2)
         what = "ternary with a scale an output" if self.group is None else f"ternary with groups of {self.group}"
         check_divides(what, block, size, w.shape)
+        check_finite("the weight", w)
         groups = w.astype(jnp.float32).reshape(*stack, -1, self.group or size, outputs)
         scale = (jnp.mean(jnp.abs(groups), axis=-2) if scale is None else scale).astype(jnp.bfloat16)
+        check_finite("the scale", scale, is_scale=True)
         # For the scale as it is stored; one of zero has an inverse of zero.
         codes = jnp.clip(jnp.round(groups * invert_scale(scale)[..., None, :]), -1, 1) + 2.0
         return Ternary(pack_words(codes.reshape(w.shape).astype(jnp.uint8), 2), scale)

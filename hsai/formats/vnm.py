@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hsai.errors import InputError
 from hsai.formats.int4 import Group, group_absmax, round_to_codes
 from hsai.formats.nm import index_block, nm_mask, select_kept
-from hsai.formats.packed import Packed, check_divides
+from hsai.formats.packed import Packed, check_divides, check_finite
 from hsai_kernels import densify_nm, pack_words, rank_chosen
 
 CHOSEN = 4
@@ -109,6 +109,7 @@ class VNMConfig:
     def pack(self, w: jax.Array, mask: jax.Array | None = None) -> VNM:
         """Packs w (..., D, F). `mask` (bool, what `vnm_mask` could have made) says what is kept: by default that."""
         check_fits(w.shape, self.v, self.n, self.m)
+        check_finite("the weight", w)
         mask = self.mask(w) if mask is None else mask
         values, indices, choices = select_blocks(w, mask, self.v, self.n, self.m)
         return VNM(values.astype(self.dtype), pack_words(indices, 2), choices, self.n, self.m)
@@ -147,10 +148,12 @@ class VNMInt4Config:
     def pack(self, w: jax.Array, mask: jax.Array | None = None, scale: jax.Array | None = None) -> VNMInt4:
         """Packs w (..., D, F); `mask` as in VNMConfig, `scale` (..., D / group, F) by default max|kept| / 7."""
         check_fits(w.shape, self.v, self.n, self.m, self.group)
+        check_finite("the weight", w)
         w = w.astype(jnp.float32)
         mask = self.mask(w) if mask is None else mask
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
+        check_finite("the scale", scale, is_scale=True)
         codes, indices, choices = select_blocks(round_to_codes(kept, scale), mask, self.v, self.n, self.m)
         return VNMInt4(pack_words(codes, 4), pack_words(indices, 2), scale, choices, self.n, self.m)
 

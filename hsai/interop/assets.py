@@ -1,6 +1,7 @@
-"""What `transformers` has to be told of a tokenizer that was trained here."""
+"""What `transformers` has to be told of a tokenizer of ours, where nothing came with it that says so."""
 
 import json
+from typing import Any
 
 from hsai.data.tokenizer import Tokenizer
 
@@ -9,13 +10,21 @@ TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def describe_tokenizer(tokenizer: Tokenizer, max_length: int) -> bytes:
-    """A tokenizer_config.json, by which `transformers` loads a tokenizer of ours."""
-    end = next(token for token in json.loads(tokenizer.to_json())["added_tokens"] if token["id"] == tokenizer.eot)
+    """A tokenizer_config.json, by which `transformers` loads it."""
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end["content"],
-        "eos_token": end["content"],
+        "bos_token": tokenizer.name(tokenizer.prefix[0]) if tokenizer.prefix else None,
+        "eos_token": tokenizer.name(tokenizer.eot),
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def name_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json says of it: the token before a text, and the one that ends an answer, or the several."""
+    stops = [tokenizer.eot, *sorted(tokenizer.stops - {tokenizer.eot})]
+    return {
+        "bos_token_id": tokenizer.prefix[0] if tokenizer.prefix else None,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eot,
+    }

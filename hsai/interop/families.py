@@ -126,7 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         architecture="MistralForCausalLM",
         model_type="mistral",
         tensors=ATTENTION | MLP,
-        defaults=DEFAULTS | {"sliding_window": 4096},
+        defaults=DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
         window=True,
     ),
     Family(
@@ -134,6 +134,7 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen2",
         tensors=ATTENTION | MLP | BIASES,
         traits=frozenset({"qkv_bias"}),
+        defaults=DEFAULTS | {"num_key_value_heads": 32},
         fixed=NO_WINDOW,
     ),
     Family(
@@ -141,7 +142,7 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen3",
         tensors=ATTENTION | MLP | QK_NORM,
         traits=frozenset({"qk_norm"}),
-        defaults=DEFAULTS | {"head_dim": 128},
+        defaults=DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
         fixed=NO_WINDOW | {"attention_bias": False},
     ),
     Family(
@@ -150,7 +151,7 @@ FAMILIES: tuple[Family, ...] = (
         tensors=ATTENTION | QK_NORM | QWEN_EXPERTS,
         traits=frozenset({"qk_norm"}),
         keys=KEYS | {"mlp": "moe_intermediate_size"},
-        defaults=DEFAULTS | {"norm_topk_prob": False},
+        defaults=DEFAULTS | {"num_key_value_heads": 4, "norm_topk_prob": False},
         fixed=NO_WINDOW | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
         experts=("num_experts", "num_local_experts"),
     ),
@@ -158,7 +159,7 @@ FAMILIES: tuple[Family, ...] = (
         architecture="MixtralForCausalLM",
         model_type="mixtral",
         tensors=ATTENTION | MIXTRAL_EXPERTS,
-        defaults=DEFAULTS | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
+        defaults=DEFAULTS | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
         window=True,
         experts=("num_local_experts", "num_experts"),
     ),
@@ -172,6 +173,7 @@ FAMILIES: tuple[Family, ...] = (
         | {
             "hidden_activation": "gelu_pytorch_tanh",
             "head_dim": 256,
+            "num_key_value_heads": 4,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
             "sliding_window_pattern": 6,

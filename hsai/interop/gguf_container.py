@@ -82,10 +82,10 @@ class Metadata(dict[str, Any]):
             if default is None:
                 raise InputError(f"{self.path}: its metadata lacks {key}")
             return default
-        value = self[key]
+        value: Any = self[key]
         if kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
             raise InputError(f"{self.path}: {key} is {quote(value)}, and should be of type {kind.__name__}")
         return value
 

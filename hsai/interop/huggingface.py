@@ -87,9 +87,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     directory = Path(directory)
     raw = read_json(directory / CONFIG)
     tensors = {name: at for name, at in _find_tensors(directory).items() if not name.endswith(DERIVED)}
-    exact = all(record.dtype == np.float32 for record in tensors.values())
+    half = any(record.dtype.itemsize == 2 for record in tensors.values())
     try:
-        family, config = read_config(raw, "float32" if exact else "bfloat16")
+        family, config = read_config(raw, "bfloat16" if half else "float32")
         if config.tie_embeddings:
             tensors = _without_tied_head(tensors, family)
         blocks = config.layers * (1 if config.moe is None else config.moe.experts)

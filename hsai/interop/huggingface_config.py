@@ -71,7 +71,7 @@ def read_config(raw: Any, dtype: str = "bfloat16") -> tuple[Family, TransformerC
         **fields,
         sliding_window=window,
         global_every=every,
-        rope=rope if window is None or every is not None or not family.alternating else local,
+        rope=rope,
         local_rope=local if every is not None and local != rope else None,
         query_scalar=None if scalar == fields["head_dim"] else scalar,
         moe=_read_experts(raw, family) if family.experts else None,
@@ -105,6 +105,8 @@ def write_config(config: TransformerConfig, architecture: str | None = None) -> 
 
 def _find_family(raw: Mapping[str, Any]) -> Family:
     names = raw.get("architectures") or [raw.get("model_type")]
+    if not isinstance(names, list):
+        raise InputError(f"config.json: architectures is {str(names)[:80]}, and not a list")
     for family in FAMILIES:
         if names in ([family.architecture], [family.model_type]):
             return family
@@ -185,7 +187,7 @@ def _read_ropes(raw: Mapping[str, Any], family: Family) -> tuple[RopeConfig, Rop
         local = raw.get("rope_local_base_freq", family.defaults.get("rope_local_base_freq"))
         return rope, rope if local is None else _read_rope({}, local, "rope_local_base_freq")
     if not family.alternating:
-        rope = _read_rope(parameters, family.defaults["rope_theta"], "rope_parameters")
+        rope = _read_rope(parameters, _get(raw, family, "rope_theta"), "rope_parameters")
         return rope, rope
     if not isinstance(parameters, Mapping) or set(parameters) != {FULL, SLIDING}:
         raise InputError(f"config.json: rope_parameters must have {FULL} and {SLIDING}")

@@ -50,8 +50,14 @@ class KVCache:
 
     @property
     def stored(self) -> "StoredArrays":
-        """What the layers read and write."""
-        return self.keys, self.values, self.key_scales, self.value_scales
+        """What the layers read and write; bfloat16 as bit patterns, uint16."""
+        return _as_bits(self.keys), _as_bits(self.values), self.key_scales, self.value_scales
+
+    @classmethod
+    def from_stored(cls, stored: "StoredArrays", lengths: jax.Array) -> "KVCache":
+        """The inverse of `stored`."""
+        keys, values, key_scales, value_scales = stored
+        return cls(_from_bits(keys), _from_bits(values), lengths, key_scales, value_scales)
 
 
 StoredArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
@@ -97,7 +103,8 @@ class LayerCache:
         at = (self.layer, rows, positions)
 
         def put(stored: jax.Array, new: jax.Array) -> jax.Array:
-            return stored.at[at].set(new.astype(stored.dtype), mode="drop")
+            new = _as_bits(new.astype(jnp.bfloat16)) if stored.dtype == jnp.uint16 else new.astype(stored.dtype)
+            return stored.at[at].set(new, mode="drop")
 
         stored_keys, stored_values, key_scales, value_scales = self.stored
         if key_scales is not None and value_scales is not None:
@@ -111,13 +118,24 @@ class LayerCache:
 
     def read(self) -> StoredArrays:
         """This layer's keys and values (B, S, K, H) as they are stored, and their scales (B, S, K) if there are any."""
+
         keys, values, key_scales, value_scales = self.stored
         return (
-            keys[self.layer],
-            values[self.layer],
+            _from_bits(keys[self.layer]),
+            _from_bits(values[self.layer]),
             None if key_scales is None else key_scales[self.layer],
             None if value_scales is None else value_scales[self.layer],
         )
+
+
+def _as_bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as uint16, others as they are: XLA:CPU scatters and slices bfloat16 by way of a float32 copy of all."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(x: jax.Array) -> jax.Array:
+    """The inverse of `_as_bits`."""
+    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def quantize_heads(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -76,9 +76,9 @@ def attend_heads(
         if devices % kv_heads:
             splits["heads"] = ()
         else:
-            shared = devices // kv_heads
-            k, v = share_heads(k, shared), share_heads(v, shared)
-            k_scale, v_scale = (None if x is None else share_heads(x, shared) for x in (k_scale, v_scale))
+            copies = devices // kv_heads
+            k, v = share_heads(k, copies), share_heads(v, copies)
+            k_scale, v_scale = (None if x is None else share_heads(x, copies) for x in (k_scale, v_scale))
     in_axes = (HEADS, KEYS, KEYS, SCALES, SCALES, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
     y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, k_scale, v_scale, *marks)
     return y

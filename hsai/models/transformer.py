@@ -230,8 +230,7 @@ class Transformer(nnx.Module):
         carry: Carry = (x, None if cache is None else cache.stored)
         (x, stored), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
         if cache is not None and stored is not None:
-            keys, values, *scales = stored
-            cache = KVCache(keys, values, cache.lengths + tokens.shape[1], *scales)
+            cache = KVCache.from_stored(stored, cache.lengths + tokens.shape[1])
         return self.final_norm(x), cache
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:

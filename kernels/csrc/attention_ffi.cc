@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "ffi_checks.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -15,20 +16,10 @@ namespace ffi = xla::ffi;
 using ffi::AnyBuffer;
 using ffi::DataType;
 using hsai::CacheType;
+using hsai::describe;
+using hsai::list_sizes;
 
-ffi::Error invalid(const std::string& message) {
-  return ffi::Error::InvalidArgument("hsai_kernels: attention: " + message);
-}
-
-std::vector<std::int64_t> list_sizes(const AnyBuffer& buffer) {
-  return {buffer.dimensions().begin(), buffer.dimensions().end()};
-}
-
-std::string describe(const std::vector<std::int64_t>& sizes) {
-  std::string text = "(";
-  for (const std::int64_t size : sizes) text += std::to_string(size) + ",";
-  return text + ")";
-}
+ffi::Error invalid(const std::string& message) { return hsai::invalid("attention: " + message); }
 
 // Fills in q, out and their sizes.
 ffi::Error read_queries(const AnyBuffer& q, const AnyBuffer& out, hsai::Attention& a) {

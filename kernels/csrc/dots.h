@@ -24,6 +24,14 @@ constexpr bool kBiasedDigits = false;
 constexpr bool kBiasedDigits = true;
 #endif
 
+// Whether products with int8 take digits of two bytes: where four bytes by four, of 8 bits each, are not one instruction.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_MATMUL_INT8) || \
+    defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kWideDigits = false;
+#else
+constexpr bool kWideDigits = true;
+#endif
+
 // In every lane, the sum of the products of 4 bytes of `a`, unsigned if kBiasedDigits, with those of `b`, signed.
 template <int L>
 struct Dots {
@@ -41,6 +49,12 @@ struct Dots {
 
   HSAI_INLINE typename Lanes<L>::Int finish() const { return sum; }
 };
+
+#if defined(__AVX2__)
+// Makes the compiler add a product to its sum at once. Left to itself, GCC puts off so many additions that sums are
+// written to memory and read again.
+HSAI_INLINE void keep_in_register(__m256i& sum) { __asm__("" : "+x"(sum)); }
+#endif
 
 #if defined(__AVX512VNNI__)
 template <>
@@ -71,6 +85,7 @@ struct Dots<8> {
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
     sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
+    keep_in_register(sum);
   }
 
   HSAI_INLINE Lanes<8>::Int finish() const {
@@ -92,6 +107,19 @@ struct Dots<4> {
 
   HSAI_INLINE Lanes<4>::Int finish() const { return (Lanes<4>::Int)sum; }
 };
+#elif defined(__SSE2__)
+template <>
+struct Dots<4> {
+  __m128i sum = {};
+
+  HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
+    const __m128i low = _mm_set1_epi16(0xff), x = (__m128i)a, y = (__m128i)b;
+    const __m128i even = _mm_madd_epi16(_mm_and_si128(x, low), _mm_srai_epi16(_mm_slli_epi16(y, 8), 8));
+    sum = _mm_add_epi32(sum, _mm_add_epi32(even, _mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(y, 8))));
+  }
+
+  HSAI_INLINE Lanes<4>::Int finish() const { return (Lanes<4>::Int)sum; }
+};
 #elif defined(__aarch64__)
 template <>
 struct Dots<4> {
@@ -105,6 +133,57 @@ struct Dots<4> {
   HSAI_INLINE Lanes<4>::Int finish() const {
     return (Lanes<4>::Int)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
   }
+};
+#endif
+
+// In every lane, the sum of the products of two halves of `a` with those of `b`, all signed; at most 2^15 times 2^7 each,
+// so that 32 bits hold the sum of 512.
+template <int L>
+struct WideDots {
+  typename Lanes<L>::Int sum = {};
+
+  HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
+    using Int = typename Lanes<L>::Int;
+    sum += ((Int)(a << 16) >> 16) * ((Int)(b << 16) >> 16) + ((Int)a >> 16) * ((Int)b >> 16);
+  }
+
+  HSAI_INLINE typename Lanes<L>::Int finish() const { return sum; }
+};
+
+#if defined(__AVX2__)
+template <>
+struct WideDots<8> {
+  __m256i sum = {};
+
+  HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+    keep_in_register(sum);
+  }
+
+  HSAI_INLINE Lanes<8>::Int finish() const { return (Lanes<8>::Int)sum; }
+};
+#elif defined(__SSE2__)
+template <>
+struct WideDots<4> {
+  __m128i sum = {};
+
+  HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
+    sum = _mm_add_epi32(sum, _mm_madd_epi16((__m128i)a, (__m128i)b));
+  }
+
+  HSAI_INLINE Lanes<4>::Int finish() const { return (Lanes<4>::Int)sum; }
+};
+#elif defined(__aarch64__)
+template <>
+struct WideDots<4> {
+  int32x4_t low = {}, high = {};  // the products of the first two lanes, and of the last two
+
+  HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
+    low = vmlal_s16(low, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+    high = vmlal_high_s16(high, (int16x8_t)a, (int16x8_t)b);
+  }
+
+  HSAI_INLINE Lanes<4>::Int finish() const { return (Lanes<4>::Int)vpaddq_s32(low, high); }
 };
 #endif
 
@@ -125,10 +204,19 @@ HSAI_INLINE typename Lanes<L>::Word extract_signed(const typename Lanes<L>::Word
   return (typename Lanes<L>::Word)((Bytes)codes - 8);
 }
 
+// pick_bytes without an instruction for it; not inlined, which would take the compiler minutes and gain nothing.
+template <int L>
+__attribute__((noinline)) typename Lanes<L>::Word pick_singly(const std::uint8_t* table, typename Lanes<L>::Word places) {
+  std::uint8_t bytes[4 * L];
+  store(bytes, places);
+  for (std::uint8_t& byte : bytes) byte = table[byte & 15];
+  return load<typename Lanes<L>::Word>(bytes);
+}
+
 // In every byte, the one of table[0..15] that `places` names; all of them are below 16.
 template <int L>
 HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const typename Lanes<L>::Word& places) {
-  using Word = typename Lanes<L>::Word;
+  using Word [[maybe_unused]] = typename Lanes<L>::Word;
 #if defined(__AVX512F__)
   if constexpr (L == 16) {
     const __m512i sixteen = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)table));
@@ -142,13 +230,7 @@ HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const 
 #elif defined(__aarch64__)
   if constexpr (L == 4) return (Word)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
 #endif
-  Word picked = {};
-  for (int lane = 0; lane < L; ++lane) {
-    std::uint32_t word = 0;
-    for (int byte = 0; byte < 4; ++byte) word |= std::uint32_t{table[places[lane] >> (8 * byte) & 15]} << (8 * byte);
-    picked[lane] = word;
-  }
-  return picked;
+  return pick_singly<L>(table, places);
 }
 
 // Bytes 0 and 1 of every word from `low`, 2 and 3 from `high`.

@@ -6,6 +6,7 @@
 #include <exception>
 #include <string>
 
+#include "ffi_checks.h"
 #include "multiply.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -14,16 +15,10 @@ namespace {
 namespace ffi = xla::ffi;
 using ffi::AnyBuffer;
 using ffi::DataType;
+using hsai::describe;
 using hsai::Format;
+using hsai::invalid;
 using hsai::ScaleType;
-
-ffi::Error invalid(const std::string& message) { return ffi::Error::InvalidArgument("hsai_kernels: " + message); }
-
-std::string describe(const AnyBuffer& buffer) {
-  std::string text = "(";
-  for (const std::int64_t size : buffer.dimensions()) text += std::to_string(size) + ",";
-  return text + ")";
-}
 
 bool is_matrix(const AnyBuffer& buffer) { return buffer.dimensions().size() == 2; }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "lanes.h"
 #include "planes.h"
 
 namespace hsai {
@@ -25,13 +26,12 @@ std::uint32_t find_largest(const float* x, std::int64_t count) {
 // The scale with which numbers up to `largest` (bits of a float) fit P digits; NaN if it is no number, and with it
 // everything that is multiplied by the block.
 //
-// Exact planes have a power of two, which loses nothing of the numbers near the largest. Dynamic int8 (one plane) has
-// largest / 127.
-float choose_scale(std::uint32_t largest, int planes) {
+// Exact planes have a power of two, which loses nothing of the numbers near the largest. Dynamic int8 has largest / 127.
+float choose_scale(std::uint32_t largest, int planes, bool int8) {
   if (largest >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
   float value;
   __builtin_memcpy(&value, &largest, sizeof(value));
-  if (planes == 1) return value / 127.0f;
+  if (int8) return value / 127.0f;
   int exponent;
   const float fraction = std::frexp(value, &exponent);  // value = fraction * 2^exponent, fraction in [0.5, 1)
   // 0x7f7f7f / 2^23 is 0.996: what is above would carry into a fourth digit. Below 2^-126 the inverse overflows.
@@ -39,22 +39,23 @@ float choose_scale(std::uint32_t largest, int planes) {
   return std::ldexp(1.0f, exponent < -126 ? -126 : exponent);
 }
 
-// q = x / scale to the nearest integer, as digits; returns their sums in sum[p].
+// x / scale to the nearest integer. Of int8 in such a way that it vectorizes everywhere and ties go to even: adding
+// 1.5 * 2^23 leaves no fraction.
+template <bool kInt8>
+HSAI_INLINE std::int32_t round_ratio(float x, float scale) {
+  const float exact = x / scale;
+  if constexpr (kInt8) return static_cast<std::int32_t>((exact + 12582912.0f) - 12582912.0f);
+  return static_cast<std::int32_t>(exact + (exact < 0 ? -0.5f : 0.5f));
+}
+
+// q = x / scale, as digits; returns their sums in sum[p].
 template <int P, bool kBiased>
 void split_block(const float* __restrict x, std::int64_t count, float scale, std::uint8_t* __restrict to,
                  std::int64_t plane, std::int32_t* __restrict sum) {
   constexpr std::int32_t bias = kBiased ? 1 << (8 * P - 1) : 0;
   std::int32_t sums[P] = {};
   for (std::int64_t i = 0; i < count; ++i) {
-    const float exact = x[i] / scale;
-    // To nearest, ties to even, which vectorizes everywhere: adding 1.5 * 2^23 leaves no fraction.
-    std::int32_t q;
-    if constexpr (P == 1) {
-      q = static_cast<std::int32_t>((exact + 12582912.0f) - 12582912.0f);
-    } else {
-      q = static_cast<std::int32_t>(exact + (exact < 0 ? -0.5f : 0.5f));
-    }
-    q += bias;
+    std::int32_t q = round_ratio<P == 1>(x[i], scale) + bias;
     for (int p = 0; p < P; ++p) {
       const std::int32_t digit = kBiased ? (q & 255) : static_cast<std::int8_t>(q & 255);
       to[p * plane + i] = static_cast<std::uint8_t>(digit);
@@ -63,6 +64,21 @@ void split_block(const float* __restrict x, std::int64_t count, float scale, std
     }
   }
   for (int p = 0; p < P; ++p) sum[p] = sums[p];
+}
+
+// The same in planes of two digits each, without sums. A single digit is the upper one.
+template <int P>
+void split_wide(const Planes& planes, const float* __restrict x, float scale, std::uint8_t* __restrict to) {
+  std::uint8_t* __restrict const upper = to + planes.rows * planes.stride;
+  for (std::int64_t i = 0; i < planes.span; ++i) {
+    const std::int32_t q = round_ratio<P == 1>(x[i], scale) * (P == 1 ? 256 : 1);
+    const auto low = static_cast<std::int16_t>(q);
+    __builtin_memcpy(to + 2 * i, &low, 2);
+    if constexpr (P == 3) {
+      const auto high = static_cast<std::int16_t>((q - low) >> 16);
+      __builtin_memcpy(upper + 2 * i, &high, 2);
+    }
+  }
 }
 
 template <int P>
@@ -76,14 +92,21 @@ void fill_planes(const Planes& planes, int row, const float* x) {
   float scale = 0;
   for (std::int64_t block = 0; block < planes.blocks; ++block, x += planes.span) {
     if (block % planes.shared == 0) {
-      scale = choose_scale(find_largest(x, planes.span * planes.shared), planes.planes);
+      scale = choose_scale(find_largest(x, planes.span * planes.shared), planes.planes, planes.int8);
     }
-    planes.scale[row * planes.blocks + block] = scale * static_cast<float>(1 << (8 * (planes.planes - 1)));
-    std::uint8_t* to = planes.digits + row * planes.stride + block * planes.span;
+    const int digits = planes.int8 ? 1 : planes.planes;
+    planes.scale[row * planes.blocks + block] = scale * static_cast<float>(1 << (8 * (digits - 1)));
+    std::uint8_t* to = planes.digits + row * planes.stride + block * planes.padded * (planes.wide ? 2 : 1);
     std::int32_t sum[kMostPlanes] = {};
-    if (!(scale > 0)) {  // all zeros, or no numbers: whatever the digits are, their product with the scale is right
-      for (int p = 0; p < planes.planes; ++p) {
-        __builtin_memset(to + p * planes.rows * planes.stride, 0, static_cast<std::size_t>(planes.span));
+    // All zeros, or no numbers: the digits stay zeros, and whatever they are, their product with the scale is right.
+    if (!(scale > 0)) continue;
+    if (planes.wide) {
+      if (digits == 1) {
+        split_wide<1>(planes, x, scale, to);
+      } else if (digits == 2) {
+        split_wide<2>(planes, x, scale, to);
+      } else {
+        split_wide<3>(planes, x, scale, to);
       }
     } else if (planes.planes == 1) {
       split_block<1>(planes, x, scale, to, sum);

@@ -1,4 +1,4 @@
-// Products in float32: int8 weights, and sparse ones of floats. Lanes are columns, activations are broadcast.
+// Products in float32: sparse weights of floats. Lanes are columns, activations are broadcast.
 //
 // Included by products.cc only.
 #ifndef HSAI_KERNELS_FLOAT_PRODUCTS_H_
@@ -18,21 +18,6 @@ struct Sums {
 
 // Each format has kStep, the stored elements a call of `add` handles, kBlock, a multiple of it, and
 //   add<L, R, U>(weight, x, element, column, sums): adds `kStep` elements from `element` on, of U * L columns.
-
-struct Int8 {
-  static constexpr int kStep = 1;
-  static constexpr int kBlock = 8;
-
-  template <int L, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const float* x, std::int64_t element, std::int64_t column,
-                              Sums<L, R, U>& sums) {
-    const auto* row = static_cast<const std::int8_t*>(w.values) + element * w.columns + column;
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const auto value = __builtin_convertvector(load_int8<L>(row + u.value * L), typename Lanes<L>::Float);
-      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums.at[r.value][u.value] += value * x[r.value * w.dense + element]; });
-    });
-  }
-};
 
 // Adds kept element `element + E` of U * L columns: every lane picks its own of the 4 activations of its group.
 template <int L, int R, int U>
@@ -96,7 +81,7 @@ HSAI_INLINE void add_block(const Weight& w, const float* x, std::int64_t first, 
 template <class Format, int L, int R>
 void multiply_rows(const Weight& w, const float* x, std::int64_t begin, std::int64_t length, float* out) {
   // Independent sums hide the latency of the multiply-adds; many rows have enough of them already.
-  constexpr int U = R >= 4 ? 1 : 4 / R;
+  constexpr int U = L == 1 || R >= 4 ? 1 : 4 / R;
   for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
   for (std::int64_t group = 0; group < w.stored; group += w.group) {
     const std::int64_t end = group + w.group;
@@ -104,8 +89,10 @@ void multiply_rows(const Weight& w, const float* x, std::int64_t begin, std::int
     for (std::int64_t first = group; first < end; first += Format::kBlock) {
       const std::int64_t last = first + Format::kBlock < end ? first + Format::kBlock : end;
       std::int64_t i = 0;
-      for (; i + U * L <= length; i += U * L) {
-        add_block<Format, L, R, U>(w, x, first, last, scales, begin + i, out + i, length);
+      if constexpr (U > 1) {
+        for (; i + U * L <= length; i += U * L) {
+          add_block<Format, L, R, U>(w, x, first, last, scales, begin + i, out + i, length);
+        }
       }
       for (; i < length; i += L) {
         add_block<Format, L, R, 1>(w, x, first, last, scales, begin + i, out + i, length);
@@ -124,8 +111,10 @@ void multiply_lanes(const Weight& w, const float* x, int rows, std::int64_t begi
 
 template <class Format>
 void multiply(const Weight& w, const float* x, int rows, std::int64_t begin, std::int64_t length, float* out) {
-  if (length % kLanes == 0) return multiply_lanes<Format, kLanes>(w, x, rows, begin, length, out);
-  return multiply_lanes<Format, 1>(w, x, rows, begin, length, out);
+  if constexpr (kSingly) {
+    if (length % kLanes != 0) return multiply_lanes<Format, 1>(w, x, rows, begin, length, out);
+  }
+  multiply_lanes<Format, kLanes>(w, x, rows, begin, length, out);
 }
 
 }  // namespace

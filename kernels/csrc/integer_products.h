@@ -5,6 +5,8 @@
 #ifndef HSAI_KERNELS_INTEGER_PRODUCTS_H_
 #define HSAI_KERNELS_INTEGER_PRODUCTS_H_
 
+#include <type_traits>
+
 #include "choose.h"
 #include "dots.h"
 #include "lanes.h"
@@ -15,9 +17,9 @@
 namespace hsai {
 namespace {
 
-template <int L, int P, int R, int U>
+template <int L, int P, int R, int U, class Dot = Dots<L>>
 struct DotSums {
-  Dots<L> at[P][R][U] = {};
+  Dot at[P][R][U] = {};
 };
 
 HSAI_INLINE const std::uint8_t* find_digits(const Planes& x, int plane, int row) {
@@ -40,6 +42,7 @@ template <int kBits>
 struct Codes {
   static constexpr int kStep = 32 / kBits;  // elements a word
   static constexpr bool kSparse = false;
+  static constexpr bool kWide = false;
   static constexpr bool kChosen = false;
   static constexpr int kZeroPoint = 1 << (kBits - 1);
   static constexpr int kUnit = 1;
@@ -86,6 +89,7 @@ struct Codes {
 template <int kM>
 struct SparseCodes {
   static constexpr bool kSparse = true;
+  static constexpr bool kWide = false;
   static constexpr bool kChosen = kM == 4;  // whether V:N:M comes down to it
   static constexpr int kZeroPoint = 0;
   static constexpr int kUnit = kCodeUnit;
@@ -226,6 +230,22 @@ HSAI_INLINE typename Lanes<L>::Float combine_planes(const typename Lanes<L>::Int
   if constexpr (P == 3) return low * (0x1p-16f * unit) + __builtin_convertvector(sum[P - 1], Float) * unit;
 }
 
+// The same of planes of two digits each, which hold `kDigits`.
+template <int L, int kDigits>
+HSAI_INLINE typename Lanes<L>::Float combine_wide(const typename Lanes<L>::Int (&sum)[kDigits - 1]) {
+  using Float = typename Lanes<L>::Float;
+  if constexpr (kDigits == 2) return __builtin_convertvector(sum[0], Float) * 0x1p-8f;
+  if constexpr (kDigits == 3) {
+    return __builtin_convertvector(sum[0], Float) * 0x1p-16f + __builtin_convertvector(sum[1], Float);
+  }
+}
+
+// How many planes a number of `digits` digits takes.
+template <class Format>
+constexpr int count_planes(int digits) {
+  return Format::kWide ? digits - 1 : digits;
+}
+
 // out[r][column...] += scales * the sum over elements [first, last) of U * L columns, which are block `block`.
 template <class Format, int L, int P, int R, int U>
 HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t first,
@@ -233,24 +253,29 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
                                    std::int64_t length) {
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
-  DotSums<L, P, R, U> sums;
+  constexpr int kPlanes = count_planes<Format>(P);
+  DotSums<L, kPlanes, R, U, std::conditional_t<Format::kWide, WideDots<L>, Dots<L>>> sums;
   DotSums<L, 1, 1, U> excess;
-  Format::template add<L, P, R, U>(w, x, row, first, last, column, sums, excess);
+  Format::template add<L, kPlanes, R, U>(w, x, row, first, last, column, sums, excess);
   unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
     const Float scale = load_scale<L>(w, scales + column + u.value * L);
     unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-      Int sum[P];
-      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+      Int sum[kPlanes];
+      unroll<kPlanes>([&](auto p) HSAI_INLINE_LAMBDA {
         sum[p.value] = sums.at[p.value][r.value][u.value].finish();
         if constexpr (Format::kSparse) {
           if constexpr (kBiasedDigits && p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
-        } else {
+        } else if constexpr (Format::kZeroPoint != 0) {
           sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
         }
       });
       float* to = out + r.value * length + u.value * L;
       const Float step = scale * x.scale[(row + r.value) * x.blocks + block];
-      store(to, load<Float>(to) + combine_planes<L, P, Format::kUnit>(sum) * step);
+      if constexpr (Format::kWide) {
+        store(to, load<Float>(to) + combine_wide<L, P>(sum) * step);
+      } else {
+        store(to, load<Float>(to) + combine_planes<L, P, Format::kUnit>(sum) * step);
+      }
     });
   });
 }
@@ -259,20 +284,23 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
 template <class Format, int L, int P, int R>
 HSAI_INLINE void add_integer_columns(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t begin,
                                      std::int64_t length, float* out, std::int64_t stride) {
-  // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there.
-  constexpr int U = P * R >= kMostSums ? 1 : kMostSums / (P * R) >= 4 ? 4 : kMostSums / (P * R);
+  // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there. Single columns are few.
+  constexpr int kSums = count_planes<Format>(P) * R;
+  constexpr int U = L == 1 || kSums >= kMostSums ? 1 : kMostSums / kSums >= 4 ? 4 : kMostSums / kSums;
   const std::int64_t first = block * x.block, last = first + x.block;
   const std::int64_t scales = first / w.group * w.columns;
   std::int64_t i = 0;
-  for (; i + U * L <= length; i += U * L) {
-    add_integer_block<Format, L, P, R, U>(w, x, row, block, first, last, scales, begin + i, out + i, stride);
+  if constexpr (U > 1) {
+    for (; i + U * L <= length; i += U * L) {
+      add_integer_block<Format, L, P, R, U>(w, x, row, block, first, last, scales, begin + i, out + i, stride);
+    }
   }
   for (; i < length; i += L) {
     add_integer_block<Format, L, P, R, 1>(w, x, row, block, first, last, scales, begin + i, out + i, stride);
   }
 }
 
-// The same for V:N:M, whose columns choose their digits by blocks of V.
+// The same for sparse weights, of which the columns of V:N:M choose their digits by blocks of V.
 template <class Format, int L, int P, int R>
 HSAI_INLINE void add_chosen_columns(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t begin,
                                     std::int64_t length, float* out, std::int64_t stride) {
@@ -280,18 +308,27 @@ HSAI_INLINE void add_chosen_columns(const Weight& w, const Planes& x, int row, s
   constexpr std::int64_t kGathered = 4 * 4 * kMostDots + kPlanePadding + kGatherPadding;
   alignas(64) std::uint8_t digits[P * R * kGathered];
   Planes chosen = x;
-  chosen.digits = digits;
-  chosen.rows = R;
-  chosen.stride = kGathered;
-  chosen.origin = block * x.span / w.pattern * 4;
-  chosen.scale = x.scale + row * x.blocks;
-  const std::int64_t words = w.columns / w.width;
+  int first_row = row;
+  if (w.choices != nullptr) {
+    first_row = 0;
+    chosen.digits = digits;
+    chosen.rows = R;
+    chosen.stride = kGathered;
+    chosen.origin = block * x.span / w.pattern * 4;
+    chosen.scale = x.scale + row * x.blocks;
+  }
   for (std::int64_t column = begin; column < begin + length;) {
-    const std::int64_t next = (column / w.width + 1) * w.width;
-    const std::int64_t end = next < begin + length ? next : begin + length;
-    const std::uint32_t* choices = w.choices + block * x.span / 32 * words + column / w.width;
-    gather_chosen<P, R, kGathered>(x, row, block * x.span, x.span, choices, words, w.pattern, digits);
-    add_integer_columns<Format, L, P, R>(w, chosen, 0, block, column, end - column, out + (column - begin), stride);
+    std::int64_t end = begin + length;
+    if (w.choices != nullptr) {
+      const std::int64_t words = w.columns / w.width;
+      const std::int64_t next = (column / w.width + 1) * w.width;
+      end = next < end ? next : end;
+      const std::uint32_t* choices = w.choices + block * x.span / 32 * words + column / w.width;
+      gather_chosen<P, R, kGathered>(x, row, block * x.span, x.span, choices, words, w.pattern, digits);
+    }
+    // The one copy of it, for whoever compiles.
+    add_integer_columns<Format, L, P, R>(w, chosen, first_row, block, column, end - column, out + (column - begin),
+                                         stride);
     column = end;
   }
 }
@@ -305,12 +342,10 @@ void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, 
   for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
   for (std::int64_t block = 0; block < x.blocks; ++block) {
     if constexpr (Format::kChosen) {
-      if (w.choices != nullptr) {
-        add_chosen_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
-        continue;
-      }
+      add_chosen_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
+    } else {
+      add_integer_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
     }
-    add_integer_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
   }
 }
 
@@ -318,7 +353,7 @@ void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, 
 template <class Format, int L, int P, int R>
 void multiply_integer_planes(const Weight& w, const Planes& x, int row, std::int64_t begin, std::int64_t length,
                              float* out) {
-  if constexpr (R == 1 || (L > 1 && R * P <= kMostSums)) {
+  if constexpr (R == 1 || (L > 1 && R * count_planes<Format>(P) <= kMostSums)) {
     for (; row + R <= x.rows; row += R) {
       multiply_integer_rows<Format, L, P, R>(w, x, row, begin, length, out + row * length);
     }
@@ -328,15 +363,19 @@ void multiply_integer_planes(const Weight& w, const Planes& x, int row, std::int
 
 template <class Format, int L>
 void multiply_integer_lanes(const Weight& w, const Planes& x, std::int64_t begin, std::int64_t length, float* out) {
-  if (x.planes == 1) return multiply_integer_planes<Format, L, 1, 8>(w, x, 0, begin, length, out);
+  if constexpr (!Format::kWide) {
+    if (x.planes == 1) return multiply_integer_planes<Format, L, 1, 8>(w, x, 0, begin, length, out);
+  }
   if (x.planes == 2) return multiply_integer_planes<Format, L, 2, 8>(w, x, 0, begin, length, out);
   return multiply_integer_planes<Format, L, 3, 8>(w, x, 0, begin, length, out);
 }
 
 template <class Format>
 void multiply_integer(const Weight& w, const Planes& x, std::int64_t begin, std::int64_t length, float* out) {
-  if (length % kLanes == 0) return multiply_integer_lanes<Format, kLanes>(w, x, begin, length, out);
-  return multiply_integer_lanes<Format, 1>(w, x, begin, length, out);
+  if constexpr (kSingly) {
+    if (length % kLanes != 0) return multiply_integer_lanes<Format, 1>(w, x, begin, length, out);
+  }
+  multiply_integer_lanes<Format, kLanes>(w, x, begin, length, out);
 }
 
 }  // namespace

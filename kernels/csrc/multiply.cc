@@ -75,11 +75,11 @@ std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threa
 }
 
 ProductTile choose_kernel(const Products& products, Format format) {
-  if (format == Format::kInt8) return products.int8;
   return format == Format::kSparseFloat32 ? products.sparse_float32 : products.sparse_bfloat16;
 }
 
 IntegerTile choose_integer_kernel(const Products& products, Format format, const Weight& weight) {
+  if (format == Format::kInt8) return products.int8;
   if (format == Format::kInt4) return products.int4;
   if (format == Format::kInt2) return products.int2;
   return count_positions(weight) == 8 ? products.sparse_int4_of_8 : products.sparse_int4;
@@ -116,9 +116,10 @@ std::vector<Slot> list_slots(const Weight& weight) {
 }
 
 // Stored elements of a block of activations: the most that the kernels take, of whole words and whole groups of 4, and
-// so many that blocks fill a group of the weight.
+// so many that blocks fill a group of the weight. int8 weights have no words; their groups may be of any size.
 std::int64_t choose_block(const Weight& weight, Format format, std::int64_t most) {
   std::int64_t unit = format == Format::kInt2 ? 16 : 8;
+  if (format == Format::kInt8 && weight.group % unit != 0) unit = 1;
   if (weight.indices != nullptr && count_kept(weight) == 3) unit = 24;
   std::int64_t block = unit;
   for (std::int64_t size = unit; size <= most; size += unit) {
@@ -140,13 +141,17 @@ struct Plan {
 
 void plan_planes(Format format, const Weight& weight, const Activations& a, const Products& products, Plan& plan) {
   Planes& planes = plan.planes;
+  planes.int8 = a.int8;
+  planes.wide = products.wide && format == Format::kInt8;
   planes.planes = a.int8 ? 1 : a.bfloat16 ? 2 : 3;
+  if (planes.wide && planes.planes == 1) planes.planes = 2;
   planes.biased = products.biased && weight.indices != nullptr;
   planes.rows = static_cast<int>(a.rows);
-  planes.stride = weight.dense + kPlanePadding;
   planes.block = choose_block(weight, format, products.most_block);
   planes.blocks = weight.stored / planes.block;
   planes.span = weight.dense / planes.blocks;
+  planes.padded = (planes.span + 3) / 4 * 4;
+  planes.stride = planes.blocks * planes.padded * (planes.wide ? 2 : 1) + kPlanePadding;
   planes.shared = a.int8 ? weight.group / planes.block : 1;
   plan.digits.resize(static_cast<std::size_t>(planes.planes * planes.rows * planes.stride));
   plan.scale.resize(static_cast<std::size_t>(planes.rows * planes.blocks));
@@ -159,12 +164,13 @@ void plan_planes(Format format, const Weight& weight, const Activations& a, cons
 }  // namespace
 
 bool is_integer(Format format) {
-  return format == Format::kInt4 || format == Format::kInt2 || format == Format::kSparseInt4;
+  return format != Format::kSparseFloat32 && format != Format::kSparseBfloat16;
 }
 
 void multiply_packed(Format format, const Weight& weight, const Activations& activations, std::int64_t threads,
                      const Schedule& schedule) {
-  const Products& products = current_products();
+  const Products& current = current_products();
+  const Products& products = weight.columns < current.lanes ? kBaselineProducts : current;
   const bool integer = is_integer(format);
   const int rows = integer ? static_cast<int>(activations.rows) : round_rows(activations.rows);
   if (weight.stored * weight.columns * rows < kAlone || threads < 1) threads = 1;
@@ -180,7 +186,7 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     plan.quads = list_quads(weight);
     prepared.quads = plan.quads.data();
   }
-  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / 2);
+  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / (format == Format::kInt8 ? 1 : 2));
   const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads, most);
   std::vector<std::vector<float>> sums;
   sums.reserve(tiles.size());

@@ -1,5 +1,5 @@
-// Runs products from a file of cases (tests/kernels/native_cases.py writes it) and writes their results to another,
-// without Python: under an emulator, or built with sanitizers.
+// Runs products and attention from a file of cases (tests/kernels/native_cases.py writes it) and writes their results to
+// another, without Python: under an emulator, or built with sanitizers.
 //
 //   native_driver                               prints the instruction set that this machine's kernels use
 //   native_driver CASES RESULTS [NAME]          uses the one called NAME; exit status 3 if this machine lacks it
@@ -14,15 +14,26 @@
 #include <thread>
 #include <vector>
 
+#include "attention.h"
 #include "multiply.h"
 
 namespace {
 
-// What stands before a case's arrays: x, values, indices, scale and choices, each of as many bytes as it says.
-struct Header {
+// What stands before a case.
+enum class Kind : std::int64_t { kProduct, kAttention };
+
+// What stands before the arrays of a product: x, values, indices, scale and choices, each of as many bytes as it says.
+struct ProductHeader {
   std::int64_t format, dense, stored, group, columns, pattern, width, scale_type;
   std::int64_t rows, bfloat16, int8, threads;
   std::int64_t bytes[5];
+};
+
+// What stands before the arrays of attention: q, k, v, scales of k and v, positions of q and k, segments of q and k, and
+// softcap and scale, two floats. What is not there has no bytes.
+struct AttentionHeader {
+  std::int64_t cache, bfloat16, batch, queries, keys, heads, kv_heads, head_dim, window, threads;
+  std::int64_t bytes[10];
 };
 
 // Exactly so many bytes: reading one more ends the program. With the address sanitizer that is its work; without, a
@@ -73,7 +84,33 @@ std::unique_ptr<Buffer> read_buffer(std::int64_t bytes, std::FILE* file) {
   return buffer;
 }
 
-void run_case(const Header& header, std::FILE* cases, std::FILE* results) {
+template <class Header>
+Header read_header(std::FILE* cases) {
+  Header header;
+  if (std::fread(&header, sizeof(header), 1, cases) != 1) {
+    std::fprintf(stderr, "the file of cases ends within a header\n");
+    std::exit(2);
+  }
+  return header;
+}
+
+// Threads of its own for each task.
+class Helpers {
+ public:
+  hsai::Schedule schedule() {
+    return [this](std::function<void()> task) { threads_.emplace_back(std::move(task)); };
+  }
+
+  void join() {
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
+void run_product(std::FILE* cases, std::FILE* results) {
+  const auto header = read_header<ProductHeader>(cases);
   std::unique_ptr<Buffer> arrays[5];
   for (int i = 0; i < 5; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
   Buffer out(header.rows * header.columns * (header.bfloat16 != 0 ? 2 : 4));
@@ -92,10 +129,46 @@ void run_case(const Header& header, std::FILE* cases, std::FILE* results) {
   weight.width = header.width;
   const hsai::Activations activations = {arrays[0]->data(), out.data(), header.bfloat16 != 0, header.rows,
                                          header.int8 != 0};
-  std::vector<std::thread> helpers;
+  Helpers helpers;
   hsai::multiply_packed(static_cast<hsai::Format>(header.format), weight, activations, header.threads,
-                        [&](std::function<void()> task) { helpers.emplace_back(std::move(task)); });
-  for (std::thread& helper : helpers) helper.join();
+                        helpers.schedule());
+  helpers.join();
+  std::fwrite(out.data(), 1, out.size(), results);
+}
+
+void run_attention(std::FILE* cases, std::FILE* results) {
+  const auto header = read_header<AttentionHeader>(cases);
+  std::unique_ptr<Buffer> arrays[10];
+  for (int i = 0; i < 10; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
+  Buffer out(header.bytes[0]);
+  const auto floats = [&](int i) { return reinterpret_cast<const float*>(arrays[i]->data()); };
+  const auto integers = [&](int i) { return reinterpret_cast<const std::int32_t*>(arrays[i]->data()); };
+
+  hsai::Attention a = {};
+  a.q = arrays[0]->data();
+  a.out = out.data();
+  a.bfloat16 = header.bfloat16 != 0;
+  a.k = arrays[1]->data();
+  a.v = arrays[2]->data();
+  a.cache = static_cast<hsai::CacheType>(header.cache);
+  a.k_scale = floats(3);
+  a.v_scale = floats(4);
+  a.q_positions = integers(5);
+  a.kv_positions = integers(6);
+  a.q_segments = integers(7);
+  a.kv_segments = integers(8);
+  a.batch = header.batch;
+  a.queries = header.queries;
+  a.keys = header.keys;
+  a.heads = header.heads;
+  a.kv_heads = header.kv_heads;
+  a.head_dim = header.head_dim;
+  a.window = header.window;
+  a.softcap = floats(9)[0];
+  a.scale = floats(9)[1];
+  Helpers helpers;
+  hsai::attend(a, header.threads, helpers.schedule());
+  helpers.join();
   std::fwrite(out.data(), 1, out.size(), results);
 }
 
@@ -113,8 +186,14 @@ int main(int count, char** arguments) {
     std::fprintf(stderr, "cannot open the files\n");
     return 2;
   }
-  Header header;
-  while (std::fread(&header, sizeof(header), 1, cases) == 1) run_case(header, cases, results);
+  Kind kind;
+  while (std::fread(&kind, sizeof(kind), 1, cases) == 1) {
+    if (kind == Kind::kProduct) {
+      run_product(cases, results);
+    } else {
+      run_attention(cases, results);
+    }
+  }
   std::fclose(cases);
   return std::fclose(results) == 0 ? 0 : 2;
 }

@@ -1,7 +1,9 @@
 // Activations as integers: block floating point, every number of a block in digits of base 256, one plane a digit.
 //
-// A block of the contraction shares a scale. A number x is scale * q with an integer q of P digits; three digits hold what a float32 holds of the block's largest number, two more than a bfloat16. Then a
-// product with small integers is exact, and four of its terms are one instruction.
+// A block of the contraction shares a scale. A number x is scale * q with an integer q of P digits; three digits hold what
+// a float32 holds of the block's largest number, two more than a bfloat16. Then a product with small integers is exact,
+// and four of its terms are one instruction. Where that instruction has no room for int8 weights, two digits share a
+// plane of int16.
 //
 // Plain data only, see products.h.
 #ifndef HSAI_KERNELS_PLANES_H_
@@ -18,14 +20,17 @@ constexpr std::int64_t kPlanePadding = 16;
 
 struct Planes {
   int planes;             // P, the digits of a number
+  bool int8;              // dynamic int8: numbers are rounded to one digit, and that is all of a plane, or its upper byte
+  bool wide;              // two digits a plane, an int16: P digits, 2 or 3, make P - 1 planes
   bool biased;            // digits are those of q + 128 * 256^(P-1), unsigned; else from -128 to 127
   int rows;               // R
   std::int64_t stride;    // bytes a row of a plane: the contraction and the padding
   std::int64_t blocks;    // blocks a row
   std::int64_t block;     // stored elements of the weight a block
   std::int64_t span;      // positions of the contraction a block
+  std::int64_t padded;    // what a block takes of a row: span, or a multiple of 4; there are zeros behind its numbers
   std::int64_t shared;    // blocks that share a scale: 1, or for dynamic int8 all those of a group of the weight
-  std::uint8_t* digits;   // (P, R, stride), the least significant plane first
+  std::uint8_t* digits;   // (planes, R, stride), the least significant plane first
   std::int64_t origin;    // the position of digits[0]
   float* scale;           // (R, blocks), of the most significant digit
   std::int32_t* sum;      // (P, R, blocks): the sum of a block's digits, unless they are biased

@@ -8,9 +8,21 @@
 
 #include "products.h"
 
+namespace hsai {
+namespace {
+
+constexpr bool is_baseline(const Products* table) { return table == &kBaselineProducts; }
+
+// Whether this compilation has kernels for single columns; weights of fewer than a vector come to the baseline alone.
+constexpr bool kSingly = is_baseline(&HSAI_PRODUCTS);
+
+}  // namespace
+}  // namespace hsai
+
 #include "attend_tile.h"
 #include "fill_planes.h"
 #include "float_products.h"
+#include "int8_codes.h"
 #include "integer_products.h"
 
 namespace hsai {
@@ -20,9 +32,10 @@ const Products HSAI_PRODUCTS = {
     kLanes,
     4 * kMostDots,
     kBiasedDigits,
-    multiply<Int8>,
+    kWideDigits,
     multiply<SparseFloat<0>>,
     multiply<SparseFloat<1>>,
+    multiply_integer<Int8Codes>,
     multiply_integer<Codes<4>>,
     multiply_integer<Codes<2>>,
     multiply_integer<SparseCodes<4>>,

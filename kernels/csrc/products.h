@@ -47,7 +47,8 @@ struct Weight {
 };
 
 // Writes out[r * length + i] = sum over the contraction of x[r] times column begin + i, for r < rows.
-// x is float (rows, D), rows is 1, 2, 4 or 8. Unless length is a multiple of `lanes`, columns are computed singly.
+// x is float (rows, D), rows is 1, 2, 4 or 8. length is a multiple of `lanes`, or anything in the baseline's table, which
+// then computes columns singly.
 using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std::int64_t begin, std::int64_t length,
                              float* out);
 
@@ -57,12 +58,13 @@ using IntegerTile = void (*)(const Weight& weight, const Planes& x, std::int64_t
 
 struct Products {
   const char* name;
-  int lanes;       // columns a vector register holds
+  int lanes;       // columns a vector register holds; weights of fewer go to the baseline's table
   int most_block;  // most stored elements of a block of activations
   bool biased;     // whether N:4 and N:8 codes take biased digits; those of dense weights never are
-  ProductTile int8;
+  bool wide;       // whether int8 weights take planes of two digits
   ProductTile sparse_float32;
   ProductTile sparse_bfloat16;
+  IntegerTile int8;
   IntegerTile int4;
   IntegerTile int2;
   IntegerTile sparse_int4;

@@ -14,10 +14,10 @@ import jax
 from hsai_kernels.dispatch import BackendMissing
 
 MAX_ROWS = 8
-"""Rows of a native product with int8 or floating weights (kMaxRows in products.h)."""
+"""Rows of a native product with floating weights (kMaxRows in products.h)."""
 
 MAX_INTEGER_ROWS = 1 << 16
-"""Rows of a native product with codes of 4 bits or fewer (kMaxIntegerRows in products.h)."""
+"""Rows of a native product with integer weights (kMaxIntegerRows in products.h)."""
 
 QUANTIZED_MATMUL = "hsai_quantized_matmul"
 SPARSE_MATMUL = "hsai_sparse_matmul"
@@ -75,9 +75,11 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"no native kernels for instruction set {name!r} on this machine")
 
 
-def check_rows(rows: int, *, packed: bool) -> None:
-    """Raises NotImplementedError unless native products take this number of rows; `packed` is whether codes are."""
-    if packed and not 1 <= rows <= MAX_INTEGER_ROWS:
+def check_rows(rows: int, *, integer: bool) -> None:
+    """Raises NotImplementedError unless native products take so many rows of integer, or of floating, weights."""
+    if integer and not 1 <= rows <= MAX_INTEGER_ROWS:
         raise NotImplementedError(f"multiplies 1 to {MAX_INTEGER_ROWS} rows")
-    if not packed and not 1 <= rows <= MAX_ROWS:
-        raise NotImplementedError(f"multiplies 1 to {MAX_ROWS} rows (more are better served by rebuilding the weight)")
+    if not integer and not 1 <= rows <= MAX_ROWS:
+        raise NotImplementedError(
+            f"multiplies 1 to {MAX_ROWS} rows of floating weights (more are better served by rebuilding the weight)"
+        )

@@ -10,7 +10,7 @@ from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.config_file import load_config
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, VNMInt4Config
+from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, VNMInt4Config
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import TransformerConfig
 from hsai.models.layers import is_matrix
@@ -107,7 +107,14 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("int4", Int4Config(group=64), Int4Config(group=64), None),
         ("nm24", Int8Config(), NMConfig(n=2, m=4), "int8"),
         ("nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24"),
+        ("nm28_int4", Int8Config(), NMInt4Config(n=2, m=8, group=64), "nm24"),
+        ("nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm24"),
+        ("ternary", Int8Config(), TernaryConfig(group=64), "nm24"),
         ("vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "nm24"),
+        ("gptq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
+        ("joint_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24_int4"),
+        ("joint_nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm48_int4"),
+        ("joint_vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "vnm28_int4"),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -115,7 +122,8 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     loaded = load_config(RECIPES / f"{name}.py", RecipeConfig)
     assert loaded.parent_name == parent
     assert from_dict(RecipeConfig, to_dict(loaded.config)) == loaded.config
-    model = abstract_transformer(dataclasses.replace(CONFIG, kv_heads=2, tie_embeddings=tied))  # blocks of 64 fit
+    config = dataclasses.replace(CONFIG, embed=128, head_dim=64, kv_heads=2, tie_embeddings=tied)
+    model = abstract_transformer(config)  # outputs in blocks of 64 fit, and contractions in blocks of 128
     formats = {name: rule.format for name, rule in match_weights(loaded.config, model).items()}
     assert set(formats) == {*MATRICES, *(() if tied else ("unembed",))}
     assert {formats.pop(table) for table in ("embed", *(() if tied else ("unembed",)))} == {embedding}
@@ -124,7 +132,8 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
 
 def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
     names = {path.stem for path in RECIPES.glob("*.py")}
-    assert names == {"bf16", "int8", "int4", "nm24", "nm24_int4", "vnm28_int4"}
+    plain = {"bf16", "int8", "int4", "nm24", "nm24_int4", "nm28_int4", "nm48_int4", "ternary", "vnm28_int4"}
+    assert names == plain | {"gptq_int4", "joint_nm24_int4", "joint_nm48_int4", "joint_vnm28_int4"}
     for name in names:
         text = (RECIPES / f"{name}.py").read_text()
         assert (

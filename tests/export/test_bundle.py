@@ -193,6 +193,15 @@ def cut_scale(arrays: dict[str, np.ndarray]) -> None:
     arrays["embed.scale"] = arrays["embed.scale"][:, :-1].copy()
 
 
+def spoil(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
+    """Puts a value into an array, at its second place."""
+
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        arrays[name].reshape(-1)[1] = value
+
+    return change
+
+
 def widen_words(arrays: dict[str, np.ndarray]) -> None:
     arrays["layers.mlp.up.words"] = arrays["layers.mlp.up.words"].astype(np.float32)
 
@@ -210,6 +219,10 @@ def cut_gain(arrays: dict[str, np.ndarray]) -> None:
         (cut_gain, r"'final_norm.gain' has shape \[127\], the model needs \[128\]"),
         (cut_scale, "'embed'"),
         (widen_words, "float32"),
+        (spoil("embed.scale", np.nan), r"'embed.scale' holds nan at \[0, 1\], and scales are finite and at least 0"),
+        (spoil("layers.mlp.up.scale", np.inf), r"'layers.mlp.up.scale' holds inf at \[0, 0, 1\]"),
+        (spoil("layers.mlp.up.scale", -1.0), r"'layers.mlp.up.scale' holds -1 at \[0, 0, 1\].*\(1 of \d+ are not\)"),
+        (spoil("final_norm.gain", np.nan), r"'final_norm.gain' holds nan at \[1\], and weights are finite"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(

@@ -159,3 +159,33 @@ def test_what_does_not_divide_is_refused_with_both_numbers(format) -> None:
 def test_a_dense_weight_is_its_own_dense() -> None:
     w = draw((4, 4))
     assert to_dense(w) is w
+
+
+@pytest.mark.parametrize("format", FORMATS[:9], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_refused(format, value):
+    """Where its numbers are known; while a program is traced they are not."""
+    w = draw((block_of(format), 3)).at[0, 2].set(value)
+    with pytest.raises(InputError, match=rf"^the weight holds {value} at \[0, 2\], and weights are finite \(1 of"):
+        format.pack(w)
+    jax.eval_shape(format.pack, w)
+
+
+@pytest.mark.parametrize("format", [f for f in PACKED if not isinstance(f, NMConfig)], ids=repr)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+def test_a_scale_that_is_none_is_refused(format, value):
+    w = draw((128, 3))
+    scale = jnp.ones(format.pack(w).scale.shape, jnp.float32).at[0, 1].set(value)
+    with pytest.raises(
+        InputError, match=rf"^the scale holds {value} at \[0, 1\], and scales are finite and at least 0"
+    ):
+        format.pack(w, scale=scale)
+    jax.eval_shape(lambda scale: format.pack(w, scale=scale), scale)
+
+
+def test_a_weight_beyond_the_stored_precision_is_refused():
+    """The largest float32 is infinite in bfloat16."""
+    largest = jnp.full((2, 2), jnp.finfo(jnp.float32).max)
+    with pytest.raises(InputError, match="the weight holds inf"):
+        DenseConfig(dtype="bfloat16").pack(largest)
+    assert (DenseConfig(dtype="float32").pack(largest) == largest).all()

@@ -127,6 +127,24 @@ def test_what_does_not_fit_is_named(model: Transformer) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_numbers_that_are_none_are_named_where_they_are_known(model: Transformer) -> None:
+    """While a program is traced nobody knows them, and the model is made."""
+    arrays = named_arrays(model)
+    for name, value, place in (
+        ("embed.scale", np.nan, "[0, 0]"),
+        ("layers.attention.q.scale", -np.inf, "[0, 0, 0]"),
+        ("unembed.scale", -1.0, "[0, 0]"),
+        ("layers.mlp.down.values", np.nan, "[0, 0, 0]"),
+        ("layers.attention.k", np.inf, "[0, 0, 0]"),
+    ):
+        spoilt = arrays[name].at[(0,) * arrays[name].ndim].set(value)
+        with pytest.raises(InputError) as caught:
+            change(model, add={name: spoilt})
+        assert f"{name!r} holds " in str(caught.value) and f"at {place}, and " in str(caught.value)
+        jax.eval_shape(lambda spoilt, name=name: change(model, add={name: spoilt}), spoilt)
+    change(model, add={"layers.attention.k": -jnp.abs(arrays["layers.attention.k"])})  # weights may be negative
+
+
 def test_a_missing_record_is_named(model: Transformer) -> None:
     records = describe(model)
     del records["embed"]

@@ -199,6 +199,7 @@ QWEN2: dict[str, Any] = {
     "intermediate_size": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 16,
 }
 

@@ -19,6 +19,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 12,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,
+    "num_key_value_heads": None,
     "max_position_embeddings": 16,
 }
 LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"]}
@@ -45,6 +46,8 @@ def test_what_is_absent_has_the_default_of_transformers() -> None:
     config = read(LLAMA)
     assert (config.kv_heads, config.head_dim, config.norm_eps, config.rope) == (2, 4, 1e-6, RopeConfig(theta=1e4))
     assert not config.tie_embeddings and config.sliding_window is None and config.activation == "silu"
+    absent = {key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}
+    assert read(absent | {"num_attention_heads": 16, "hidden_size": 32}).kv_heads == 8
     assert read(MISTRAL).sliding_window == 4096 and read(MISTRAL | {"sliding_window": None}).sliding_window is None
     gemma = read(GEMMA | {"num_hidden_layers": 12})
     assert (gemma.head_dim, gemma.query_scalar, gemma.global_every, gemma.tie_embeddings) == (256, None, 6, True)
@@ -123,6 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "architecture LlamaForCausalML is unknown; did you mean LlamaForCa",
     ),
     (SIZES, "architecture None is unknown"),
+    (SIZES | {"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM, and not a list"),
     (LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq' is not supported"),
     (LLAMA | {"attention_bias": True}, "attention_bias=True is not supported in LlamaForCausalLM: it must be False"),
     (LLAMA | {"mlp_bias": True}, "mlp_bias=True is not supported"),

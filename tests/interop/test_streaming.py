@@ -1,5 +1,6 @@
 """Host memory of an import stays near one tensor, next to what the devices hold."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import json, os, resource, sys, tracemalloc
+import json, os, sys, tracemalloc
 from pathlib import Path
 os.environ["JAX_PLATFORMS"], os.environ["JAX_NUM_CPU_DEVICES"] = "cpu", "2"
 import jax, numpy as np
@@ -34,7 +35,9 @@ write_tensors(directory / "model.safetensors", shapes, tensors)
 sizes = [4 * int(np.prod(shape)) for shape, _ in shapes.values()]
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Of this program alone: ru_maxrss would begin with what the parent held when it made this process.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 shardings = tree_shardings(abstract_transformer(config), make_mesh(MeshConfig(data=1, model=2)))
 checkpoint = open_checkpoint(directory)
@@ -57,12 +60,9 @@ print(json.dumps({"model": sum(sizes), "largest": max(sizes), "arrays": arrays, 
 @pytest.mark.slow
 def test_a_streamed_import_holds_about_one_tensor(tmp_path: Path) -> None:
     """340 MB on two devices of one process, whose memory is the host's: all of the model, and little else."""
-    import json
-
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, check=True)
     sizes = json.loads(done.stdout.splitlines()[-1])
-    print(sizes)
     assert sizes["model"] > 300e6 > 40 * sizes["largest"] and sizes["split"] >= 7
     assert sizes["arrays"] < 4 * sizes["largest"]  # of numpy: the tensor, the devices' parts of it
-    assert sizes["streamed"] < 1.3 * sizes["model"]
-    assert sizes["hoarded"] > 1.6 * sizes["model"]  # which this test would notice
+    assert sizes["model"] < sizes["streamed"] < 1.3 * sizes["model"], sizes
+    assert sizes["hoarded"] > 1.9 * sizes["model"], sizes  # which this test would notice

@@ -1,4 +1,7 @@
-"""The fixture that runs a test once for every instruction set of the native kernels."""
+"""Fixtures: a test once for every instruction set of the native kernels; a test in which no TPU kernel races."""
+
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +17,18 @@ def instruction_set(request):
     assert native.name_instruction_set() == request.param
     yield
     native.use_instruction_set(fastest)
+
+
+@contextlib.contextmanager
+def forbid_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Fails if the TPU interpreter found a race inside: it prints that, and goes on (hsai_kernels.interpret)."""
+    capfd.readouterr()
+    yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.fixture
+def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """`forbid_races` for the whole test; test_interpret.py shows that it can fail."""
+    with forbid_races(capfd):
+        yield

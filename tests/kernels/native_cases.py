@@ -1,4 +1,6 @@
-"""Products for native_driver.cc to run without Python, as a file of cases, and what must come out of them.
+"""Cases for native_driver.cc to run without Python, as a file of them, and what must come out.
+
+Here: products (attention is in native_attention_cases.py).
 
 Dimensions: R rows, D contraction, C stored elements a column, F columns. Shapes are small, for emulators, and ragged:
 columns that fill no vector, every number of rows that a kernel is compiled for, and what lies between.
@@ -26,6 +28,9 @@ COLUMNS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 257)
 CONTRACTION, GROUP = 128, 32
 THREADS = 3
 
+PRODUCT, ATTENTION = range(2)
+"""What a case is, in the order of Kind in native_driver.cc."""
+
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # Float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
@@ -35,14 +40,18 @@ EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2*
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One product: the driver's header and arrays (x, values, indices, scale, choices), and the float64 result."""
+    """One product, or one attention: the driver's header and arrays, and the float64 result.
 
+    Arrays are x, values, indices, scale and choices; of attention those that native_attention_cases.py names.
+    """
+
+    kind: int = PRODUCT
     name: str
     header: tuple[int, ...]
     arrays: tuple[np.ndarray, ...]
     dtype: str
     expected: np.ndarray
-    magnitude: np.ndarray
+    magnitude: np.ndarray | float
 
 
 def _round_activations(x: np.ndarray, groups: int) -> np.ndarray:
@@ -73,7 +82,7 @@ def make_case(
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
     """
     m = 4 if width else pattern
-    name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group}"
+    name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group} in {contraction}"
     name += f", activations {activation_bits}, {extreme=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
@@ -142,20 +151,24 @@ def make_case(
 def list_cases() -> Iterator[Case]:
     """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
     for kind in FORMATS:
-        packed = kind in ("int4", "int2", "sparse_int4")
+        integer = kind in ("int8", "int4", "int2", "sparse_int4")
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
-            for rows in (*range(1, 10), 21) if packed else range(1, 9):
+            for rows in (*range(1, 10), 21) if integer else range(1, 9):
                 yield make_case(kind, rows, 37, kept=kept, dtype="bfloat16" if rows % 2 else "float32")
             # Enough for several tiles and threads.
             yield make_case(kind, 4, 1029, kept=kept, scale_type="bfloat16")
-            if packed:
+            if integer:
                 for rows, dtype in ((1, "float32"), (2, "bfloat16"), (9, "float32")):
                     yield make_case(kind, rows, 37, kept=kept, dtype=dtype, activation_bits=8)
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
+    for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
+        for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):
+            yield make_case("int8", rows, 37, dtype=dtype, group=group, contraction=contraction, activation_bits=bits)
     for kept, pattern, width, columns in (
         (1, 8, 16, 48),
         (2, 8, 32, 64),
@@ -195,11 +208,11 @@ def _list_eighths() -> Iterator[Case]:
 
 
 def write_cases(path: Path, cases: list[Case]) -> None:
-    """As native_driver.cc reads them: for each a header of int64, then its arrays."""
+    """As native_driver.cc reads them: for each its kind and a header, both of int64, then its arrays."""
     with path.open("wb") as file:
         for case in cases:
             sizes = (array.nbytes for array in case.arrays)
-            file.write(np.array([*case.header, *sizes], np.int64).tobytes())
+            file.write(np.array([case.kind, *case.header, *sizes], np.int64).tobytes())
             for array in case.arrays:
                 file.write(array.tobytes())
 

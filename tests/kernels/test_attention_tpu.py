@@ -39,10 +39,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_blocks, "LARGEST_BLOCKS", blocks)
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw(shape: AttentionShape, dtype: str, segments: bool) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:

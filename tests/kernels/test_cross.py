@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import native_build, native_cases
+from tests.kernels import native_attention_cases, native_build, native_cases
 from tests.kernels.native_build import SOURCES, run
 
 COMPILER = "aarch64-linux-gnu-g++"
@@ -21,7 +21,7 @@ SETS = native_build.INSTRUCTION_SETS["aarch64"]
 
 @pytest.fixture(scope="module")
 def cases() -> list[native_cases.Case]:
-    return list(native_cases.list_cases())
+    return [*native_cases.list_cases(), *native_attention_cases.list_cases()]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,12 @@ def test_arm_kernels_match_the_oracle(processor, driver, cases, tmp_path):
 @needs_cross
 @pytest.mark.slow
 def test_reading_behind_an_array_ends_the_driver(driver, cases, tmp_path):
-    """What the tests above rely on to find it: the weight here is a row shorter than its header says."""
-    case = cases[0]
-    short = (case.arrays[0], case.arrays[1][:-1], *case.arrays[2:])
-    native_cases.write_cases(tmp_path / "cases", [dataclasses.replace(case, arrays=short)])
-    with pytest.raises(AssertionError, match="gave -?(11|139)"):
-        run(*emulate("max", driver), tmp_path / "cases", tmp_path / "results")
+    """What the tests above rely on to find it: a weight that is a row shorter than its header says, or such keys."""
+    for case in (cases[0], cases[-1]):
+        short = (case.arrays[0], case.arrays[1][:-1], *case.arrays[2:])
+        native_cases.write_cases(tmp_path / "cases", [dataclasses.replace(case, arrays=short)])
+        with pytest.raises(AssertionError, match="gave -?(11|139)"):
+            run(*emulate("max", driver), tmp_path / "cases", tmp_path / "results")
 
 
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=fast", "-O3")
@@ -86,7 +86,7 @@ def _compile_avxvnni(folder: Path, compiler: str) -> Path:
     text = (folder / "products.s").read_text()
     assert "zmm" not in text and text.count("{vex} vpdpbusd") == text.count("vpdpbusd\t") > 0
     (folder / "evex.s").write_text(text.replace("{vex} vpdpbusd", "vpdpbusd"))
-    sources = (SOURCES / "multiply.cc", SOURCES / "select.cc", SOURCES / "native_driver.cc")
+    sources = (SOURCES / "attention.cc", SOURCES / "multiply.cc", SOURCES / "select.cc", SOURCES / "native_driver.cc")
     run(compiler, *FLAGS, *sources, folder / "evex.s", "-pthread", "-o", folder / "driver")
     return folder / "driver"
 

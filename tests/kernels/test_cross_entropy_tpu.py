@@ -1,7 +1,6 @@
 """The TPU kernels of cross_entropy in the TPU interpreter: numbers, gradients, no races; blocks that fit; refusals."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +20,7 @@ from tests.kernels.tolerances import assert_close
 SMALL = {"forward": (32, 128), "backward": (16, 128)}
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def check_interpreted(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai_kernels import attention, dispatch, native, prefer, quantized_matmul
+from hsai_kernels import attention, dispatch, native, prefer, quantized_matmul, sparse_matmul
 from hsai_kernels.dispatch import BackendMissing, check_platform, compile_for, run_kernel
 
 
@@ -28,10 +28,10 @@ def _backends(cpu):
     return {"cpu": cpu, "reference": lambda x: x + 1}
 
 
-def _operands(rows=1):
+def _operands():
     rng = np.random.default_rng(0)
     return (
-        jnp.asarray(rng.standard_normal((rows, 32)), jnp.float32),
+        jnp.asarray(rng.standard_normal((1, 32)), jnp.float32),
         jnp.asarray(rng.integers(-127, 128, (32, 20)), jnp.int8),
         jnp.asarray(rng.random((1, 20)), jnp.float32),
     )
@@ -60,7 +60,9 @@ def test_an_explicit_choice_never_falls_back():
     with pytest.raises(NotImplementedError, match="even numbers"):
         run_kernel("k", _backends(_refuse("has even numbers only")), "cpu", 0)
     with pytest.raises(NotImplementedError, match="1 to 8 rows"):
-        quantized_matmul(*_operands(rows=9), implementation="cpu")
+        sparse_matmul(
+            jnp.ones((9, 32)), jnp.ones((16, 3)), jnp.zeros((1, 3), jnp.uint32), n=2, m=4, implementation="cpu"
+        )
 
 
 def test_other_errors_of_a_backend_are_not_hidden():

@@ -1,7 +1,6 @@
 """gated_mlp: the reference and the TPU kernel (interpreted) against a float64 oracle, gradients, and refusals."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +20,7 @@ from tests.kernels.tolerances import assert_close
 SUPPORTED = [shape for shape in SHAPES if shape.embed % 128 == 0]
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw(shape: MlpShape, dtype: str) -> tuple[jax.Array, ...]:

@@ -44,13 +44,14 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     assert_close(out, exact @ oracles.scale_rows((codes & 3) - 2, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
+    large = np.where(codes % 2, 16 * codes + 15, 16 * codes)
+    out = quantized_matmul(x, large.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ oracles.scale_rows(large, scale), 17 * largest, "float32")
     sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
     out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
     assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
     if rows > native.MAX_ROWS:
         return
-    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
-    assert_close(out, exact @ dense, largest, "float32")
     plain = oracles.densify(kept, positions, 2)
     for dtype in (jnp.float32, jnp.bfloat16):
         out = sparse_matmul(x, jnp.asarray(kept, dtype), indices, n=2, m=4, implementation="cpu")
@@ -127,6 +128,8 @@ def test_magnitudes(instruction_set, name):
     floor = 64 * 15 * 0.1 * 2.0**-127 / 2.0**-20
     magnitude = np.abs(exact) @ oracles.scale_rows(np.full(codes.shape, 15), scale) + floor
     assert_close(out, exact @ oracles.scale_rows(codes, scale), magnitude, "float32")
+    out = quantized_matmul(x, codes.astype(np.int8), scale, implementation="cpu")
+    assert_close(out, exact @ oracles.scale_rows(codes, scale), magnitude, "float32")
     kept = codes[:32]
     sparse = oracles.scale_rows(oracles.densify(kept, positions, 2), scale)
     args = (oracles.pack(kept + 8, 4), oracles.pack(positions, 2), scale)
@@ -139,8 +142,9 @@ def test_a_row_that_holds_no_number_gives_none(instruction_set, value):
     x, codes, positions, scale = _draw(2, 64, 33)
     x[1, 40] = value
     words = oracles.pack(codes + 8, 4)
-    out = quantized_matmul(x, words, scale, implementation="cpu")
-    assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
+    for values in (words, codes.astype(np.int8)):
+        out = quantized_matmul(x, values, scale, implementation="cpu")
+        assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
     out = sparse_matmul(x, words[:4], oracles.pack(positions, 2), scale, n=2, m=4, implementation="cpu")
     assert np.all(np.isfinite(out[0])) and np.all(np.isnan(out[1]))
 
@@ -150,10 +154,11 @@ def test_dynamic_int8_is_the_references(instruction_set, rows):
     """Both round the same way, and their integers are exact: only the sum over groups may differ."""
     x, codes, positions, scale = _draw(rows, 128, 100)
     magnitude = np.abs(x).astype(np.float64) @ oracles.scale_rows(np.full(codes.shape, 15), scale)
-    operands = (x, oracles.pack(codes + 8, 4), scale)
-    expected = quantized_matmul(*operands, activation_bits=8, implementation="reference")
-    out = quantized_matmul(*operands, activation_bits=8, implementation="cpu")
-    assert_close(out, np.asarray(expected, np.float64), magnitude, "float32")
+    for values, unit in (((16 * codes).astype(np.int8), 16), (oracles.pack(codes + 8, 4), 1)):
+        operands = (x, values, scale)
+        expected = quantized_matmul(*operands, activation_bits=8, implementation="reference")
+        out = quantized_matmul(*operands, activation_bits=8, implementation="cpu")
+        assert_close(out, np.asarray(expected, np.float64), unit * magnitude, "float32")
     operands = (x, operands[1][:8], oracles.pack(positions, 2), scale)
     expected = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="reference")
     out = sparse_matmul(*operands, n=2, m=4, activation_bits=8, implementation="cpu")
@@ -194,7 +199,6 @@ HALF_WORDS = np.zeros((4, 5), np.uint32)
         ((X, WORDS, SCALE.astype(np.float16)), (2, 5), jnp.float32),
         ((X, WORDS.astype(np.int32), SCALE), (2, 5), jnp.float32),
         ((X.astype(np.float16), WORDS, SCALE), (2, 5), jnp.float16),
-        ((np.ones((9, 64), np.float32), BYTES, SCALE), (9, 5), jnp.float32),  # too many rows
         ((np.ones((2, 0), np.float32), WORDS[:0], SCALE), (2, 5), jnp.float32),  # nothing to contract
     ],
 )
@@ -206,7 +210,7 @@ def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
 
 @pytest.mark.parametrize(
     ("values", "bits", "activation_bits"),
-    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 8), (WORDS, 4, 7), (WORDS, 4, -8)],
+    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 7), (WORDS, 4, 7), (WORDS, 4, -8)],
 )
 def test_wrong_bits_give_an_error(values, bits, activation_bits):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
@@ -222,6 +226,7 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
         ((X, KEPT, INDICES, NO_SCALE), 0),
         ((X, KEPT, INDICES, NO_SCALE), 4),
         ((X[:, :62], KEPT, INDICES, NO_SCALE), 2),
+        ((np.ones((9, 64), np.float32), KEPT, INDICES, NO_SCALE), 2),  # too many rows of floats
         ((X, KEPT[:24], INDICES, NO_SCALE), 2),
         ((X, KEPT, INDICES[:1], NO_SCALE), 2),
         ((X, KEPT, INDICES[:, :4], NO_SCALE), 2),
@@ -237,7 +242,7 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
 def test_wrong_sparse_calls_give_an_error(operands, n):
     attributes = {"n": np.int64(n), "m": np.int64(4), "activation_bits": np.int64(0)}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (2, 5), **attributes)
+        _call(native.SPARSE_MATMUL, (*operands, NO_CHOICES), (len(operands[0]), 5), **attributes)
 
 
 @pytest.mark.parametrize(

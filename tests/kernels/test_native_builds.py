@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import native_build, native_cases
+from tests.kernels import native_attention_cases, native_build, native_cases
 from tests.kernels.native_build import run
 
 
@@ -26,13 +26,13 @@ def test_sanitizers_find_nothing(tmp_path):
     names = native_build.list_runnable()
     options = ("-DHSAI_SANITIZE=ON", f"-DHSAI_INSTRUCTION_SETS={';'.join(names)}")
     driver = native_build.build("sanitized", ("native_driver",), *options) / "native_driver"
-    cases = list(native_cases.list_cases())
+    cases = [*native_cases.list_cases(), *native_attention_cases.list_cases()]
     native_cases.write_cases(tmp_path / "cases", cases)
     for name in names:
         run(driver, tmp_path / "cases", tmp_path / "results", name)
         native_cases.check_results(tmp_path / "results", cases)
-    # That it would find something: a weight that is a row shorter than its header says.
-    for case in {case.header[0]: case for case in cases}.values():
+    # That it would find something: a weight that is a row shorter than its header says, or such keys of each cache.
+    for case in {(case.kind, case.header[0]): case for case in cases}.values():
         short = dataclasses.replace(case, arrays=(case.arrays[0], case.arrays[1][:-1], *case.arrays[2:]))
         native_cases.write_cases(tmp_path / "cases", [short])
         with pytest.raises(AssertionError, match="heap-buffer-overflow"):

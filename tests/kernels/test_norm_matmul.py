@@ -1,7 +1,6 @@
 """norm_matmul: the reference and the TPU kernel (interpreted) against a float64 oracle, gradients, and refusals."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,10 +21,7 @@ EPS = 1e-3
 SUPPORTED = [shape for shape in SHAPES if shape.contraction % 128 == 0]
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw(shape: NormShape, dtype: str) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -26,10 +26,7 @@ DTYPES = ("float32", "bfloat16")
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
-@pytest.fixture(autouse=True)
-def no_races(capfd):
-    yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("no_races")
 
 
 def draw_quantized(shape: QuantizedShape, kind: str, dtype: str):
@@ -97,7 +94,6 @@ def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
     ("shape", "kind", "dtype"),
     [
         *((s, ("float32", "int4", "bfloat16")[i % 3], DTYPES[i % 2]) for i, s in enumerate(SPARSE_SHAPES)),
-        (EIGHTHS[1], "int4", "float32"),
         (EIGHTHS[2], "float32", "float32"),
         (EIGHTHS[3], "int4", "bfloat16"),
         (EIGHTHS[6], "bfloat16", "bfloat16"),

@@ -45,15 +45,11 @@ def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "floa
     )
 
 
-def _implementations(shape: QuantizedShape, kind: str):
-    return [name for name in IMPLEMENTATIONS if name != "cpu" or kind != "int8" or np.prod(shape.lead) <= 8]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=str)
 def test_products_match_the_oracle(shape, kind, dtype):
     operands, x, weight, largest = _draw(shape, kind, dtype)
-    for implementation in _implementations(shape, kind):
+    for implementation in IMPLEMENTATIONS:
         out = quantized_matmul(*operands, bits=BITS[kind] % 8 or 4, implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
@@ -146,8 +142,6 @@ def test_dynamic_int8(kind, dtype):
     step = np.abs(split).max(axis=-1, keepdims=True) / 127
     rounded = (np.round(split / step) * step).reshape(exact.shape)
     for implementation in IMPLEMENTATIONS:
-        if implementation == "cpu" and kind == "int8":
-            continue
         multiply = partial(quantized_matmul, activation_bits=8, implementation=implementation)
         out = multiply(x, values, scale)
         assert_close(out, rounded @ weight, np.abs(exact) @ largest, dtype)

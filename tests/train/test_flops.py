@@ -17,6 +17,10 @@ PUBLISHED = {
     models.smollm2_135m: 134_515_008,
     models.qwen3_0_6b: 596_049_920,
     models.mistral_7b: 7_241_732_096,
+    models.qwen2_5_0_5b: 494_032_768,
+    models.qwen3_30b_a3b: 30_532_122_624,
+    models.mixtral_8x7b: 46_702_792_704,
+    models.gemma3_1b: 999_885_952,
 }
 
 TINY = TransformerConfig(
@@ -30,12 +34,15 @@ def test_released_models_have_their_published_size(model) -> None:
 
 
 @pytest.mark.parametrize("model", PUBLISHED, ids=lambda model: model.__name__)
-def test_what_is_no_matrix_product_is_the_lookup_and_the_norms(model) -> None:
+def test_what_is_no_matrix_product_is_the_lookup_the_vectors_and_idle_experts(model) -> None:
     config = model()
-    norms = 2 * config.layers * config.embed + config.embed
-    norms += 2 * config.layers * config.head_dim if config.qk_norm else 0
+    vectors = (4 if config.post_norm else 2) * config.layers * config.embed + config.embed
+    vectors += 2 * config.layers * config.head_dim if config.qk_norm else 0
+    vectors += config.layers * (config.heads + 2 * config.kv_heads) * config.head_dim if config.qkv_bias else 0
     lookup = 0 if config.tie_embeddings else config.vocab * config.embed
-    assert parameter_count(config) - matmul_parameter_count(config) == norms + lookup
+    idle = 0 if config.moe is None else config.moe.experts - config.moe.active
+    idle *= config.layers * 3 * config.embed * config.mlp
+    assert parameter_count(config) - matmul_parameter_count(config) == vectors + lookup + idle
 
 
 def test_flops_by_hand() -> None:
@@ -54,6 +61,12 @@ def test_a_sliding_window_caps_the_keys() -> None:
     windowed = dataclasses.replace(TINY, sliding_window=8)
     assert flops_per_token(windowed, 20) == flops_per_token(TINY, 8)
     assert flops_per_token(windowed, 5) == flops_per_token(TINY, 5)
+
+
+def test_global_layers_are_charged_for_all_keys() -> None:
+    mixed = dataclasses.replace(TINY, sliding_window=8, global_every=2)  # of three layers, the second
+    local, full = (flops_per_token(TINY, keys) for keys in (8, 20))
+    assert flops_per_token(mixed, 20) == pytest.approx((2 * local + full) / 3)
 
 
 def test_flops_of_llama_3_8b_are_six_a_weight_at_short_length() -> None:

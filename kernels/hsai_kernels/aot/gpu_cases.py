@@ -21,6 +21,7 @@ from hsai_kernels.ops.attention.gpu_backward import pull_back_keys, pull_back_ro
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS
 from hsai_kernels.tuning import record_tiles
 
 
@@ -76,6 +77,17 @@ def _list_attention() -> Iterator[Case]:
                 operands=(arrays, at_q, at_k),
                 quick=quick,
             )
+    for cache, dtype in (("int8", "bfloat16"), ("int8", "float32"), ("bfloat16", "float32")):
+        q, k = jax.ShapeDtypeStruct((2, 1, 8, 128), dtype), jax.ShapeDtypeStruct((2, 5000, 2, 128), cache)
+        at_q, at_k = ((jax.ShapeDtypeStruct((2, length), jnp.int32),) for length in (1, 5000))
+        scales = (jax.ShapeDtypeStruct((2, 5000, 2), jnp.float32),) * 2 if cache == "int8" else ()
+        yield Case(
+            kernel="attention forward",
+            name=f"decoding, split keys, {cache} cache",
+            dtype=dtype,
+            function=functools.partial(_attend, {}),
+            operands=(q, k, k, at_q, at_k, *scales),
+        )
     for length in (4096, 8192):
         q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
         k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16")
@@ -95,8 +107,11 @@ def _pull_back(plan: Plan, kernel: str, arrays: tuple[jax.Array, ...], at_q: Mar
     return {"d_rows": pull_back_rows, "d_keys": pull_back_keys}[kernel](plan, tile, arrays, at_q, at_k)
 
 
-def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks) -> jax.Array:
-    marks: dict[str, Any] = dict(zip(("q_positions", "q_segments"), at_q, strict=False))
+def _attend(
+    options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks, *scales: jax.Array
+) -> jax.Array:
+    marks: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    marks |= dict(zip(("q_positions", "q_segments"), at_q, strict=False))
     marks |= dict(zip(("kv_positions", "kv_segments"), at_k, strict=False))
     return attention(q, k, v, **marks, **options, implementation="gpu")
 
@@ -127,19 +142,20 @@ def _list_quantized_matmul() -> Iterator[Case]:
 
 def _list_sparse_matmul() -> Iterator[Case]:
     shapes = (*PRODUCTS, ("ragged, one scale a column", (37, 704, 1001, 704)))
-    kinds = ((2, False), (1, True), (2, True), (3, True))
-    for (name, (rows, contraction, columns, group)), dtype, (n, packed) in itertools.product(shapes, DTYPES, kinds):
-        if n != 2 and not name.startswith("ragged"):
+    kinds = ((2, 4, False), (1, 4, True), (2, 4, True), (3, 4, True), (4, 8, False), (4, 8, True))
+    for (name, (rows, contraction, columns, group)), dtype, (n, m, packed) in itertools.product(shapes, DTYPES, kinds):
+        if (n, m) != (2, 4) and not name.startswith("ragged"):
             continue
-        kept = contraction * n // 4
+        kept = contraction * n // m
+        indices = ((kept * POSITION_BITS[m] // 32, columns), jnp.uint32)
         values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
         scale = [((contraction // group, columns), jnp.float32)] if packed else []
         yield Case(
-            kernel=f"sparse_matmul {n}:4 {'int4' if packed else 'bfloat16'}",
+            kernel=f"sparse_matmul {n}:{m} {'int4' if packed else 'bfloat16'}",
             name=name,
             dtype=dtype,
-            function=functools.partial(sparse_matmul, n=n, m=4, implementation="gpu"),
-            operands=_list_operands(((rows, contraction), dtype), values, ((kept // 16, columns), jnp.uint32), *scale),
+            function=functools.partial(sparse_matmul, n=n, m=m, implementation="gpu"),
+            operands=_list_operands(((rows, contraction), dtype), values, indices, *scale),
             quick=name.startswith("ragged"),
         )
 

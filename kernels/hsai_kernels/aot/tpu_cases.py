@@ -56,6 +56,30 @@ def _list_attention() -> Iterator[Case]:
                 operands=(q, k, k, *marks * (2 if segments else 1)),
                 quick=queries <= 64,
             )
+    yield from _list_caches()
+
+
+def _list_caches() -> Iterator[Case]:
+    """Decoding over a cache of fewer bits than the queries have."""
+    for cache, dtype in (("int8", "bfloat16"), ("int8", "float32"), ("bfloat16", "float32")):
+        q, k = _shape(dtype, 2, 1, 8, 128), _shape(cache, 2, 1500, 2, 128)
+        marks = (_shape("int32", 2, 1), _shape("int32", 2, 1500))
+        scales = (_shape("float32", 2, 1500, 2),) * 2 if cache == "int8" else ()
+        yield Case(
+            kernel="attention forward",
+            name=f"decoding, head dim 128, {cache} cache",
+            dtype=dtype,
+            function=_attend_cache,
+            operands=(q, k, k, *marks, *scales),
+            quick=True,
+        )
+
+
+def _attend_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
+) -> jax.Array:
+    given: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
+    return attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions, **given, implementation="tpu")
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:

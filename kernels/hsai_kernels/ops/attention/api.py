@@ -59,7 +59,8 @@ def attention(
       scale: factor of the scores, H**-0.5 if None.
       implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "cpu" (native, float32 and
         bfloat16 queries; chunked where a gradient is taken), "gpu" (fused into kernels, forward and backward: float32
-        and bfloat16, H up to 256), "tpu" (the same, any H), or None for the platform's best.
+        and bfloat16, H up to 256), "tpu" (the same), or None for the platform's best. These two read a cache of another
+        dtype than q's as it is stored; its gradient is chunked.
 
     Returns:
       (B, T, N, H) in q's dtype. Scores and softmax are float32. An int8 cache has no gradient; its scales do.

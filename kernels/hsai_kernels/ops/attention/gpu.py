@@ -6,6 +6,9 @@ end in its cache) before the first and after the last one that is seen are not r
 Float32 products are exact to float32, on the ordinary cores; bfloat16 ones run on the tensor cores, and are summed in
 float32. Kernels: gpu_forward.py, gpu_backward.py; what they share: gpu_blocks.py.
 
+A cache of fewer bits than the queries (int8 with scales, bfloat16 under float32) is read as it is stored and widened
+block by block; where a gradient is taken, the chunked backend serves it.
+
 Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
 """
 
@@ -18,7 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
+from hsai_kernels.gradients import differentiate_through
 from hsai_kernels.interpret import is_interpreting_gpu
+from hsai_kernels.ops.attention.chunked import attention_chunked
 from hsai_kernels.ops.attention.gpu_backward import pull_back
 from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan, Tile, Tiles
 from hsai_kernels.ops.attention.gpu_forward import attend
@@ -85,8 +90,6 @@ def attention_gpu(
     `tiles` are for tests; None for `choose_tiles`. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
-    if k.dtype != q.dtype:
-        raise NotImplementedError(f"has k and v of q's dtype {q.dtype}, not of {k.dtype}")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"has q, k, v of bfloat16 or float32, not of {q.dtype}")
     if q.shape[3] > LARGEST_HEAD_DIM:
@@ -113,7 +116,33 @@ def attention_gpu(
     if tiles is None:
         tiles = choose_tiles(plan.rows, plan.keys, plan.head_dim, q.dtype)
     settings = _Settings(plan, tuple(sorted(tiles.items())))
-    return _attend(settings, q, k, v, at_q, at_k)
+    if k.dtype == q.dtype:
+        return _attend(settings, q, k, v, at_q, at_k)
+    reference = functools.partial(attention_chunked, window=window, softcap=softcap, scale=scale)
+    operands = (q, k, v, q_positions, kv_positions, q_segments, kv_segments, k_scale, v_scale)
+    return differentiate_through(reference, functools.partial(_attend_cache, plan, tiles["forward"]))(*operands)
+
+
+def _attend_cache(
+    plan: Plan,
+    tile: Tile,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+) -> jax.Array:
+    """As attention_gpu, where k and v have fewer bits than q; without gradients."""
+    at_q, at_k = (
+        tuple(mark.astype(jnp.int32) for mark in marks if mark is not None)
+        for marks in ((q_positions, q_segments), (kv_positions, kv_segments))
+    )
+    scales = tuple(scale for scale in (k_scale, v_scale) if scale is not None)
+    return attend(plan, tile, q, k, v, at_q, at_k, scales)[0]
 
 
 def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any) -> Tiles:

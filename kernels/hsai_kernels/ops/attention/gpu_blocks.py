@@ -184,6 +184,12 @@ def load_key_marks(plan: Plan, tile: Tile, refs: Marks, block: jax.Array) -> Mar
     return tuple(plgpu.load(ref.at[at]) if real is None else plgpu.load(ref.at[at], mask=real, other=0) for ref in refs)
 
 
+def specify_key_scales(plan: Plan, tile: Tile) -> pl.BlockSpec:
+    """Scales of all keys of a head, in whole blocks, (blocks * E,), of an array (B, S, K)."""
+    length = pl.cdiv(plan.keys, tile.keys) * tile.keys
+    return pl.BlockSpec((None, length, None), lambda *at: (at[-1], 0, at[-2]))
+
+
 def find_visible(plan: Plan, at_q: Marks, at_k: Marks, real: jax.Array | None) -> jax.Array:
     """bool: who sees whom, where rows and keys lie on different axes; `real` masks keys or rows that are none."""
     distance = at_q[0] - at_k[0]
@@ -195,9 +201,16 @@ def find_visible(plan: Plan, at_q: Marks, at_k: Marks, real: jax.Array | None) -
     return visible if real is None else visible & real
 
 
-def score(plan: Plan, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Base-2 scores of `a` (x, P) and `b` (y, P), float32 (x, y), and with a softcap their slope in the product."""
+def score(
+    plan: Plan, a: jax.Array, b: jax.Array, b_scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Base-2 scores of `a` (x, P) and `b` (y, P), float32 (x, y), and with a softcap their slope in the product.
+
+    With `b_scale` (y,) `b` are codes, of which each row has a scale.
+    """
     product = multiply(a, b, (1, 1))
+    if b_scale is not None:
+        product = product * b_scale[None, :]
     if plan.softcap is None:
         return product * (plan.scale * LOG2_E), None
     bent = jnp.tanh(product * (plan.scale / plan.softcap))

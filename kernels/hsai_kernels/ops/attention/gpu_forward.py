@@ -35,9 +35,19 @@ def count_splits(plan: Plan, tile: Tile) -> int:
 
 
 def attend(
-    plan: Plan, tile: Tile, q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks
+    plan: Plan,
+    tile: Tile,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    at_q: Marks,
+    at_k: Marks,
+    scales: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """The output (B, T, N, H) in q's dtype, and float32 (B, T * N), the base-2 logarithm of each row's sum."""
+    """The output (B, T, N, H) in q's dtype, and float32 (B, T * N), the base-2 logarithm of each row's sum.
+
+    k and v of another dtype than q's are widened block by block; of int8 ones `scales` are those of k and v, (B, S, K).
+    """
     row_blocks, key_blocks = pl.cdiv(plan.rows, tile.rows), pl.cdiv(plan.keys, tile.keys)
     splits = count_splits(plan, tile)
     first, stop = blocks.find_range(blocks.find_reach(plan, tile.rows, tile.keys, at_q, at_k), axis=2)
@@ -53,6 +63,7 @@ def attend(
             blocks.specify_vector(row_blocks),
             tuple(blocks.specify_vector(plan.queries) for _ in at_q),
             blocks.specify_key_marks(plan, tile, at_k),
+            (blocks.specify_key_scales(plan, tile),) * len(scales),
         ],
         out_specs=[
             pl.BlockSpec((None, None, flat, plan.width), lambda _, split, head, batch: (split, batch, 0, 0)),
@@ -63,10 +74,10 @@ def attend(
             jax.ShapeDtypeStruct((splits, plan.batch, flat), jnp.float32),
         ],
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        cost_estimate=_estimate(plan, q),
+        cost_estimate=_estimate(plan, splits, q, (k, v, *scales)),
         interpret=plan.interpret,
         name="attention_forward",
-    )(q.reshape(plan.batch, flat, plan.head_dim), k, v, first, stop, at_q, at_k)
+    )(q.reshape(plan.batch, flat, plan.head_dim), k, v, first, stop, at_q, at_k, scales)
     if splits == 1:
         return out.reshape(q.shape), logs[0]
     # Every split's output is divided by its own sum: weighing them by these sums is the softmax over all.
@@ -88,6 +99,7 @@ def _attend_kernel(
     stop_ref: jax.Array,
     q_marks: Marks,
     k_marks: Marks,
+    scale_refs: tuple[jax.Array, ...],
     out_ref: jax.Array,
     log_ref: jax.Array,
 ) -> None:
@@ -102,15 +114,20 @@ def _attend_kernel(
         real = blocks.find_keys(plan, tile, index)
         at_k = tuple(mark[None, :] for mark in blocks.load_key_marks(plan, tile, k_marks, index))
         visible = blocks.find_visible(plan, at_q, at_k, None if real is None else real[None, :])
-        scores, _ = blocks.score(plan, q, blocks.load_keys(plan, tile, k_ref, index))
+        # A scale is a key's: it multiplies a column of scores, and of weights, in the place of a row of codes.
+        key_scale, value_scale = blocks.load_key_marks(plan, tile, scale_refs, index) if scale_refs else (None, None)
+        scores, _ = blocks.score(plan, q, blocks.load_keys(plan, tile, k_ref, index).astype(q.dtype), key_scale)
         scores = jnp.where(visible, scores, LOWEST)
         higher = jnp.maximum(largest, jnp.max(scores, axis=1))
         # Rows that see nothing yet have scores equal to their maximum: the mask makes their weights zero.
         weights = jnp.where(visible, jnp.exp2(scores - higher[:, None]), 0.0)
         shrink = jnp.exp2(largest - higher)
-        values = blocks.load_keys(plan, tile, v_ref, index)
-        out = out * shrink[:, None] + multiply(weights.astype(values.dtype), values)
-        return higher, total * shrink + jnp.sum(weights, axis=1), out
+        total = total * shrink + jnp.sum(weights, axis=1)
+        if value_scale is not None:
+            weights = weights * value_scale[None, :]
+        values = blocks.load_keys(plan, tile, v_ref, index).astype(q.dtype)
+        out = out * shrink[:, None] + multiply(weights.astype(q.dtype), values)
+        return higher, total, out
 
     start = (
         jnp.full((tile.rows,), LOWEST, jnp.float32),
@@ -125,10 +142,14 @@ def _attend_kernel(
     plgpu.store(log_ref.at[rows.index], largest + jnp.log(total) * LOG2_E, mask=rows.real)
 
 
-def _estimate(plan: Plan, q: jax.Array) -> pl.CostEstimate:
+def _estimate(plan: Plan, splits: int, q: jax.Array, cached: tuple[jax.Array, ...]) -> pl.CostEstimate:
     """What is done if every query sees every key: how much is skipped depends on data."""
     scores = plan.batch * plan.heads * plan.queries * plan.keys
-    read = 2 * plan.batch * plan.head_dim * (plan.queries * plan.heads + plan.keys * plan.kv_heads)
+    # The log of each row's sum, and the output: that of a split is float32.
+    written = splits * plan.batch * plan.queries * plan.heads * 4
+    written += q.nbytes if splits == 1 else splits * q.size * 4
     return pl.CostEstimate(
-        flops=4 * scores * plan.head_dim, transcendentals=scores, bytes_accessed=read * q.dtype.itemsize
+        flops=4 * scores * plan.head_dim,
+        transcendentals=scores,
+        bytes_accessed=q.nbytes + written + sum(array.nbytes for array in cached),
     )

@@ -181,10 +181,19 @@ def turn_row(row: jax.Array) -> jax.Array:
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))
 
 
-def score(options: Options, a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 scores of each row of `a` with each row of `b`, capped."""
+def score(options: Options, a: jax.Array, b: jax.Array, b_scale: jax.Array | None = None) -> jax.Array:
+    """float32 scores of each row of `a` with each row of `b`, capped; of codes with a scale each, (1, rows of `b`)."""
     scores = multiply(a, b, (1, 1)) * options.scale
+    if b_scale is not None:
+        scores = scores * b_scale
     return scores if options.softcap is None else options.softcap * jnp.tanh(scores / options.softcap)
+
+
+def widen(cached: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """A block of a cache in the queries' dtype; every int8 code and every bfloat16 number is one of it."""
+    if cached.dtype == jnp.int8:
+        cached = cached.astype(jnp.int32).astype(jnp.float32)
+    return cached.astype(dtype)
 
 
 def set_semantics() -> Any:

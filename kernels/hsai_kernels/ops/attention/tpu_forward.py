@@ -24,11 +24,18 @@ from hsai_kernels.ops.attention.tpu_blocks import (
     score,
     set_semantics,
     turn_row,
+    widen,
 )
 
 
 def attend(
-    options: Options, q: jax.Array, k: jax.Array, v: jax.Array, at_rows: jax.Array, at_keys: jax.Array
+    options: Options,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    at_rows: jax.Array,
+    at_keys: jax.Array,
+    scales: tuple[jax.Array, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The output (B, K, R, H) in q's dtype, and float32 (B, K, 1, R'): the logarithm of each row's sum of weights.
 
@@ -36,6 +43,7 @@ def attend(
       q: (B, K, R, H), R a multiple of the rows a block.
       k, v: (B, K, S, H), S a multiple of the keys a block.
       at_rows, at_keys: int32 (B, M, R') and (B, M, S): marks; R' is R, or 128 where a block has fewer rows.
+      scales: of int8 k and v, float32 (B, K, 1, S) each.
     """
     rows, keys = options.forward
     batch, heads, length, head_dim = q.shape
@@ -55,6 +63,9 @@ def attend(
     key_marks = pl.BlockSpec(
         (1, marks, keys), lambda b, h, i, j, first, last, *_: (b, 0, fetched(b, i, j, first, last))
     )
+    key_scales = pl.BlockSpec(
+        (1, 1, 1, keys), lambda b, h, i, j, first, last, *_: (b, h, 0, fetched(b, i, j, first, last))
+    )
     return pl.pallas_call(
         functools.partial(_attend_block, options, marks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -66,6 +77,7 @@ def attend(
                 others,
                 pl.BlockSpec((1, marks, wide), lambda b, h, i, j, *_: (b, 0, i)),
                 key_marks,
+                (key_scales,) * len(scales),
             ],
             out_specs=[queries, pl.BlockSpec((1, 1, 1, wide), lambda b, h, i, j, *_: (b, h, 0, i))],
             scratch_shapes=[
@@ -84,10 +96,10 @@ def attend(
         cost_estimate=pl.CostEstimate(
             flops=4 * q.size * k.shape[2],
             transcendentals=(q.size // head_dim) * k.shape[2] * (1 if options.softcap is None else 2),
-            bytes_accessed=2 * q.nbytes + grid[2] * (k.nbytes + v.nbytes),
+            bytes_accessed=2 * q.nbytes + grid[2] * sum(array.nbytes for array in (k, v, *scales)),
         ),
         name="attention_forward",
-    )(bounds.first, bounds.last, bounds.rows, bounds.keys, q, k, v, at_rows, at_keys)
+    )(bounds.first, bounds.last, bounds.rows, bounds.keys, q, k, v, at_rows, at_keys, scales)
 
 
 def _attend_block(
@@ -102,6 +114,7 @@ def _attend_block(
     v: Any,
     at_rows: Any,
     at_keys: Any,
+    scales: tuple[Any, ...],
     out: Any,
     log_sum: Any,
     largest: Any,
@@ -132,7 +145,9 @@ def _attend_block(
             [at_keys[0, m : m + 1, :] for m in range(marks)],
             index,
         )
-        scores = jnp.where(visible, score(options, q[0, 0], k[0, 0]), LOWEST)
+        # A scale is a key's: it multiplies a column of scores, and of weights, in the place of a row of codes.
+        key_scale, value_scale = (scale[0, 0] for scale in scales) if scales else (None, None)
+        scores = jnp.where(visible, score(options, q[0, 0], widen(k[0, 0], q.dtype), key_scale), LOWEST)
         before = largest[:rows]
         higher = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
         # Hidden once more after exp: a row that sees nothing has a maximum of LOWEST, and exp(0) for all.
@@ -140,7 +155,9 @@ def _attend_block(
         shrink = jnp.exp(before - higher)
         largest[:rows] = higher
         total[:rows] = total[:rows] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        product = multiply(weights.astype(v.dtype), v[0, 0], (1, 0))
+        if value_scale is not None:
+            weights = weights * value_scale
+        product = multiply(weights.astype(q.dtype), widen(v[0, 0], q.dtype), (1, 0))
         summed[...] = summed[...] * shrink[:, :1] + product
 
     @pl.when(j == pl.num_programs(3) - 1)

@@ -20,20 +20,18 @@ def quantized_matmul_cpu(
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Weights are never rounded and sums are float32, also for bfloat16 activations. With packed codes, activations are
-    integers that share a power of two in blocks of at most 64: 23 bits below the largest of the block for float32, 15
-    for bfloat16; an infinity or a NaN makes the row's results NaN.
+    Weights are never rounded and sums are float32, also for bfloat16 activations. Activations are integers that share a
+    power of two in blocks of at most 64: 23 bits below the largest of the block for float32, 15 for bfloat16; an
+    infinity or a NaN makes the row's results NaN.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
     packed = values.dtype == jnp.uint32
-    native.check_rows(math.prod(x.shape[:-1]), packed=packed)
+    native.check_rows(math.prod(x.shape[:-1]), integer=True)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
     if packed and x.shape[-1] // scale.shape[0] % (32 // bits):
         raise NotImplementedError(f"has groups of whole words (multiples of {32 // bits} codes of {bits} bits)")
-    if activation_bits is not None and not packed:
-        raise NotImplementedError("rounds activations for packed codes only")
     native.load_library()
     kernel = functools.partial(_multiply, bits if packed else 8, activation_bits)
     return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), kernel)(x, values, scale)

@@ -36,7 +36,7 @@ def sparse_matmul_cpu(
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
-    native.check_rows(math.prod(x.shape[:-1]), packed=scale is not None)
+    native.check_rows(math.prod(x.shape[:-1]), integer=scale is not None)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
     if choices is None and m == 8 and scale is None:

@@ -1,0 +1,77 @@
+"""`hsai eval --tasks`: tables, JSON, and what it refuses before anything is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hsai.cli import main
+from tests.cli.conftest import Workshop
+from tests.cli.test_eval import Refuse
+
+TEXT = "import os\n\n\ndef main(argv: list[str]) -> int:\n    return len(argv)\n" * 30
+
+
+def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two formats side by side, by both definitions, on one device and on a mesh."""
+    (place / "code.txt").write_text(TEXT)
+    models = [str(workshop.bundles / name) for name in ("bf16", "int4")]
+    tasks = "perplexity:code.txt,perplexity_llamacpp:code.txt"
+    words = ["eval", *models, "--tasks", tasks, "--window", "32"]
+    assert main([*words, "--json", "one.json"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("bf16", "int4", "perplexity:code.txt", "bits_per_byte"))
+    one = json.loads((place / "one.json").read_text())
+    assert one["rows"] == [] and one["machine"]["cores"] >= 1
+    dense, int4 = one["evaluations"]
+    assert dense["model"] == "bf16" and dense["dtype"] == "float32" and dense["mesh"] is None
+    assert int4["weights"]["int4"] > 0 and dense["weights"] == {"dense": sum(dense["weights"].values())}
+    assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"]
+    windows, chunks = dense["tasks"]
+    assert (windows["window"], windows["stride"]) == (32, 32) and chunks["window"] == 32 and "stride" not in chunks
+    size = windows["metrics"]["bits_per_byte"]["n"]
+    assert size == len(TEXT.encode())
+    assert chunks["metrics"]["perplexity"]["n"] == windows["metrics"]["perplexity"]["n"] // 32 * 15
+    assert main([*words[:2], *words[3:], "--mesh", "4x1x2", "--json", "mesh.json"]) == 0
+    (meshed,) = json.loads((place / "mesh.json").read_text())["evaluations"]
+    assert meshed["mesh"] == {"data": 4, "fsdp": 1, "model": 2}
+    for ours, theirs in zip(meshed["tasks"], dense["tasks"], strict=True):
+        for name, metric in theirs["metrics"].items():
+            assert ours["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5)
+
+
+def test_with_held_out_text(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "code.txt").write_text(TEXT)
+    words = ["eval", str(workshop.bundles / "bf16"), "--tokens", "500", "--corpus", str(workshop.corpus)]
+    assert main([*words, "--tasks", "perplexity:code.txt", "--limit", "2", "--json", "both.json"]) == 0
+    both = json.loads((place / "both.json").read_text())
+    assert both["rows"][0]["heldout_tokens"] == 500 and both["evaluations"][0]["tasks"][0]["limit"] == 2
+    assert "held-out bits/byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--tasks", "hellaswagg"), ("no task 'hellaswagg'", "did you mean hellaswag?")),
+        (("--tasks", "perplexity:nowhere"), ("perplexity:nowhere", "no such file")),
+        (("--limit", "3"), ("--limit goes with --tasks",)),
+        (("--tasks", "piqa", "--speed"), ("--speed", "--corpus")),
+        (("--tasks", "piqa", "--mesh", "2x2"), ("--mesh 2x2", "4x1x2")),
+        (("--tasks", "piqa", "--mesh", "3x1x1"), ("mesh data=3", "8")),
+        (("--tasks", "piqa", "--mesh", "1x1x8"), ("mesh.model=8", "model.")),
+        (("--tasks", "piqa", "--batch-tokens", "0"), ("--batch-tokens 0",)),
+        (("--tasks", "piqa", "--few-shot", "-1"), ("--few-shot -1",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_refused(workshop: Workshop, refuse: Refuse, words: tuple[str, ...], names: tuple[str, ...]) -> None:
+    refuse("eval", workshop.bundles / "int4", *words, names=names)
+
+
+def test_windows_that_do_not_fit(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "short.txt").write_text("def main")
+    model = workshop.bundles / "int4"
+    refuse("eval", model, "--tasks", "perplexity_llamacpp:short.txt", names=("does not fill one window",))
+    refuse("eval", model, "--tasks", "perplexity:short.txt", "--window", "99999", names=("--window 99999", "context"))
+    (place / "empty.txt").write_text("")
+    refuse("eval", model, "--tasks", "perplexity:empty.txt", names=("empty.txt", "no text"))

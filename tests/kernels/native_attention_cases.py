@@ -1,0 +1,106 @@
+"""Attention for native_driver.cc to run without Python, beside the products of native_cases.py.
+
+Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
+"""
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from tests.kernels import oracles
+from tests.kernels.native_cases import ATTENTION, DTYPES, THREADS, Case
+
+CACHES = ("float32", "bfloat16", "int8")
+"""In the order of CacheType in attention_tile.h."""
+
+SHAPES = {
+    # (B, T, S, N, K, H)
+    "decode": (2, 1, 67, 6, 2, 20),
+    "decode of a long cache, in pieces": (2, 1, 1100, 2, 1, 16),
+    "few rows": (2, 3, 65, 2, 2, 8),
+    "prefill": (2, 70, 70, 2, 1, 33),
+    "one of each": (2, 1, 1, 1, 1, 1),
+    "heads of a query in two tiles": (2, 2, 5, 70, 1, 4),
+}
+
+EMPTY = 2**31 - 1
+"""Position of a slot that holds nothing."""
+
+
+def make_case(
+    name: str,
+    *,
+    cache: str = "float32",
+    dtype: str = "float32",
+    window: int = 0,
+    softcap: float = 0.0,
+    segments: bool = False,
+    ragged: bool = False,
+) -> Case:
+    """Attention of the shape of that name, drawn from its own arguments.
+
+    Queries are at the last positions of the keys. With `ragged` rows have different lengths, and what lies in the slots
+    behind them must not matter; the last row is empty, and gives zeros.
+    """
+    batch, queries, keys, heads, kv_heads, head_dim = SHAPES[name]
+    name = f"attention: {name}, {cache}, {dtype}, {window=}, {softcap=}, {segments=}, {ragged=}"
+    rng = np.random.default_rng(list(name.encode()))
+    q = rng.standard_normal((batch, queries, heads, head_dim)).astype(DTYPES[dtype])
+    stored, scales, exact = [], [], []
+    for _ in "kv":
+        numbers = rng.standard_normal((batch, keys, kv_heads, head_dim))
+        if cache == "int8":
+            stored.append(rng.integers(-128, 128, numbers.shape).astype(np.int8))
+            scales.append(rng.uniform(0.005, 0.02, numbers.shape[:3]).astype(np.float32))
+            exact.append(stored[-1].astype(np.float64) * scales[-1][..., None])
+        else:
+            stored.append(numbers.astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[cache]))
+            scales.append(np.zeros(0, np.float32))
+            exact.append(stored[-1].astype(np.float64))
+    at_k = np.tile(np.arange(keys, dtype=np.int32), (batch, 1))
+    at_q = np.tile(np.arange(queries, dtype=np.int32) + keys - queries, (batch, 1))
+    if ragged:
+        lengths = np.append(rng.integers(1, keys + 1, batch - 1), 0)[:, None]
+        at_k = np.where(at_k < lengths, at_k, EMPTY).astype(np.int32)
+        at_q = (lengths - 1 - np.arange(queries)[::-1]).astype(np.int32)
+    marks = [np.sort(rng.integers(0, 3, (batch, n)), axis=1).astype(np.int32) for n in (queries, keys)]
+    if not segments:
+        marks = [np.zeros(0, np.int32)] * 2
+    scale = np.float32(head_dim**-0.5)
+    seen_by = (at_q.astype(np.int64), at_k.astype(np.int64), *(marks if segments else (None, None)))
+    return Case(
+        kind=ATTENTION,
+        name=name,
+        header=(
+            CACHES.index(cache),
+            dtype == "bfloat16",
+            batch,
+            queries,
+            keys,
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            THREADS,
+        ),
+        arrays=(q, *stored, *scales, at_q, at_k, *marks, np.array([softcap, scale], np.float32)),
+        dtype=dtype,
+        expected=oracles.attend(q.astype(np.float64), *exact, *seen_by, window or None, softcap or None, float(scale)),
+        magnitude=np.abs(exact[1]).max(),
+    )
+
+
+def list_cases() -> Iterator[Case]:
+    """Every shape with every cache under both kinds of queries, and every option with every cache."""
+    for cache in CACHES:
+        for shape in SHAPES:
+            yield make_case(shape, cache=cache)
+            if cache != "float32":
+                yield make_case(shape, cache=cache, dtype="bfloat16")
+        for shape in ("decode", "prefill"):
+            yield make_case(shape, cache=cache, window=3)
+            yield make_case(shape, cache=cache, softcap=2.0)
+            yield make_case(shape, cache=cache, segments=True, window=40, softcap=5.0)
+        for shape in ("decode", "decode of a long cache, in pieces", "few rows"):
+            yield make_case(shape, cache=cache, ragged=True)

@@ -1,0 +1,75 @@
+"""Caches of fewer bits than the queries in the TPU and GPU kernels, interpreted, against the float64 oracle.
+
+That these kernels compile for real chips is shown by test_aot.py; the native kernel's turn is test_attention_cpu.py.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hsai_kernels import attention
+from hsai_kernels.interpret import interpret_gpu, interpret_tpu
+from hsai_kernels.ops.attention.shapes import AttentionShape
+from tests.kernels.test_attention_cpu import ask_oracle, draw
+from tests.kernels.tolerances import assert_close
+
+pytestmark = pytest.mark.usefixtures("no_races")
+
+INTERPRETERS: dict[str, Callable[..., Any]] = {"tpu": interpret_tpu, "gpu": interpret_gpu}
+CACHES = [("int8", "float32"), ("int8", "bfloat16"), ("bfloat16", "float32")]
+"""What the cache holds, and the dtype of the queries."""
+DECODE = AttentionShape(batch=2, queries=1, keys=150, heads=6, kv_heads=2, head_dim=24)
+PREFILL = AttentionShape(batch=1, queries=9, keys=131, heads=3, kv_heads=1, head_dim=20)
+
+
+@pytest.mark.parametrize("platform", INTERPRETERS)
+@pytest.mark.parametrize(("cache", "dtype"), CACHES)
+@pytest.mark.parametrize(
+    ("shape", "options"), [(DECODE, {}), (PREFILL, {"segments": True, "window": 40, "softcap": 5.0})], ids=str
+)
+def test_a_narrow_cache_matches_the_oracle(
+    platform: str, cache: str, dtype: str, shape: AttentionShape, options: dict[str, Any]
+) -> None:
+    """Also where rows of a batch end at different places; nobody sees what lies behind them."""
+    options = dict(options)
+    arrays, k, v = draw(shape, dtype, cache, options.pop("segments", False))
+    lengths = np.array([shape.keys, 33])[: shape.batch, None]
+    slots = np.arange(shape.keys)
+    arrays["kv_positions"] = jnp.asarray(np.where(slots < lengths, slots, 2**31 - 1), jnp.int32)
+    arrays["q_positions"] = jnp.asarray(lengths - np.arange(shape.queries)[::-1] - 1, jnp.int32)
+    with INTERPRETERS[platform]():
+        attend = functools.partial(attention, **options, implementation=platform)
+        text = str(jax.make_jaxpr(attend)(**arrays))
+        out = jax.jit(attend)(**arrays)
+    assert "attention_forward" in text and out.dtype == dtype
+    assert_close(out, ask_oracle(arrays, k, v, **options), float(np.abs(v).max()), dtype)
+
+
+@pytest.mark.parametrize("platform", INTERPRETERS)
+@pytest.mark.parametrize(("cache", "learned"), [("int8", ("q", "k_scale", "v_scale")), ("bfloat16", ("q", "k", "v"))])
+def test_gradients_take_the_chunked_backend(platform: str, cache: str, learned: tuple[str, ...]) -> None:
+    arrays, _, _ = draw(PREFILL, "float32", cache)
+
+    def differentiate(implementation: str) -> dict[str, jax.Array]:
+        def loss(some: dict[str, jax.Array]) -> jax.Array:
+            return jnp.sum(jnp.sin(attention(**(arrays | some), implementation=implementation)))
+
+        return jax.jit(jax.grad(loss))({name: arrays[name] for name in learned})
+
+    with INTERPRETERS[platform]():
+        found = differentiate(platform)
+    for name, wanted in differentiate("chunked").items():
+        assert np.any(np.asarray(wanted) != 0)
+        np.testing.assert_array_equal(found[name], wanted, err_msg=name)
+
+
+@pytest.mark.parametrize("platform", INTERPRETERS)
+def test_the_automatic_choice_takes_the_kernel(platform: str) -> None:
+    arrays, _, _ = draw(DECODE, "float32", "int8")
+    with INTERPRETERS[platform]():
+        assert "attention_forward" in str(jax.make_jaxpr(attention)(**arrays))

@@ -23,6 +23,6 @@ import pytest
 from hsai_kernels import native
 
 native.find_library = lambda: os.environ["HSAI_SANITIZED"]
-tests = [f"tests/kernels/test_{name}.py" for name in ("native", "quantized_matmul", "sparse_matmul")]
+tests = [f"tests/kernels/test_{name}.py" for name in ("native", "attention_cpu", "quantized_matmul", "sparse_matmul")]
 sys.exit(pytest.main([*tests, *sys.argv[1:]]))
 END

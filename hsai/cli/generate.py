@@ -65,8 +65,6 @@ def run(parser: Parser, argv: list[str]) -> None:
     sampling = defaults.sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
     )
-    if defaults.ignored:
-        print(f"note: generation_config.json's {', '.join(defaults.ignored)} is not applied", file=sys.stderr)
     # The prompt is echoed with the first text, when nothing can be wrong with it any more.
     unread = [] if arguments.chat else [arguments.prompt]
 
@@ -84,6 +82,8 @@ def run(parser: Parser, argv: list[str]) -> None:
     else:
         done = engine.generate(arguments.prompt, **settings)
     show("\n")
+    if defaults.ignored:
+        print(f"note: generation_config.json's {', '.join(defaults.ignored)} is not applied", file=sys.stderr)
     print(
         f"[{len(done.tokens)} tokens at {done.tokens_per_second:.0f} a second, stopped by {done.finish_reason}]",
         file=sys.stderr,

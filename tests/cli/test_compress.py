@@ -54,7 +54,7 @@ def test_models_that_are_none(workshop: Workshop, place: Path, refuse: Refuse) -
         (place / name).mkdir(parents=True)
     (place / "file").write_text("x")
     words = ("--recipe", recipe("int4"), "--out", "out")
-    refuse("compress", "nowhere", *words, names=("nowhere", "does not exist", "run or of a bundle"))
+    refuse("compress", "nowhere", *words, names=("nowhere", "does not exist", "a bundle"))
     refuse("compress", "empty", *words, names=("empty", "checkpoints", "manifest.json"))
     refuse("compress", "file", *words, names=("file", "run or of a bundle"))
     refuse("compress", "started", *words, names=("started/checkpoints", "no checkpoint"))

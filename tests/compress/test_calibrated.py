@@ -84,8 +84,8 @@ def test_solved_layers_miss_less_of_their_outputs(model: Transformer, format) ->
         float(jnp.linalg.norm(m(tokens)[0] - want))
         for m in (plain, replace_weights(found, {"embed": model.embed.get_value()}))
     ]
-    # Where three of four weights go, and 16 outputs must agree on which, there is less to gain.
-    assert errors[1] < (0.99 if isinstance(format, VNMInt4Config) else 0.9) * errors[0], errors
+    # Where three of four weights go there is less to gain: the model is hardly itself any more.
+    assert errors[1] < (0.99 if isinstance(format, VNMInt4Config | NMConfig) else 0.9) * errors[0], errors
     assert type(found.layers.mlp.up.get_value()).__name__ == type(plain.layers.mlp.up.get_value()).__name__
     assert len(ledger.layers) == 3 * 7 and all(row.damping == 0.01 and not row.note for row in ledger.layers)
     assert {row.layer for row in ledger.layers} == {0, 1, 2}

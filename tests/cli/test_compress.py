@@ -56,7 +56,7 @@ def test_models_that_are_none(workshop: Workshop, place: Path, refuse: Refuse) -
     words = ("--recipe", recipe("int4"), "--out", "out")
     refuse("compress", "nowhere", *words, names=("nowhere", "does not exist", "a bundle"))
     refuse("compress", "empty", *words, names=("empty", "checkpoints", "manifest.json"))
-    refuse("compress", "file", *words, names=("file", "a bundle"))
+    refuse("compress", "file", *words, names=("file", "not a GGUF file"))
     refuse("compress", "started", *words, names=("started/checkpoints", "no checkpoint"))
     packed = workshop.compressed / "int4"
     refuse("compress", packed, *words, names=("int4 already", "dense"), beside=(packed,))

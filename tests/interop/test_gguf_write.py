@@ -63,8 +63,8 @@ def test_llama_cpp_agrees(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         answer = list(zip(range(NEW_TOKENS), llama.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0), strict=False))
         tokens = ids + [token for _, token in answer]
         ours, theirs = our_logits(model, tokens), llama_logits(llama, tokens)
-        # Where a number lies between two entries of a table, its neighbour may be looked up: a bit of float16. Without the
-        # table imitated, all such bits together make 2.3e-3; how many fall the other way is a matter of sums' order.
+        # Where a number lies between two entries of a table, its neighbour may be looked up: a bit of float16. With no
+        # table imitated, all such bits together make 2.3e-3; how many fall the other way depends on the order of sums.
         bound = 2e-4 if CONFIGS[name].activation == "silu" else 2.3e-3
         assert np.abs(ours - theirs).max() < bound
         assert np.median(np.abs(ours - theirs)) < 2e-5

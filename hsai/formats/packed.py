@@ -110,7 +110,7 @@ def check_finite(name: str, x: Any, *, is_scale: bool = False) -> None:
         wanted = "scales are finite and at least 0" if is_scale else "weights are finite"
         count = int(fine.size - np.count_nonzero(fine))
         raise InputError(
-            f"{name} holds {numbers[place]} at {list(place)}, and {wanted} ({count} of {fine.size} are not)"
+            f"{name} holds {float(numbers[place]):g} at {list(place)}, and {wanted} ({count} of {fine.size} are not)"
         )
 
 

@@ -31,7 +31,7 @@ def test_the_checksum_is_that_of_weights_and_tokenizer(plain: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("read", [inspect_model, open_model])
 def test_what_is_no_model(read, copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere does not exist; give the directory of a training run, a bundle or a"):
+    with pytest.raises(InputError, match="nowhere does not exist; give a training run, a bundle, a checkpoint or"):
         read(tmp_path / "nowhere")
     shutil.rmtree(copy)
     copy.mkdir()

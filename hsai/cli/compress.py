@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hsai.cli.corpora import open_own_corpus
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.targets import check_targets, is_kept
@@ -18,7 +19,6 @@ from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.recipe import match_weights
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
-from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelSource, open_model
@@ -111,13 +111,7 @@ def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read --calibration {text}: {error}") from error
         return np.asarray(source.tokenizer.encode(content), np.int32)
-    directory = Path(source.origin.get("corpus", ""))
-    if not directory.name:
-        raise InputError(f"{source.directory} does not say what it was trained on; give --calibration")
-    corpus = open_corpus(directory, verify=True)
-    if corpus.tokenizer.to_json() != source.tokenizer.to_json():
-        raise InputError(f"corpus {directory} was cut by another tokenizer than that of {source.directory}")
-    return corpus.train
+    return open_own_corpus(source, None, "--calibration").train
 
 
 def _report(progress: ProgressBar, name: str, step: str, done: int, total: int) -> None:

@@ -16,10 +16,10 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
+from hsai.cli.corpora import open_own_corpus
 from hsai.cli.parser import Parser
 from hsai.cli.tasks import add_task_arguments, measure_tasks, plan_tasks
 from hsai.data.corpus import Corpus, DataConfig
-from hsai.data.corpus_files import open_corpus
 from hsai.data.loader import Loader
 from hsai.errors import InputError
 from hsai.evaluate.report import make_table as make_task_table
@@ -90,7 +90,7 @@ def _check_writable(path: Path) -> None:
 
 def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: bool) -> dict[str, Any]:
     """One row: what the model weighs, how well it predicts `tokens` held-out tokens, how fast it decodes."""
-    quality = measure_quality(source, open_heldout(source, corpus), tokens)
+    quality = measure_quality(source, open_own_corpus(source, corpus, "--corpus"), tokens)
     held = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
     file = source.directory / WEIGHTS  # of a bundle; a run holds more than weights
     weights = sum(param.get_value().size for param in named_weights(source.model).values())
@@ -109,17 +109,6 @@ def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: boo
         row["decode_tokens_per_second"] = statistics.median(speeds)
         row["decode_spread"] = [speeds[0], speeds[-1]]
     return row
-
-
-def open_heldout(source: ModelSource, corpus: Path | None) -> Corpus:
-    """The corpus to measure on; its tokens must be those of the model."""
-    directory = corpus or Path(source.origin.get("corpus", ""))
-    if not directory.name:
-        raise InputError(f"{source.directory} does not say what it was trained on; give --corpus")
-    found = open_corpus(directory, verify=True)  # a number is only as good as what it was measured on
-    if found.tokenizer.to_json() != source.tokenizer.to_json():
-        raise InputError(f"corpus {directory} was cut by another tokenizer than that of {source.directory}")
-    return found
 
 
 def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> Quality:

@@ -66,6 +66,7 @@ class LayerRow:
     """Its name in the model."""
 
     layer: int
+    """Its number, from 0."""
 
     output_error: float
     """||X (w - v)|| / ||X w|| over calibration."""

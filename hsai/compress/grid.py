@@ -82,3 +82,27 @@ def pattern_of(format: FormatConfig) -> Pattern | None:
             return Pattern(n=format.n, m=format.m, v=format.v)
         case _:
             return None
+
+
+def search_scale(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax.Array:
+    """The scale with the least squared error of each output, as it is stored: (..., G, F) -> (..., 1, F).
+
+    The grid's ratios of the largest magnitude are tried from 1 downwards, as they will be stored; the first wins a tie.
+    One after the other, so that the search needs the memory of a few copies of w, however many there are.
+
+    Args:
+      w: float32, groups of G positions that share a scale.
+      importance: of each position's error, (G, 1) or a number.
+      grid: where values lie.
+    """
+    largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / grid.high
+
+    def try_ratio(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        scale = (largest * ratio).astype(grid.dtype).astype(jnp.float32)
+        error = jnp.sum(importance * jnp.square(w - grid.round(w, scale)), axis=-2, keepdims=True)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
+
+    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
+    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(grid.ratios))
+    return scale.astype(grid.dtype)

@@ -13,16 +13,16 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from hsai.compress import grid
 from hsai.formats import Int4, Int4Config, Int8, Int8Config
-from hsai.formats.int4 import group_absmax, round_to_codes
 
 T = TypeVar("T")
 
-# Shares of the largest magnitude that a scale may reach. Of normal weights the best share has the median 0.90 in groups
-# of 32 and 0.84 in groups of 128. The first is 1, which wins a tie and keeps representable weights exact.
-CLIP_RATIOS = np.linspace(1.0, 0.5, 26, dtype=np.float32)
+INT4 = grid.Grid(low=-8, high=7, group=None, dtype="bfloat16")
+# Of normal weights the best share has the median 0.90 in groups of 32 and 0.84 in groups of 128. The first is 1, which
+# wins a tie and keeps representable weights exact.
+CLIP_RATIOS = INT4.ratios
 
 
 def round_int8(w: jax.Array, config: Int8Config) -> Int8:
@@ -36,25 +36,9 @@ def round_int4(w: jax.Array, config: Int4Config) -> Int4:
 
 
 def search_scale(w: jax.Array, group: int) -> jax.Array:
-    """The int4 scale of each group that rounds it with the least squared error: (D, F) -> bfloat16 (D / group, F).
-
-    Scales are tried as they will be stored, one share of CLIP_RATIOS after the other, so that the search needs the
-    memory of a few copies of w, however many shares there are.
-    """
-    w = w.astype(jnp.float32)
-    largest = group_absmax(w, group) / 7.0
-
-    def try_ratio(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        scale = (largest * ratio).astype(jnp.bfloat16)
-        wide = jnp.repeat(scale.astype(jnp.float32), group, axis=0)
-        missed = w - (round_to_codes(w, scale).astype(jnp.float32) - 8.0) * wide
-        error = jnp.sum(jnp.square(missed).reshape(-1, group, w.shape[-1]), axis=1)
-        better = error < best[0]
-        return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
-
-    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.bfloat16))
-    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(CLIP_RATIOS))
-    return scale
+    """The int4 scale of each group that rounds it with the least squared error: (D, F) -> bfloat16 (D / group, F)."""
+    groups = w.astype(jnp.float32).reshape(-1, group, w.shape[-1])
+    return grid.search_scale(groups, 1.0, INT4)[:, 0]
 
 
 def map_layers(pack: Callable[[jax.Array], T], w: jax.Array) -> T:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.grid import Grid, Pattern
+from hsai.compress.grid import Grid, Pattern, search_scale
 from hsai.formats.nm import nm_mask
 from hsai.formats.vnm import CHOSEN
 
@@ -98,24 +98,6 @@ def solve(
     )
     scale = None if grid is None else column if column is not None else scales[: size // group].astype(grid.dtype)
     return Solved(values[:size], kept[:size], scale, loss)
-
-
-def search_scale(w: jax.Array, importance: jax.Array, grid: Grid) -> jax.Array:
-    """The scale with the least squared error of each output, as it is stored: (G, F) and (G, 1) -> (1, F).
-
-    The grid's ratios of the largest magnitude are tried from 1 downwards; the first wins a tie.
-    """
-    largest = jnp.max(jnp.abs(w), axis=0, keepdims=True) / grid.high
-
-    def try_ratio(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        scale = (largest * ratio).astype(grid.dtype).astype(jnp.float32)
-        error = jnp.sum(importance * jnp.square(w - grid.round(w, scale)), axis=0, keepdims=True)
-        better = error < best[0]
-        return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
-
-    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
-    (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(grid.ratios))
-    return scale.astype(grid.dtype)
 
 
 def _solve_block(

@@ -45,10 +45,10 @@ def run(parser: Parser, argv: list[str]) -> None:
     with no_empty_directories([arguments.cache] if arguments.cache else []), ProgressBar() as progress:
         path = fetch(arguments.name, cache=arguments.cache, progress=progress)
         made = (arguments.cache or default_cache()) / arguments.name
-        if is_gguf(path):
-            path = _import(path, made.with_name(f"{arguments.name}-bundle"), progress)
-        elif path.name.startswith(ARTICLES):
+        if path.name.startswith(ARTICLES):
             path = _write_texts(path, made.with_name(f"{arguments.name}-text"), progress)
+        elif is_gguf(path):
+            path = _import(path, made.with_name(f"{arguments.name}-bundle"), progress)
     print(path)
 
 

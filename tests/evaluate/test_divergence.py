@@ -27,7 +27,7 @@ def _log_probabilities(model: Transformer, groups: list) -> np.ndarray:
 
 def test_against_plain_sums(model: Transformer) -> None:
     groups = draw_groups(1)
-    other = make_model(vocab=model.config.vocab, seed=7)
+    other = make_model("int4")
     scores, mine = Scorer(model, batch_tokens=64).score_and_read(groups)
     assert scores == Scorer(model, batch_tokens=64).score(groups)
     _, theirs = Scorer(other, batch_tokens=128).score_and_read(groups)

@@ -1,8 +1,8 @@
 """Trees of weights as named arrays and back: what checkpoints, bundles and exported graphs hold.
 
 A name is the way to an array through the tree: `layers.attention.q` for a dense weight; a packed one has an array a
-field, `layers.attention.q.words`, and runs those of each part, `layers.attention.q.parts.0.words`. What names cannot say
-(the format, its group or pattern) is one small JSON record a packed weight.
+field, `layers.attention.q.words`, and runs those of each part, `layers.attention.q.parts.0.words`. What names cannot
+say (the format, its group or pattern) is one small JSON record a packed weight.
 """
 
 import dataclasses

@@ -3,10 +3,13 @@
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
 model's own corpus, or a file: --calibration text.txt
+A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
 """
 
+import argparse
 import functools
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,11 @@ import numpy as np
 from hsai.cli.corpora import open_own_corpus
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
+from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_targets, is_kept
 from hsai.compress import RecipeConfig, compress
 from hsai.compress.calibration import digest_windows, draw_windows
+from hsai.compress.ledger import Allocation
 from hsai.compress.recipe import match_weights
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
@@ -33,6 +38,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
+    parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
+    parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
     parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
 
@@ -44,6 +51,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     if len(recipes) < len(arguments.recipe):
         raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
     targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
+    recipes = set_budget(recipes, arguments)
     check_targets(targets.values(), arguments)
     source = open_model(arguments.model)
     for name, recipe in recipes.items():
@@ -76,7 +84,42 @@ def run(parser: Parser, argv: list[str]) -> None:
                     overwrite=arguments.overwrite,
                 )
                 console.print(ledger.table())
+                if ledger.allocation is not None:
+                    _tell_allocation(ledger.allocation)
                 say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+
+
+def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) -> dict[str, RecipeConfig]:
+    """The recipes with the budget of the command line, if one was given.
+
+    Raises:
+      InputError: it is no size, no number of bits, or given twice; or a recipe leaves nothing to choose.
+    """
+    if arguments.budget is None and arguments.bits_per_weight is None:
+        return recipes
+    if arguments.budget is not None and arguments.bits_per_weight is not None:
+        raise InputError("--budget and --bits-per-weight say the same thing; give one of them")
+    option = "--bits-per-weight" if arguments.budget is None else "--budget"
+    size = None if arguments.budget is None else parse_size(arguments.budget, option)
+    changed = {}
+    for name, recipe in recipes.items():
+        if recipe.allocation is None:
+            raise InputError(f"{option}: recipe {name} leaves no choice of formats, which a budget could decide")
+        try:
+            allocation = replace(recipe.allocation, bytes=size, bits_per_weight=arguments.bits_per_weight)
+        except InputError as error:
+            raise InputError(f"{option} {arguments.bits_per_weight:g}: {error}") from error
+        changed[name] = replace(recipe, allocation=allocation)
+    return changed
+
+
+def _tell_allocation(allocation: Allocation) -> None:
+    console.print(allocation.table())
+    if allocation.budget > allocation.most:
+        say(
+            f"the budget of {allocation.budget:,} bytes is more than the candidates can use: "
+            f"the best of them hold {allocation.most:,}"
+        )
 
 
 def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Path | None) -> dict[str, np.ndarray]:

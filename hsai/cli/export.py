@@ -9,13 +9,13 @@ Of several models each gets a directory (or file) of its name under --out.
 import argparse
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
+from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_file, check_targets, is_kept
 from hsai.configuration import to_dict
 from hsai.errors import InputError
@@ -30,7 +30,6 @@ from hsai.interop.huggingface import CONFIG, SHARD_BYTES
 from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 ONLY = {
     "bundle": ("prefill_buckets", "cache", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
@@ -114,7 +113,7 @@ def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> N
 
 
 def _export_checkpoints(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
-    shard_bytes = SHARD_BYTES if arguments.shard_size is None else _parse_size(arguments.shard_size)
+    shard_bytes = SHARD_BYTES if arguments.shard_size is None else parse_size(arguments.shard_size, "--shard-size")
     check_targets(targets, arguments, holding=CONFIG)
     for model in arguments.model:
         inspect_model(model)  # a mistyped name is told before the first model is exported
@@ -167,13 +166,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if arguments.to not in kinds and getattr(arguments, name):
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} is for --to {' or '.join(kinds)}, and this is --to {arguments.to}")
-
-
-def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)(KB|MB|GB)", text)
-    if found is None or int(found[1]) == 0:
-        raise InputError(f"--shard-size {text} is no size; give a whole number of {', '.join(UNITS)}, such as 500MB")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def _check_buckets(buckets: Sequence[int], record: ModelRecord) -> None:

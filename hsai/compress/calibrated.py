@@ -5,7 +5,7 @@ rounded plainly, said so in its row, and does not end the run.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -14,11 +14,21 @@ import numpy as np
 
 from hsai.compress.factor import factorize
 from hsai.compress.grid import grid_of, pattern_of
-from hsai.compress.ledger import LayerRow
+from hsai.compress.ledger import LayerRow, name_format
 from hsai.compress.solver import solve
 from hsai.compress.stream import Grams, stream_blocks
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, NMConfig, NMInt4Config, VNMConfig, VNMInt4Config, Weight, to_dense
+from hsai.formats import (
+    DenseConfig,
+    FormatConfig,
+    NMConfig,
+    NMInt4Config,
+    VNMConfig,
+    VNMInt4Config,
+    Weight,
+    stack_layers,
+    to_dense,
+)
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
@@ -56,9 +66,40 @@ class FeedbackConfig:
 SolverConfig = NearestConfig | FeedbackConfig
 
 
+class BlockSolver:
+    """Packs the weights of one block; those with the same input share its factor."""
+
+    def __init__(self, grams: Grams, plain: Compress) -> None:
+        """Args:
+        grams: of the block's products.
+        plain: packs a weight (D, F) by itself.
+        """
+        self._grams = grams
+        self._plain = plain
+        self._factors: dict[tuple[int, float], tuple[jax.Array, float] | str] = {}
+
+    def pack(
+        self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig
+    ) -> tuple[Weight, float | None, str]:
+        """The weight (D, F) called `name` within its block; the damping that it took; and, if it failed, why.
+
+        A failed one is packed by itself, as are those that are not to be solved, or stay dense: no damping.
+        """
+        if isinstance(config, NearestConfig) or isinstance(format, DenseConfig):
+            return self._plain(w, format), None, ""
+        gram = self._grams[name]
+        key = (id(gram), config.damping)
+        if key not in self._factors:
+            self._factors[key] = _try_factorize(gram, config.damping)
+        found = self._factors[key]
+        if isinstance(found, str):
+            return self._plain(w, format), None, found
+        return pack_solved(w, gram, found[0], format, config), found[1], ""
+
+
 def solve_layers(
     model: Transformer,
-    formats: dict[str, tuple[FormatConfig, FeedbackConfig]],
+    formats: Mapping[str, tuple[Sequence[FormatConfig], FeedbackConfig]],
     tokens: np.ndarray,
     *,
     batch: int,
@@ -69,43 +110,49 @@ def solve_layers(
 
     Args:
       model: with dense weights.
-      formats: of weights below `layers`, by their names in the model, and how they are solved.
+      formats: of weights below `layers`, by their names in the model: the format of each layer, and how it is solved.
       tokens: int32 (N, T).
       batch: sequences at a time.
       plain: packs a weight whose solve fails.
       progress: as for `stream_blocks`.
     Returns: the packed weights (L, D, F) by name, and a row a layer and weight.
     Raises:
-      InputError: see `stream_blocks`; or a weight that no product of a block uses as a matrix.
+      InputError: see `stream_blocks` and `check_observed`.
     """
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
 
     def solve_block(layer: int, block: Block, grams: Grams) -> Block:
-        params = named_weights(block)
+        params, solver = named_weights(block), BlockSolver(grams, plain)
+        check_observed(formats, grams)
         dense: dict[str, Weight] = {}
-        factors: dict[tuple[int, float], tuple[jax.Array, float] | str] = {}
-        for full, (format, config) in formats.items():
+        for full, (chosen, config) in formats.items():
             name = full.removeprefix("layers.")
-            if name not in grams:
-                raise InputError(f"{full} cannot be calibrated: it is no plain product; give it the nearest solver")
-            w, gram = params[name].get_value(), grams[name]
-            key = (id(gram), config.damping)
-            if key not in factors:
-                factors[key] = _try_factorize(gram, config.damping)
-            found = factors[key]
-            if isinstance(found, str):
-                packed, damping, note = plain(w, format), None, found
-            else:
-                packed, damping, note = pack_solved(w, gram, found[0], format, config), found[1], ""
+            w = params[name].get_value()
+            packed, damping, note = solver.pack(name, w, chosen[layer], config)
             dense[name] = to_dense(packed).astype(w.dtype)
-            error = float(_measure(w, dense[name], gram))
-            rows.append(LayerRow(weight=full, layer=layer, output_error=error, damping=damping, note=note))
+            rows.append(
+                LayerRow(
+                    weight=full,
+                    layer=layer,
+                    format=name_format(chosen[layer]),
+                    output_error=float(_measure(w, dense[name], grams[name])),
+                    damping=damping,
+                    note=note,
+                )
+            )
             parts[full].append(packed)
         return replace_weights(block, dense)
 
     stream_blocks(model, tokens, batch=batch, solve=solve_block, progress=progress)
-    return {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) for name, each in parts.items()}, rows
+    return {name: stack_layers(each) for name, each in parts.items()}, rows
+
+
+def check_observed(names: Iterable[str], grams: Grams) -> None:
+    """Raises `InputError` for a weight of the layers that no product of a block uses as a matrix."""
+    for name in names:
+        if name.removeprefix("layers.") not in grams:
+            raise InputError(f"{name} cannot be calibrated: it is no plain product; give it the nearest solver")
 
 
 def pack_solved(

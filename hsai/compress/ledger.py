@@ -4,13 +4,16 @@ Everything counts: norm gains, scales, indices, and weights that no rule touched
 bytes on disk over parameters of the model, or it is not comparable with anybody's.
 """
 
+import collections
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from hsai.compress.allocate import Item, Option
 from hsai.files import write_json_atomic
 from hsai.formats import (
     DenseConfig,
@@ -68,14 +71,93 @@ class LayerRow:
     layer: int
     """Its number, from 0."""
 
+    format: str
+    """For people, as that of a parameter."""
+
     output_error: float
     """||X (w - v)|| / ||X w|| over calibration."""
 
     damping: float | None
-    """What the factorization took; None where it failed, and the weight was rounded plainly."""
+    """What the factorization took; None where it failed, and the weight was rounded plainly, or stayed dense."""
 
     note: str = ""
     """Why, if it failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """How a budget was spent."""
+
+    budget: int
+    """Bytes that all parameters might hold."""
+
+    least: int
+    """What they would hold with the smallest candidates."""
+
+    most: int
+    """What they would hold with the candidates of least loss: a larger budget buys nothing."""
+
+    items: tuple[Item, ...]
+    """What was to be chosen, and among what."""
+
+    chosen: tuple[int, ...]
+    """Which option of each item."""
+
+    @property
+    def options(self) -> list[Option]:
+        """What each item got."""
+        return [item.options[index] for item, index in zip(self.items, self.chosen, strict=True)]
+
+    @property
+    def formats(self) -> dict[str, tuple[FormatConfig, ...]]:
+        """Of each weight by its name: that of each layer, or the one of a table."""
+        found: dict[str, tuple[FormatConfig, ...]] = {}
+        for item, option in zip(self.items, self.options, strict=True):
+            found[item.weight] = (*found.get(item.weight, ()), option.format)
+        return found
+
+    @property
+    def loss(self) -> float:
+        """The sum of what was measured for the choice, in nats a token: a forecast of the divergence."""
+        return sum(option.loss for option in self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the totals, and for each item its choice and all candidates."""
+
+        def describe(option: Option) -> dict[str, Any]:
+            return {"format": name_format(option.format), "bytes": option.bytes, "loss": option.loss}
+
+        choices = [
+            {
+                "weight": item.weight,
+                "layer": item.layer,
+                **describe(option),
+                "candidates": [describe(other) for other in item.options],
+            }
+            for item, option in zip(self.items, self.options, strict=True)
+        ]
+        totals = {"budget": self.budget, "least": self.least, "most": self.most, "loss": self.loss}
+        return {**totals, "choices": choices}
+
+    def table(self) -> Table:
+        """For the console: a row a layer, a column a weight."""
+        table = Table()
+        pairs = list(zip(self.items, self.options, strict=True))
+        names = list(dict.fromkeys(item.weight for item in self.items if item.layer is not None))
+        table.add_column("layer", justify="right", no_wrap=True)
+        for name in names:
+            table.add_column(name.removeprefix("layers."), no_wrap=True)
+        table.add_column("nats a token", justify="right", no_wrap=True)
+        for item, option in pairs:
+            if item.layer is None:
+                cells = [name_format(option.format), *[""] * (len(names) - 1)] if names else []
+                table.add_row(item.weight, *cells, f"{option.loss:.2g}")
+        for layer in sorted({item.layer for item in self.items if item.layer is not None}):
+            row = {item.weight: option for item, option in pairs if item.layer == layer}
+            loss = sum(option.loss for option in row.values())
+            cells = [name_format(row[name].format) if name in row else "" for name in names]
+            table.add_row(str(layer), *cells, f"{loss:.2g}")
+        return table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +169,9 @@ class Ledger:
 
     layers: tuple[LayerRow, ...] = ()
     """What was solved with feedback, layer by layer."""
+
+    allocation: Allocation | None = None
+    """How the budget was spent, where there was one."""
 
     @property
     def bytes(self) -> int:
@@ -104,8 +189,8 @@ class Ledger:
         return 8.0 * self.bytes / self.size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}, and "layers"
-        where something was solved with feedback."""
+        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}, "layers" where
+        something was solved with feedback, and "allocation" where there was a budget."""
         weights = [
             {
                 "weight": row.weight,
@@ -119,7 +204,8 @@ class Ledger:
         ]
         total = {"parameters": self.size, "bytes": self.bytes, "bits_per_weight": self.bits_per_weight}
         layers = {"layers": [dataclasses.asdict(row) for row in self.layers]} if self.layers else {}
-        return {"weights": weights, **layers, **total}
+        allocation = {} if self.allocation is None else {"allocation": self.allocation.to_dict()}
+        return {"weights": weights, **layers, **allocation, **total}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""
@@ -139,6 +225,12 @@ class Ledger:
             error = f"{row.relative_error:.2%}" if row.relative_error else "-"
             table.add_row(row.weight, row.format, shape, f"{row.bytes:,}", f"{row.bits_per_weight:.3f}", error)
         return table
+
+
+def name_formats(formats: Sequence[FormatConfig]) -> str:
+    """Of a weight whose layers have these formats: "int4 g64", or "3 x int8, 9 x int4 g64"."""
+    counts = collections.Counter(map(name_format, formats))
+    return ", ".join(f"{count} x {name}" if len(counts) > 1 else name for name, count in counts.items())
 
 
 def name_format(format: FormatConfig | Weight) -> str:

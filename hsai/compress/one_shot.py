@@ -9,15 +9,16 @@ having been counted against what its format promises.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import FeedbackConfig, solve_layers
-from hsai.compress.ledger import LayerRow, Ledger, LedgerRow, name_format
+from hsai.compress.ledger import Allocation, LayerRow, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import map_layers, round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
@@ -29,11 +30,13 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    Runs,
     TernaryConfig,
     VNMConfig,
     VNMInt4Config,
     Weight,
     nbytes,
+    stack_layers,
     to_dense,
 )
 from hsai.formats.storage import named_weights, replace_weights
@@ -51,28 +54,49 @@ def compress(
     Args:
       model: with dense weights; it is not changed.
       recipe: which weights become what.
-      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for one.
+      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
-      InputError: see `match_weights`; or a weight holds a NaN or an infinity.
+      InputError: see `match_weights`, `solve_layers` and `measure_sensitivities`; or a weight holds a NaN or an
+        infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
     rules = match_weights(recipe, model)
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
-    solved = {
-        name: (rule.format, rule.solver) for name, rule in rules.items() if isinstance(rule.solver, FeedbackConfig)
+    fixed = {name: rule.formats for name, rule in rules.items() if not rule.is_open}
+    formats = {
+        name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
     }
+    allocation: Allocation | None = None
     layers: list[LayerRow] = []
     values: dict[str, Weight] = {}
-    if solved:
-        if calibration is None or recipe.calibration is None:
-            raise ValueError("this recipe solves with feedback; compress needs the calibration's tokens")
+    if recipe.calibration is not None:
+        if calibration is None:
+            raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
         assert isinstance(model, Transformer)
-        batch = recipe.calibration.batch
-        packed, layers = solve_layers(model, solved, calibration, batch=batch, plain=pack_weight, progress=progress)
-        values |= packed
+        if recipe.allocation is not None:
+            allocation = spend_budget(
+                model,
+                recipe.allocation,
+                {name: (rule.formats, rule.solver) for name, rule in rules.items() if rule.is_open},
+                fixed,
+                calibration,
+                batch=recipe.calibration.batch,
+                seed=recipe.calibration.seed,
+                plain=pack_weight,
+                progress=progress,
+            )
+            formats |= allocation.formats
+        solved = {
+            name: (formats[name], rule.solver)
+            for name, rule in rules.items()
+            if isinstance(rule.solver, FeedbackConfig)
+        }
+        if solved:
+            batch = recipe.calibration.batch
+            values, layers = solve_layers(model, solved, calibration, batch=batch, plain=pack_weight, progress=progress)
     rows: list[LedgerRow] = []
     done = 0
     for name, param in params.items():
@@ -80,9 +104,9 @@ def compress(
         after, error = before, 0.0
         if name in rules:
             if name not in values:
-                values[name] = pack_weight(before, rules[name].format)
+                values[name] = pack_layers(before, formats[name])
             after = values[name]
-            check_bytes(name, after, rules[name].format)
+            check_bytes(name, after, formats[name])
             error = float(measure_error(before, after))
             done += 1
             if progress is not None:
@@ -90,13 +114,20 @@ def compress(
         rows.append(
             LedgerRow(
                 weight=name,
-                format=name_format(rules[name].format if name in rules else after),
+                format=name_formats(formats[name]) if name in rules else name_format(after),
                 shape=tuple(after.shape),
                 bytes=nbytes(after),
                 relative_error=error,
             )
         )
-    return replace_weights(model, values), Ledger(rows=tuple(rows), layers=tuple(layers))
+    return replace_weights(model, values), Ledger(rows=tuple(rows), layers=tuple(layers), allocation=allocation)
+
+
+def pack_layers(w: jax.Array, formats: Sequence[FormatConfig]) -> Weight:
+    """A dense weight (D, F) in its one format, or (L, ...) with one for each layer, from the weight alone."""
+    if len(set(formats)) == 1:
+        return pack_weight(w, formats[0])
+    return stack_layers([pack_weight(layer, format) for layer, format in zip(w, formats, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnames="format")
@@ -125,17 +156,29 @@ def measure_error(w: jax.Array, packed: Weight) -> jax.Array:
         wide, held = pair[0].astype(jnp.float32), to_dense(pair[1]).astype(jnp.float32)
         return jnp.sum(jnp.square(wide - held)), jnp.sum(jnp.square(wide))
 
-    # Layer by layer as well: a whole stack made dense again would be the largest array of all.
-    missed, whole = measure((w, packed)) if w.ndim == 2 else jax.lax.map(measure, (w, packed))
-    missed, whole = jnp.sum(missed), jnp.sum(whole)
+    runs = zip(packed.starts, packed.parts, strict=True) if isinstance(packed, Runs) else [(0, packed)]
+    missed = whole = jnp.zeros((), jnp.float32)
+    for first, part in runs:
+        if w.ndim == 2:
+            sums = measure((w, part))
+        else:  # layer by layer as well: a whole stack made dense again would be the largest array of all
+            sums = jax.lax.map(measure, (w[first : first + part.shape[0]], part))
+        missed, whole = missed + jnp.sum(sums[0]), whole + jnp.sum(sums[1])
     return jnp.sqrt(jnp.where(whole > 0, missed / whole, 0.0))
 
 
-def check_bytes(name: str, value: Weight, format: FormatConfig) -> None:
-    """Raises RuntimeError unless the arrays of a packed weight hold exactly the bytes that its format promises."""
-    promised = round(format.invariant_bits(value.shape[-2]) * math.prod(value.shape)) / 8
+def check_bytes(name: str, value: Weight, formats: Sequence[FormatConfig]) -> None:
+    """Raises RuntimeError unless the arrays of a packed weight hold exactly the bytes that its formats promise, of
+    which each holds for an equal share of it."""
+    share = math.prod(value.shape) // len(formats)
+    promised = sum(round(format.invariant_bits(value.shape[-2]) * share) for format in formats) / 8
     if nbytes(value) != promised:
-        raise RuntimeError(f"{name} of shape {tuple(value.shape)} has {nbytes(value)} bytes, {format} says {promised}")
+        stated = name_formats(formats)
+        raise RuntimeError(f"{name} of shape {tuple(value.shape)} has {nbytes(value)} bytes, {stated} says {promised}")
+
+
+def _is_stacked(name: str) -> bool:
+    return name.startswith("layers.")
 
 
 def _check_finite(name: str, value: Weight) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 
 import jax
 
+from hsai.compress.allocate import AllocationConfig, check_budget
+from hsai.compress.budget import count_least
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.ledger import name_format
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig, Packed
 from hsai.formats.storage import NAMES, named_weights
@@ -27,8 +30,8 @@ class Rule:
     pattern: str
     """Shell-style pattern on the dotted name: "layers.mlp.*", "layers.attention.[qkv]", "*embed", "*"."""
 
-    format: FormatConfig
-    """What these weights become."""
+    format: FormatConfig | tuple[FormatConfig, ...]
+    """What these weights become. Of several candidates an allocation chooses one for each layer of each weight."""
 
     solver: SolverConfig = NearestConfig()
     """How their values, scales and masks are found."""
@@ -36,16 +39,31 @@ class Rule:
     def __post_init__(self) -> None:
         if not self.pattern:
             raise InputError("rule pattern='' matches no weight; '*' matches all")
+        if isinstance(self.format, tuple) and len(set(self.format)) != max(len(self.format), 2):
+            raise InputError(
+                f"rule {self.pattern!r}: candidates ({', '.join(map(name_format, self.format))}) leave nothing to "
+                "choose; give two or more that differ, or one format by itself"
+            )
         if isinstance(self.solver, FeedbackConfig):
-            if isinstance(self.format, DenseConfig):
+            if all(isinstance(format, DenseConfig) for format in self.formats):
                 raise InputError(
                     f"rule {self.pattern!r}: a dense format has nothing to solve; leave its solver nearest"
                 )
-            if self.solver.mask != "joint" and not hasattr(self.format, "mask"):
+            if self.solver.mask != "joint" and not any(hasattr(format, "mask") for format in self.formats):
                 raise InputError(
-                    f"rule {self.pattern!r}: {self.format.format} prunes nothing, so solver mask={self.solver.mask!r} "
-                    "has no effect; leave it 'joint'"
+                    f"rule {self.pattern!r}: {', '.join(format.format for format in self.formats)} prunes nothing, so "
+                    f"solver mask={self.solver.mask!r} has no effect; leave it 'joint'"
                 )
+
+    @property
+    def formats(self) -> tuple[FormatConfig, ...]:
+        """The candidates, or the one format."""
+        return self.format if isinstance(self.format, tuple) else (self.format,)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the format is yet to be chosen."""
+        return isinstance(self.format, tuple)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,10 @@ class RecipeConfig:
     """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
 
     calibration: CalibrationConfig | None = None
-    """The text that solvers with feedback see; none where no rule has one."""
+    """The text that solvers with feedback see, and an allocation; none where there is neither."""
+
+    allocation: AllocationConfig | None = None
+    """The budget by which candidates are chosen; none where each rule has one format."""
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -64,17 +85,38 @@ class RecipeConfig:
         solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
         if solved and self.calibration is None:
             raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
-        if self.calibration is not None and not solved:
+        if self.calibration is not None and not solved and self.allocation is None:
             raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
+        choices = [rule.pattern for rule in self.rules if rule.is_open]
+        if choices and self.allocation is None:
+            raise InputError(
+                f"rule {choices[0]!r} leaves a choice of formats, which needs a budget (allocation=AllocationConfig())"
+            )
+        if self.allocation is not None:
+            self._check_allocation(self.allocation, bool(choices))
+
+    def _check_allocation(self, allocation: AllocationConfig, has_choice: bool) -> None:
+        if not has_choice:
+            raise InputError("allocation is set, and every rule has one format: there is nothing to choose")
+        if self.calibration is None:
+            raise InputError("an allocation measures sensitivities, which needs a calibration")
+        available = self.calibration.tokens // self.calibration.sequence_length
+        if allocation.windows > available or allocation.windows % self.calibration.batch:
+            raise InputError(
+                f"allocation.windows={allocation.windows} must be a multiple of calibration.batch="
+                f"{self.calibration.batch}, and at most the {available} windows of the calibration"
+            )
 
 
 def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
     """The rule of each weight that the recipe changes, in the order of the model. Arrays are not touched.
 
     Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
-    format does not divide a weight, or if a weight is packed already.
+    format does not divide a weight, if a weight is packed already, if candidates are for weights whose sensitivity
+    nobody can measure, or if they cannot meet the budget.
     """
-    params = {name: param for name, param in named_weights(model).items() if is_matrix(param)}
+    every = named_weights(model)
+    params = {name: param for name, param in every.items() if is_matrix(param)}
     deciding: dict[str, int] = {}
     for name in params:
         for number, rule in enumerate(recipe.rules):
@@ -86,12 +128,22 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
     rules = {name: recipe.rules[number] for name, number in deciding.items()}
     for name, rule in rules.items():
-        _check_fits(name, params[name].get_value(), rule.format)
+        for format in rule.formats:
+            _check_fits(name, params[name].get_value(), format)
+        if rule.is_open and "experts" in params[name].get_metadata("out_sharding"):
+            raise InputError(
+                f"{name}: what experts are sensitive to cannot be measured; give them a rule with one format, before "
+                "this one"
+            )
         if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers."):
             raise InputError(
                 f"{name}: a solver with feedback calibrates the weights of layers only; give it a rule of its own "
                 "with the nearest solver, before this one"
             )
+    if recipe.allocation is not None:
+        shapes = {name: param.get_value() for name, param in every.items()}
+        budget = recipe.allocation.count_bytes(sum(value.size for value in shapes.values()))
+        check_budget(budget, count_least(shapes, {name: rule.formats for name, rule in rules.items()}))
     return rules
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.errors import InputError
-from hsai.formats import to_dense
+from hsai.formats import take_layer, to_dense
 from hsai.formats.observed import Notes, Observed
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
@@ -92,7 +92,7 @@ def stream_blocks(
 
 def take_block(model: Transformer, layer: int) -> Block:
     """The weights of one layer, dense."""
-    block: Block = jax.tree.map(lambda leaf: leaf[layer], model.layers)
+    block: Block = take_layer(model.layers, layer)
     return replace_weights(block, {name: to_dense(param.get_value()) for name, param in named_weights(block).items()})
 
 

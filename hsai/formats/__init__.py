@@ -10,6 +10,7 @@ from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
+from hsai.formats.runs import Runs, scan_layers, stack_layers, take_layer
 from hsai.formats.ternary import Ternary, TernaryConfig
 from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
 
@@ -31,6 +32,7 @@ __all__ = [
     "NMInt4",
     "NMInt4Config",
     "Packed",
+    "Runs",
     "Ternary",
     "TernaryConfig",
     "VNMConfig",
@@ -43,6 +45,9 @@ __all__ = [
     "nbytes",
     "nm_mask",
     "project",
+    "scan_layers",
+    "stack_layers",
+    "take_layer",
     "to_dense",
     "vnm_mask",
 ]

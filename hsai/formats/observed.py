@@ -1,8 +1,9 @@
-"""Observed: a weight that takes note of what it is multiplied by; calibration puts it in the place of the real one.
+"""Weights that look on; calibration puts them in the place of the real ones.
 
-Solvers need H = X^T X of each product's input X, and the model is written once, without hooks. `project` is the one
-place that all products pass, so it is where a weight may look on. An observed weight lives within one trace: it is made
-inside of the function that is compiled, and that function returns what was noted.
+The model is written once, without hooks, and `project` is the one place that all products pass. `Observed` takes note
+there of what it is multiplied by, for H = X^T X of the solvers. It lives within one trace: it is made inside of the
+function that is compiled, and that function returns what was noted. `Tapped` has the gradient of what it gives squared
+and summed, for the sensitivities of an allocation; jax's own differentiation carries that out of any scan.
 """
 
 import dataclasses
@@ -59,3 +60,40 @@ class Observed(Packed):
 
     def dense(self) -> jax.Array:
         return to_dense(self.value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tapped(Packed):
+    """`value`, and `sink`, float32 (..., F): zeros, with sum g^2 for a gradient, g that of each row of the product."""
+
+    value: Weight
+    sink: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    def dense(self) -> jax.Array:
+        return to_dense(self.value)
+
+    def tap(self, y: jax.Array) -> jax.Array:
+        """y (..., F) itself."""
+        return _tap(y, self.sink)
+
+
+@jax.custom_vjp
+def _tap(y: jax.Array, sink: jax.Array) -> jax.Array:
+    return y
+
+
+def _tap_forward(y: jax.Array, sink: jax.Array) -> tuple[jax.Array, None]:
+    return y, None
+
+
+def _tap_backward(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # No gradient of anything, but a sum over rows that adds up over batches as one does.
+    return grad, jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(grad.ndim - 1)))
+
+
+_tap.defvjp(_tap_forward, _tap_backward)

@@ -13,7 +13,7 @@ from hsai.formats.int4 import Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
-from hsai.formats.observed import Observed
+from hsai.formats.observed import Observed, Tapped
 from hsai.formats.packed import Packed, Weight, to_dense
 from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
@@ -42,6 +42,8 @@ def project(
     if isinstance(w, Observed):
         w.notes.add(w.name, x)
         w = w.value
+    if isinstance(w, Tapped):
+        return w.tap(project(x, w.value, out_axes=out_axes, in_axis=in_axis, out_dtype=out_dtype))
     if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
         y = _multiply_parts(x.astype(out_dtype), w, in_axis, out_axes)
     else:
@@ -137,7 +139,8 @@ def lookup(w: Weight, ids: jax.Array, *, dtype: jnp.dtype, out_axes: Axes) -> ja
       out_axes: logical axes of the result.
     Returns: (B, T, D), constrained to `out_axes`.
     """
-
+    if isinstance(w, Tapped):
+        return w.tap(lookup(w.value, ids, dtype=dtype, out_axes=out_axes))
     # The table is collected over the axes of the batch, as for a product; each device then reads its own tokens.
     whole = jax.tree.map(lambda leaf: constrain(leaf, None, "vocab"), w)
     flat = ids.reshape(-1)

@@ -1,8 +1,8 @@
 """Trees of weights as named arrays and back: what checkpoints, bundles and exported graphs hold.
 
 A name is the way to an array through the tree: `layers.attention.q` for a dense weight; a packed one has an array a
-field, `layers.attention.q.words`. What names cannot say (the format, its group or pattern) is one small JSON record a
-packed weight.
+field, `layers.attention.q.words`, and runs those of each part, `layers.attention.q.parts.0.words`. What names cannot
+say (the format, its group or pattern) is one small JSON record a packed weight.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
 from hsai.formats.packed import Packed, Weight, check_finite, to_dense
+from hsai.formats.runs import Runs
 from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
 
@@ -32,7 +33,8 @@ PACKED: dict[str, type[Packed]] = {
     "vnm": VNM,
     "vnm_int4": VNMInt4,
 }
-NAMES = {kind: name for name, kind in PACKED.items()}
+RUNS = "runs"
+NAMES: dict[type[Packed], str] = {kind: name for name, kind in PACKED.items()} | {Runs: RUNS}
 
 
 def join_path(path: tuple[Any, ...]) -> str:
@@ -85,16 +87,18 @@ def replace_weights(tree: T, values: Mapping[str, Weight]) -> T:
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """The JSON record of every parameter: {"format": "int4"} with the static fields of the format, or "dense"."""
-    records: dict[str, dict[str, Any]] = {}
-    for name, param in named_weights(tree).items():
-        value = param.get_value()
-        if isinstance(value, Packed):
-            static = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("static")}
-            records[name] = {"format": NAMES[type(value)], **static}
-        else:
-            records[name] = {"format": "dense"}
-    return records
+    """The JSON record of every parameter: {"format": "int4"} with the static fields of the format, or "dense"; of runs,
+    {"format": "runs", "parts": [a record each]}."""
+    return {name: _describe_weight(param.get_value()) for name, param in named_weights(tree).items()}
+
+
+def _describe_weight(value: Weight) -> dict[str, Any]:
+    if isinstance(value, Runs):
+        return {"format": RUNS, "parts": [_describe_weight(part) for part in value.parts]}
+    if isinstance(value, Packed):
+        static = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("static")}
+        return {"format": NAMES[type(value)], **static}
+    return {"format": "dense"}
 
 
 def restore(model: T, records: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, Any]) -> T:
@@ -126,6 +130,8 @@ def restore(model: T, records: Mapping[str, Mapping[str, Any]], arrays: Mapping[
 def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, Any]) -> tuple[Weight, set[str]]:
     """The value that a record and its arrays describe, and the names of those arrays."""
     kind = record.get("format")
+    if kind == RUNS:
+        return _restore_runs(name, record, arrays)
     if kind == "dense":
         _require(name in arrays, f"array {name!r} is missing")
         kind = arrays[name].dtype
@@ -133,7 +139,7 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
         check_finite(repr(name), arrays[name])
         return arrays[name], {name}
     if kind not in PACKED:
-        raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(PACKED)}")
+        raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(NAMES.values())}")
     values: dict[str, Any] = {}
     names: set[str] = set()
     for field in dataclasses.fields(PACKED[kind]):
@@ -153,6 +159,23 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
         reason = str(error).splitlines()[0]
         raise InputError(f"the arrays of {name!r} do not fit together as {kind}: {reason}") from error
     return value, names
+
+
+def _restore_runs(name: str, record: Mapping[str, Any], arrays: Mapping[str, Any]) -> tuple[Runs, set[str]]:
+    """As `_restore_weight`, of a record with the records of its parts."""
+    records = record.get("parts")
+    sound = isinstance(records, list) and records and all(isinstance(part, Mapping) for part in records)
+    _require(bool(sound), f"{name!r} is of runs, and its record has no list of parts")
+    parts: list[Weight] = []
+    names: set[str] = set()
+    for index, part in enumerate(records or ()):
+        _require(part.get("format") != RUNS, f"part {index} of {name!r} is of runs itself")
+        value, used = _restore_weight(f"{name}.parts.{index}", part, arrays)
+        fits = value.ndim > 2 and value.shape[0] > 0 and (not parts or value.shape[1:] == parts[0].shape[1:])
+        _require(fits, f"part {index} of {name!r} has shape {list(value.shape)}, which is no run of its layers")
+        parts.append(value)
+        names |= used
+    return Runs(tuple(parts)), names
 
 
 def _require(condition: bool, fault: str) -> None:

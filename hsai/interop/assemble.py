@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from hsai.errors import InputError
-from hsai.formats import Packed
+from hsai.formats import Packed, Runs
 from hsai.formats.storage import NAMES, named_arrays, named_weights, replace_weights
 from hsai.interop.entries import Entry, check_cover
 from hsai.models import Transformer, TransformerConfig
@@ -93,7 +93,11 @@ def disassemble(
                 "export the dense model, or have it dequantized"
             )
     for entry in entries:
-        piece = jax.tree.map(lambda array, at=entry.index: array[at] if at else array, values[entry.leaf])
+        value, index = values[entry.leaf], entry.index
+        if isinstance(value, Runs):
+            first, value = value.find(index[0])
+            index = (index[0] - first, *index[1:])
+        piece = jax.tree.map(lambda array, at=index: array[at] if at else array, value)
         dense = piece.dense() if isinstance(piece, Packed) else piece
         yield entry, entry.to_foreign(np.asarray(jax.device_get(dense)))
 

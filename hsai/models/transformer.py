@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import lookup, project
+from hsai.formats import lookup, project, scan_layers
 from hsai.models.attention import Attention
 from hsai.models.cache import CacheFormat, KVCache, LayerCache, StoredArrays, make_cache
 from hsai.models.layers import RMSNorm, declare
@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
         carry: Carry = (x, None if cache is None else cache.stored)
-        (x, stored), _ = jax.lax.scan(step, carry, (self.layers, jnp.arange(self.config.layers)))
+        x, stored = scan_layers(step, carry, self.layers, self.config.layers)
         if cache is not None and stored is not None:
             cache = KVCache.from_stored(stored, cache.lengths + tokens.shape[1])
         return self.final_norm(x), cache

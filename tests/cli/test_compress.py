@@ -115,3 +115,58 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(os, function, fail)
     recipes = [recipe(name) for name in ("int8", "int4")]
     refuse("compress", workshop.run, "--recipe", *recipes, "--out", "a/b/c", names=("No space left on device",))
+
+
+BUDGET_RECIPE = """
+from hsai.compress.allocate import AllocationConfig
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.formats import Int4Config, Int8Config, TernaryConfig
+
+def get_config():
+    blocks, tables = (Int8Config(), Int4Config(), TernaryConfig()), (Int8Config(), Int4Config())
+    return RecipeConfig(
+        rules=(Rule(pattern="layers.*", format=blocks, solver=FeedbackConfig()), Rule(pattern="*", format=tables)),
+        calibration=CalibrationConfig(tokens=1024, sequence_length=64, batch=4),
+        allocation=AllocationConfig(bits_per_weight=6.0, windows=4),
+    )
+"""
+
+
+def test_a_budget_of_the_command_line_is_kept(
+    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.py").write_text(BUDGET_RECIPE)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py"]
+    bytes_of = {}
+    for name, option in {"own": [], "bits": ["--bits-per-weight", "4.5"], "size": ["--budget", "250KB"]}.items():
+        assert main([*words, "--out", name, *option]) == 0
+        said = capsys.readouterr().out
+        extra = read_bundle(place / name).manifest.extra
+        allocation = extra["ledger"]["allocation"]
+        bytes_of[name] = extra["ledger"]["bytes"]
+        assert bytes_of[name] <= allocation["budget"] and "nats a token" in said
+        assert ("more than the candidates can use" in said) == (allocation["budget"] > allocation["most"])
+        assert main(["generate", name, "def ", "--max-tokens", "3"]) == 0
+    assert bytes_of["own"] > bytes_of["size"] and bytes_of["own"] > bytes_of["bits"]
+    assert extra["recipe"]["allocation"]["bytes"] == 250_000 and allocation["budget"] == 250_000
+    # What was made under one budget is not taken for what another would make.
+    capsys.readouterr()
+    assert main([*words, "--out", "size", "--budget", "250KB", "--reuse"]) == 0
+    assert "reusing" in capsys.readouterr().out
+    assert main([*words, "--out", "size", "--budget", "1GB", "--reuse", "--overwrite"]) == 0
+    assert "more than the candidates can use" in capsys.readouterr().out
+
+
+def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "mine.py").write_text(BUDGET_RECIPE)
+    words = ("compress", workshop.run, "--out", "out", "--recipe", "mine.py")
+    refuse(*words, "--budget", "5KB", names=("recipe mine: a budget of 5,000 bytes cannot be met", "the model has "))
+    refuse(*words, "--bits-per-weight", "1.5", names=("recipe mine: a budget of", "cannot be met"))
+    refuse(*words, "--budget", "60", names=("--budget 60 is no size", "500MB"))
+    refuse(*words, "--budget", "0MB", names=("--budget 0MB is no size",))
+    refuse(*words, "--bits-per-weight", "0", names=("--bits-per-weight 0", "above 0 and at most 32"))
+    refuse(*words, "--bits-per-weight", "few", names=("--bits-per-weight", "'few'"))
+    refuse(*words, "--budget", "1MB", "--bits-per-weight", "3", names=("--budget", "--bits-per-weight", "one of them"))
+    refuse(*words, recipe("int4"), "--budget", "1MB", names=("--budget: recipe int4 leaves no choice of formats",))

@@ -158,10 +158,10 @@ def test_a_format_that_does_not_fit_stops_it_before_any_work(model: Transformer)
 
 def test_a_value_that_holds_more_than_its_format_promises_is_a_defect() -> None:
     packed = Int4Config(group=32).pack(jnp.ones((64, 8)))
-    check_bytes("w", packed, Int4Config(group=32))
+    check_bytes("w", packed, (Int4Config(group=32),))
     wide = dataclasses.replace(packed, scale=packed.scale.astype(jnp.float32))
     with pytest.raises(RuntimeError, match=r"w of shape \(64, 8\) has 320 bytes, .* says 288"):
-        check_bytes("w", wide, Int4Config(group=32))
+        check_bytes("w", wide, (Int4Config(group=32),))
 
 
 def test_compression_is_repeatable(model: Transformer, mixed) -> None:

@@ -24,6 +24,15 @@ MODEL = abstract_transformer(CONFIG)
 MATRICES = ["embed", *(f"layers.attention.{w}" for w in "koqv"), *(f"layers.mlp.{w}" for w in ("down", "gate", "up"))]
 
 
+BUDGET_TABLES = (Int8Config(), Int4Config(group=32), Int4Config(group=64))
+BUDGET_BLOCKS = (
+    *BUDGET_TABLES,
+    NMInt4Config(n=4, m=8, group=64),
+    NMInt4Config(n=2, m=4, group=64),
+    TernaryConfig(group=64),
+)
+
+
 def make_recipe(**rules) -> RecipeConfig:
     return RecipeConfig(rules=tuple(Rule(pattern=pattern, format=format) for pattern, format in rules.items()))
 
@@ -115,6 +124,7 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("joint_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24_int4"),
         ("joint_nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm48_int4"),
         ("joint_vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "vnm28_int4"),
+        ("budget", BUDGET_TABLES, BUDGET_BLOCKS, None),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -133,7 +143,7 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
 def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
     names = {path.stem for path in RECIPES.glob("*.py")}
     plain = {"bf16", "int8", "int4", "nm24", "nm24_int4", "nm28_int4", "nm48_int4", "ternary", "vnm28_int4"}
-    assert names == plain | {"gptq_int4", "joint_nm24_int4", "joint_nm48_int4", "joint_vnm28_int4"}
+    assert names == plain | {"budget", "gptq_int4", "joint_nm24_int4", "joint_nm48_int4", "joint_vnm28_int4"}
     for name in names:
         text = (RECIPES / f"{name}.py").read_text()
         assert (

@@ -1,0 +1,210 @@
+"""Sensitivities: by how much the model's loss is expected to rise if one weight of one layer takes a candidate format.
+
+The loss is the KL divergence of the model's predictions to what they were. Where nothing has changed it has no slope,
+and its curvature is the Fisher matrix (2306.07629, section 4.1, weights single weights by that matrix's diagonal). For
+a product y = x W, whose x and whose gradients g at y are taken to be independent, it is E[x x^T] (x) E[g g^T] (K-FAC,
+1503.05671, section 3), of which the second factor's diagonal does, for rounding errors of different outputs have
+nothing to do with each other:
+
+    loss(v) = 1/2 sum_f E[g_f^2] (w - v)_f^T E[x x^T] (w - v)_f    nats a token.
+
+Expectations are over tokens of calibration text and over labels drawn from the model itself. g comes from one backward
+pass over a few windows, x x^T from the same pass block by block that solvers make; v is the candidate as it would be
+solved. A table of embeddings is a product with one-hot x, and x x^T counts tokens; the gradient of the head is known:
+E[g_f^2] = p_f (1 - p_f).
+
+B batch, T query, D contraction, F outputs, V vocabulary, C positions in a chunk.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hsai.compress.allocate import Item, Option
+from hsai.compress.calibrated import BlockSolver, Compress, SolverConfig, check_observed
+from hsai.compress.stream import Grams, stream_blocks
+from hsai.errors import InputError
+from hsai.formats import FormatConfig, Weight, nbytes, to_dense
+from hsai.formats.observed import Tapped
+from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import Transformer
+from hsai.models.transformer import Block
+
+CHUNK = 128
+"""Positions of a row whose logits exist together."""
+
+Candidates = Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]]
+Progress = Callable[[str, int, int], None]
+Moments = Mapping[str, jax.Array]
+"""sum g^2 over all tokens at the outputs of each weight, float32 (L, F), or (F,) of a table; and of the head, besides
+sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs."""
+
+LOOKUP, LABELS, INPUTS = "embed", "head labels", "head inputs"
+
+
+def measure_sensitivities(
+    model: Transformer,
+    candidates: Candidates,
+    tokens: np.ndarray,
+    *,
+    batch: int,
+    seed: int,
+    plain: Compress,
+    progress: Progress | None = None,
+) -> list[Item]:
+    """What every candidate of every layer would cost: an item for each layer and weight, and for each table.
+
+    Args:
+      model: with dense weights.
+      candidates: formats of weights by their names in the model, and how they would be solved.
+      tokens: int32 (N, T).
+      batch: B, sequences at a time; N is a multiple of it.
+      seed: draws the labels.
+      plain: packs a weight that is not to be solved, or whose solve fails.
+      progress: called with ("measuring gradients", sequences done, in all) and ("trying formats", layers done, in all).
+    Raises:
+      InputError: gradients are not finite; see `stream_blocks` and `check_observed`.
+    """
+    blocks = {name: found for name, found in candidates.items() if name.startswith("layers.")}
+    moments = sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
+    items: list[Item] = []
+    for name in candidates:
+        if name not in blocks:
+            items.append(_price_table(model, name, candidates[name][0], moments, tokens, plain))
+
+    def try_block(layer: int, block: Block, grams: Grams) -> Block:
+        check_observed(blocks, grams)
+        params, solver = named_weights(block), BlockSolver(grams, plain)
+        for full, (formats, config) in blocks.items():
+            name = full.removeprefix("layers.")
+            w, options = params[name].get_value(), []
+            for format in formats:
+                packed, _, _ = solver.pack(name, w, format, config)
+                loss = _price(w, packed, grams[name], moments[full][layer], tokens.size)
+                options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
+            items.append(Item(weight=full, layer=layer, options=tuple(options)))
+        return block
+
+    def report(_: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress("trying formats", done, total)
+
+    if blocks:
+        stream_blocks(model, tokens, batch=batch, solve=try_block, progress=report)
+    return items
+
+
+def sum_gradients(
+    model: Transformer,
+    names: Sequence[str],
+    tokens: np.ndarray,
+    *,
+    batch: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> Moments:
+    """`Moments` of the weights `names` below `layers`, of the embedding table's look-ups, and of the head.
+
+    On the devices are the weights, the residual stream of a batch at every layer, and one block's activations.
+
+    Raises:
+      InputError: gradients are not finite.
+    """
+
+    @jax.jit
+    def pull(model: Transformer, tokens: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+        params = {name: named_weights(model)[name].get_value() for name in (*names, LOOKUP)}
+
+        def forward(sinks: dict[str, jax.Array]) -> jax.Array:
+            tapped: dict[str, Weight] = {name: Tapped(params[name], sink) for name, sink in sinks.items()}
+            hidden, _ = replace_weights(model, tapped)(tokens, remat="full")
+            return hidden
+
+        sinks = {name: jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32) for name, w in params.items()}
+        sinks[LOOKUP] = jnp.zeros(model.config.embed, jnp.float32)
+        hidden, back = jax.vjp(forward, sinks)
+        d_hidden, labels, inputs = draw_labels(model, hidden, key)
+        found: dict[str, jax.Array] = back(d_hidden)[0]
+        return found | {LABELS: labels, INPUTS: inputs}
+
+    sums: dict[str, jax.Array] = {}
+    for start in range(0, len(tokens), batch):
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        found = pull(model, jnp.asarray(tokens[start : start + batch]), key)
+        sums = found if not sums else {name: sums[name] + found[name] for name in sums}
+        if progress is not None:
+            progress("measuring gradients", start + batch, len(tokens))
+    for name, moment in sums.items():
+        if not bool(jnp.all(jnp.isfinite(moment))):
+            raise InputError(
+                f"{name}: gradients over calibration are NaN or infinite, so that nothing can be allocated"
+            )
+    return sums
+
+
+def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position;
+    the sum of p (1 - p), float32 (V,); and that of x x^T, float32 (D, D). Logits exist for a chunk at a time."""
+    batch, length, width = hidden.shape
+    chunk = min(CHUNK, length)
+    padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
+    pieces = jnp.moveaxis(padded.reshape(batch, -1, chunk, width), 1, 0)
+    starts = jnp.arange(len(pieces)) * chunk
+
+    def step(
+        sums: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        x, start = scanned
+        logits, back = jax.vjp(model.logits, x)
+        there = (start + jnp.arange(chunk) < length)[None, :, None]
+        p = jax.nn.softmax(logits, axis=-1)
+        label = jax.random.categorical(jax.random.fold_in(key, start), logits)
+        (d_x,) = back(jnp.where(there, p - jax.nn.one_hot(label, p.shape[-1]), 0.0))
+        wide = jnp.where(there, x.astype(jnp.float32), 0.0).reshape(-1, width)
+        inputs = sums[1] + jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+        return (sums[0] + jnp.sum(jnp.where(there, p * (1.0 - p), 0.0), axis=(0, 1)), inputs), d_x
+
+    zeros = (jnp.zeros(model.config.vocab, jnp.float32), jnp.zeros((width, width), jnp.float32))
+    (labels, inputs), d_pieces = jax.lax.scan(step, zeros, (pieces, starts))
+    d_hidden = jnp.moveaxis(d_pieces, 0, 1).reshape(padded.shape)[:, :length]
+    return d_hidden, labels, inputs
+
+
+def _price_table(
+    model: Transformer,
+    name: str,
+    formats: Sequence[FormatConfig],
+    moments: Moments,
+    tokens: np.ndarray,
+    plain: Compress,
+) -> Item:
+    """The table of embeddings, the head, or both in one."""
+    w = named_weights(model)[name].get_value()
+    counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
+    options = []
+    for format in formats:
+        packed = plain(w, format)
+        loss = 0.0
+        if name == LOOKUP:
+            loss += float(_price_lookup(w, packed, counts, moments[LOOKUP], tokens.size))
+        if name != LOOKUP or model.config.tie_embeddings:
+            loss += float(_price(w, packed, moments[INPUTS], moments[LABELS], tokens.size))
+        options.append(Option(format=format, bytes=nbytes(packed), loss=loss))
+    return Item(weight=name, layer=None, options=tuple(options))
+
+
+@jax.jit
+def _price(w: jax.Array, packed: Weight, gram: jax.Array, moment: jax.Array, tokens: int) -> jax.Array:
+    """The formula above, of a product; gram (D, D) and moment (F,) are sums over tokens."""
+    missed = w.astype(jnp.float32) - to_dense(packed).astype(jnp.float32)
+    squares = jnp.sum(missed * jnp.matmul(gram / tokens, missed, precision=jax.lax.Precision.HIGHEST), axis=0)
+    return 0.5 * jnp.sum(moment / tokens * jnp.maximum(squares, 0.0))
+
+
+@jax.jit
+def _price_lookup(w: jax.Array, packed: Weight, counts: jax.Array, moment: jax.Array, tokens: int) -> jax.Array:
+    """Of a look-up, whose outputs are the rows of the table; counts (V,) and moment (D,) are sums over tokens."""
+    missed = w.astype(jnp.float32) - to_dense(packed).astype(jnp.float32)
+    return 0.5 * jnp.sum(moment / tokens * jnp.sum(jnp.square(missed) * (counts / tokens), axis=1))

@@ -1,0 +1,122 @@
+"""The allocation against all that could have been chosen, on random and on awkward candidates."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from hsai.compress.allocate import AllocationConfig, Option, choose, find_hull
+from hsai.errors import InputError
+from hsai.formats import Int8Config
+
+
+def make_items(*pairs: list[tuple[int, float]]) -> list[list[Option]]:
+    return [[Option(format=Int8Config(), bytes=size, loss=loss) for size, loss in item] for item in pairs]
+
+
+def total(items: list[list[Option]], chosen: list[int]) -> tuple[int, float]:
+    options = [item[index] for item, index in zip(items, chosen, strict=True)]
+    return sum(option.bytes for option in options), sum(option.loss for option in options)
+
+
+def search(items: list[list[Option]], budget: int) -> float:
+    """The least loss of all choices within the budget."""
+    every = itertools.product(*(range(len(item)) for item in items))
+    return min(loss for size, loss in (total(items, list(choice)) for choice in every) if size <= budget)
+
+
+def draw_items(seed: int) -> list[list[Option]]:
+    """Falling losses mostly; some candidates are larger and worse, some as large as others, some as good."""
+    draw = np.random.default_rng(seed)
+    items = []
+    for _ in range(draw.integers(1, 7)):
+        count = draw.integers(1, 5)
+        sizes = draw.integers(10, 200, count)
+        losses = draw.lognormal(0, 1) * np.exp(-sizes / 40) * draw.lognormal(0, 0.5, count)
+        if draw.random() < 0.3:
+            losses = np.round(losses, 1)
+        items.append(list(zip(sizes.tolist(), losses.tolist(), strict=True)))
+    return make_items(*items)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_it_is_within_one_step_of_the_best_choice(seed: int) -> None:
+    items = draw_items(seed)
+    sizes = [sorted(option.bytes for option in item) for item in items]
+    least, most = sum(size[0] for size in sizes), sum(size[-1] for size in sizes)
+    for budget in np.unique(np.linspace(least, most + 5, 12).astype(int)).tolist():
+        chosen = choose(items, budget)
+        size, loss = total(items, chosen)
+        best = search(items, budget)
+        assert size <= budget
+        hulls = [[item[index].loss for index in find_hull(item)] for item in items]
+        steps = [a - b for hull in hulls for a, b in itertools.pairwise(hull)]
+        assert best - 1e-9 <= loss <= best + max(steps, default=0.0) + 1e-9
+    # And with everything it could want it has the least losses that there are.
+    assert total(items, choose(items, most))[1] == pytest.approx(sum(min(o.loss for o in item) for item in items))
+
+
+def test_it_is_mostly_the_best_choice_itself() -> None:
+    exact = 0
+    for seed in range(60):
+        items = draw_items(seed)
+        budget = int(np.mean([sum(f(o.bytes for o in item) for item in items) for f in (min, max)]))
+        exact += total(items, choose(items, budget))[1] <= search(items, budget) + 1e-9
+    assert exact >= 48
+
+
+def test_a_budget_that_ends_on_a_step_is_spent_at_best() -> None:
+    """Where the last step just fits, the relaxation is the solution; with a few hundred items, as models have."""
+    draw = np.random.default_rng(0)
+    items = make_items(
+        *([(size, weight * 2.0 ** (-size / 10)) for size in (20, 30, 40, 80)] for weight in draw.lognormal(0, 2, 300))
+    )
+    steps = sorted(
+        ((a.loss - b.loss) / (b.bytes - a.bytes), a.loss - b.loss, b.bytes - a.bytes)
+        for item in items
+        for a, b in itertools.pairwise([item[index] for index in find_hull(item)])
+    )[::-1]
+    size, loss = sum(item[0].bytes for item in items), sum(item[0].loss for item in items)
+    for _, saved, more in steps[:450]:
+        size, loss = size + more, loss - saved
+    found = total(items, choose(items, size))
+    assert found[0] == size and found[1] == pytest.approx(loss, rel=1e-9)
+
+
+def test_what_no_hull_holds_is_taken_where_it_fits() -> None:
+    """(30, 5) lies above the line from (10, 10) to (50, 1); the budget has room for nothing better."""
+    (item,) = make_items([(10, 10.0), (30, 6.0), (50, 1.0)])
+    assert find_hull(item) == [0, 2]
+    assert [choose([item], budget) for budget in (10, 29, 30, 49, 50)] == [[0], [0], [1], [1], [2]]
+
+
+def test_the_sensitive_layer_gets_the_bytes() -> None:
+    items = make_items([(10, 1.0), (20, 0.1)], [(10, 50.0), (20, 5.0)], [(10, 2.0), (20, 0.2)])
+    assert choose(items, 40) == [0, 1, 0] and choose(items, 50) == [0, 1, 1] and choose(items, 49) == [0, 1, 0]
+
+
+def test_larger_and_worse_is_never_chosen() -> None:
+    items = make_items([(10, 1.0), (20, 2.0), (20, 0.5), (30, 0.5)])
+    assert choose(items, 1000) == [2] and find_hull(items[0]) == [0, 2]
+
+
+def test_a_budget_below_the_least_is_refused_with_numbers() -> None:
+    items = make_items([(1000, 1.0), (2000, 0.1)], [(1500, 1.0)])
+    with pytest.raises(InputError, match=r"a budget of 2,499 bytes cannot be met: .* the model has 2,500 bytes"):
+        choose(items, 2499)
+    assert choose(items, 2500) == [0, 0]
+
+
+def test_configs_that_say_no_budget_are_refused() -> None:
+    assert AllocationConfig(bits_per_weight=2.5).count_bytes(1000) == 312
+    assert AllocationConfig(bytes=77).count_bytes(1000) == 77
+    for fields, message in [
+        ({}, "give one of them"),
+        ({"bytes": 10, "bits_per_weight": 2.0}, "give one of them"),
+        ({"bytes": 0}, "allocation.bytes=0 must be at least 1"),
+        ({"bits_per_weight": 0.0}, "allocation.bits_per_weight=0 must be above 0 and at most 32"),
+        ({"bits_per_weight": float("nan")}, "allocation.bits_per_weight=nan"),
+        ({"bytes": 10, "windows": 0}, "allocation.windows=0 must be at least 1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            AllocationConfig(**fields)

@@ -1,0 +1,240 @@
+"""A whole model under a budget: bytes are kept, the ledger is true, and the loss is no worse than that of one format."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from hsai.compress import Ledger, RecipeConfig, Rule, compress
+from hsai.compress.allocate import AllocationConfig
+from hsai.compress.calibrated import FeedbackConfig, NearestConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import match_weights
+from hsai.errors import InputError
+from hsai.formats import (
+    DenseConfig,
+    FormatConfig,
+    Int4Config,
+    Int8Config,
+    NMInt4Config,
+    Runs,
+    TernaryConfig,
+    nbytes,
+    take_layer,
+    to_dense,
+)
+from hsai.formats.storage import named_weights
+from hsai.models import MoEConfig, Transformer
+from hsai.models.transformer import abstract_transformer
+from tests.compress.trained import CALIBRATION, CONFIG, calibration_windows, trained_model, unseen_loss
+
+BLOCKS: tuple[FormatConfig, ...] = (
+    Int8Config(),
+    Int4Config(group=64),
+    NMInt4Config(n=2, m=4, group=64),
+    TernaryConfig(group=64),
+)
+TABLES: tuple[FormatConfig, ...] = (Int8Config(), Int4Config(group=64))
+
+
+def make_recipe(solver: FeedbackConfig | NearestConfig, blocks=BLOCKS, **budget) -> RecipeConfig:
+    rules = (Rule(pattern="layers.*", format=blocks, solver=solver), Rule(pattern="embed", format=TABLES))
+    return RecipeConfig(rules=rules, calibration=CALIBRATION, allocation=AllocationConfig(**{"windows": 64, **budget}))
+
+
+def make_uniform(blocks: FormatConfig, table: FormatConfig, solver: FeedbackConfig | NearestConfig) -> RecipeConfig:
+    rules = (Rule(pattern="layers.*", format=blocks, solver=solver), Rule(pattern="embed", format=table))
+    solved = isinstance(solver, FeedbackConfig)
+    return RecipeConfig(rules=rules, calibration=CALIBRATION if solved else None)
+
+
+def run(recipe: RecipeConfig) -> tuple[Transformer, Ledger]:
+    return compress(trained_model(), recipe, calibration=calibration_windows() if recipe.calibration else None)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> tuple[Transformer, Ledger]:
+    return run(make_recipe(FeedbackConfig(), bits_per_weight=4.0))
+
+
+def test_the_bytes_are_within_the_budget_and_use_it(mixed: tuple[Transformer, Ledger]) -> None:
+    model, ledger = mixed
+    assert ledger.allocation is not None
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained_model()))
+    assert ledger.allocation.budget == int(4.0 * size / 8)
+    assert ledger.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model)) <= ledger.allocation.budget
+    assert ledger.bytes > 0.98 * ledger.allocation.budget
+    assert 3.9 < ledger.bits_per_weight <= 4.0
+    assert ledger.allocation.least < ledger.bytes < ledger.allocation.most
+
+
+def test_the_ledger_says_what_each_layer_became(mixed: tuple[Transformer, Ledger]) -> None:
+    model, ledger = mixed
+    allocation = ledger.allocation
+    assert allocation is not None
+    values = {name: param.get_value() for name, param in named_weights(model).items()}
+    assert any(isinstance(value, Runs) for value in values.values())
+    assert len(allocation.items) == 4 * 7 + 1 and set(allocation.formats) == {
+        row.weight for row in ledger.rows if "norm" not in row.weight
+    }
+    for item, option in zip(allocation.items, allocation.options, strict=True):
+        value = values[item.weight] if item.layer is None else take_layer(values[item.weight], item.layer)
+        assert nbytes(value) == option.bytes
+        packed = jax.eval_shape(option.format.pack, jax.ShapeDtypeStruct(value.shape, jnp.float32))
+        assert jax.tree.structure(packed) == jax.tree.structure(value)
+    rows = {row.weight: row for row in ledger.rows}
+    for name, formats in allocation.formats.items():
+        w, held = (
+            np.asarray(to_dense(named_weights(m)[name].get_value()), np.float64) for m in (trained_model(), model)
+        )
+        assert rows[name].relative_error == pytest.approx(np.linalg.norm(w - held) / np.linalg.norm(w), rel=1e-4)
+        assert rows[name].bytes == nbytes(values[name])
+        assert (" x " in rows[name].format) == (len(set(formats)) > 1)
+    solved = {(row.weight, row.layer): row.format for row in ledger.layers}
+    assert len(solved) == 4 * 7
+    stored = json.loads(json.dumps(ledger.to_dict()))["allocation"]
+    assert stored["budget"] == allocation.budget and stored["loss"] == allocation.loss > 0
+    for choice in stored["choices"]:
+        assert choice["layer"] is None or solved[choice["weight"], choice["layer"]] == choice["format"]
+        kept = {name: choice[name] for name in ("format", "bytes", "loss")}
+        assert kept in choice["candidates"] and len(choice["candidates"]) == (2 if choice["weight"] == "embed" else 4)
+
+
+def test_the_table_has_a_row_a_layer(mixed: tuple[Transformer, Ledger]) -> None:
+    assert mixed[1].allocation is not None
+    console = Console(width=200, file=io.StringIO())
+    console.print(mixed[1].allocation.table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for word in ("layer", "attention.q", "mlp.down", "embed", "nats a token", "int4 g64"):
+        assert word in text
+    assert len([line for line in text.splitlines() if line.startswith("│")]) == 4 + 1
+
+
+UNIFORM = [
+    (Int4Config(group=64), Int4Config(group=64)),
+    (NMInt4Config(n=2, m=4, group=64), Int8Config()),
+    (TernaryConfig(group=64), Int8Config()),
+]
+
+
+@pytest.mark.parametrize("solver", [NearestConfig(), FeedbackConfig()], ids=lambda solver: solver.kind)
+@pytest.mark.parametrize(("blocks", "table"), UNIFORM, ids=["int4", "nm_int4", "ternary"])
+def test_at_equal_bytes_the_loss_is_no_worse_than_the_uniform_ones(blocks, table, solver) -> None:
+    """On text that neither training nor calibration saw; `-s` prints the numbers."""
+    uniform, wanted = run(make_uniform(blocks, table, solver))
+    model, ledger = run(make_recipe(solver, bytes=wanted.bytes))
+    assert ledger.bytes <= wanted.bytes
+    dense, before, after = (float(unseen_loss(m)) for m in (trained_model(), uniform, model))
+    print(
+        f"\n{solver.kind} {wanted.bits_per_weight:.2f} bits: dense {dense:.4f}, uniform {before:.4f}, here {after:.4f}"
+    )
+    assert after <= before
+
+
+def test_more_bytes_give_less_loss() -> None:
+    found = [run(make_recipe(FeedbackConfig(), bits_per_weight=bits)) for bits in (3.0, 3.5, 5.0)]
+    losses = [float(unseen_loss(model)) for model, _ in found]
+    assert losses == sorted(losses, reverse=True)
+    forecasts = [ledger.allocation.loss for _, ledger in found if ledger.allocation is not None]
+    assert forecasts == sorted(forecasts, reverse=True) and len(forecasts) == 3
+
+
+def test_a_budget_for_everything_takes_the_best_of_everything() -> None:
+    _, ledger = run(make_recipe(FeedbackConfig(), bits_per_weight=32.0))
+    assert ledger.allocation is not None
+    assert set(ledger.allocation.formats.values()) == {(Int8Config(),) * 4, (Int8Config(),)}
+    assert ledger.bytes == ledger.allocation.most < ledger.allocation.budget
+
+
+def test_trials_without_the_solver_are_of_plain_rounding() -> None:
+    plain, solved = (
+        run(make_recipe(FeedbackConfig(), bits_per_weight=3.5, trial=trial))[1].allocation
+        for trial in ("nearest", "solver")
+    )
+    rounded = run(make_recipe(NearestConfig(), bits_per_weight=3.5))[1].allocation
+    assert plain is not None and solved is not None and rounded is not None
+    assert plain.items == rounded.items != solved.items
+
+
+def test_dense_candidates_and_fixed_rules_stand_beside() -> None:
+    blocks = (DenseConfig(dtype="bfloat16"), Int4Config(group=64))
+    recipe = RecipeConfig(
+        rules=(
+            Rule(pattern="layers.mlp.down", format=blocks, solver=FeedbackConfig()),
+            Rule(pattern="layers.*", format=Int8Config(), solver=FeedbackConfig()),
+        ),
+        calibration=CALIBRATION,
+        allocation=AllocationConfig(bits_per_weight=11.5, windows=16),
+    )
+    model, ledger = run(recipe)
+    assert ledger.allocation is not None and len(ledger.allocation.items) == 4
+    formats = ledger.allocation.formats["layers.mlp.down"]
+    assert set(formats) == set(blocks), formats
+    for row in ledger.layers:
+        dense = row.weight == "layers.mlp.down" and formats[row.layer] == blocks[0]
+        assert (row.damping is None) == dense and not row.note and (row.format == "bfloat16") == dense
+    assert ledger.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model)) <= ledger.allocation.budget
+    rest = sum(row.bytes for row in ledger.rows if row.weight != "layers.mlp.down")
+    smallest = 4 * 4.25 * 192 * 64 / 8
+    assert ledger.allocation.least == rest + smallest
+
+
+def test_what_cannot_be_is_refused_before_any_work() -> None:
+    done: list[int] = []
+    for recipe, message in [
+        (make_recipe(FeedbackConfig(), bytes=10_000), r"a budget of 10,000 bytes cannot be met: .* [0-9,]+ bytes"),
+        (make_recipe(FeedbackConfig(), bits_per_weight=2.0), "cannot be met"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            compress(trained_model(), recipe, calibration=calibration_windows(), progress=lambda *_: done.append(1))
+    assert not done
+    # The least that is named is a budget that can be met.
+    with pytest.raises(InputError) as error:
+        match_weights(make_recipe(FeedbackConfig(), bytes=1), trained_model())
+    least = int(str(error.value).split("the model has ")[1].split(" bytes")[0].replace(",", ""))
+    match_weights(make_recipe(FeedbackConfig(), bytes=least), trained_model())
+    with pytest.raises(InputError, match=f"{least:,}"):
+        match_weights(make_recipe(FeedbackConfig(), bytes=least - 1), trained_model())
+    _, ledger = run(make_recipe(NearestConfig(), bytes=least))
+    assert ledger.bytes == least
+
+
+def test_experts_have_no_sensitivity() -> None:
+    config = CONFIG.__class__(**{**vars(CONFIG), "moe": MoEConfig(experts=2, active=1)})
+    with pytest.raises(InputError, match="layers.mlp.down: what experts are sensitive to cannot be measured"):
+        match_weights(make_recipe(NearestConfig(), bits_per_weight=4.0), abstract_transformer(config))
+
+
+def test_recipes_that_choose_nothing_or_without_a_budget_are_refused() -> None:
+    both = Rule(pattern="layers.*", format=BLOCKS)
+    one = Rule(pattern="*", format=Int8Config())
+    budget = AllocationConfig(bits_per_weight=4.0, windows=16)
+    for fields, message in [
+        ({"rules": (both,)}, r"rule 'layers.\*' leaves a choice of formats, which needs a budget"),
+        ({"rules": (one,), "calibration": CALIBRATION, "allocation": budget}, "there is nothing to choose"),
+        ({"rules": (both,), "allocation": budget}, "an allocation measures sensitivities, which needs a calibration"),
+        (
+            {"rules": (both,), "calibration": CalibrationConfig(tokens=512, sequence_length=64), "allocation": budget},
+            "allocation.windows=16 must be a multiple of calibration.batch=4, and at most the 8 windows",
+        ),
+        (
+            {
+                "rules": (both,),
+                "calibration": CALIBRATION,
+                "allocation": AllocationConfig(bits_per_weight=4.0, windows=24),
+            },
+            "allocation.windows=24 must be a multiple of calibration.batch=16, and at most the 128 windows",
+        ),
+    ]:
+        with pytest.raises(InputError, match=message):
+            RecipeConfig(**fields)
+    for formats in ((), (Int8Config(),), (Int8Config(), Int4Config(), Int8Config())):
+        with pytest.raises(InputError, match="leave nothing to choose"):
+            Rule(pattern="*", format=formats)
+    with pytest.raises(InputError, match="int8, int4 prunes nothing"):
+        Rule(pattern="*", format=TABLES, solver=FeedbackConfig(mask="wanda"))
+    Rule(pattern="*", format=BLOCKS, solver=FeedbackConfig(mask="wanda"))  # one of them prunes

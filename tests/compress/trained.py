@@ -1,0 +1,83 @@
+"""A model of 0.2M parameters that has learned a little Python, byte by byte: formats cost it something, not alike."""
+
+import argparse
+import functools
+import tarfile
+import typing
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.models import Transformer, TransformerConfig
+from hsai.train.loss import cross_entropy_sum
+
+CONFIG = TransformerConfig(
+    vocab=128, embed=64, layers=4, heads=2, kv_heads=1, head_dim=32, mlp=192, max_length=64, dtype="float32"
+)
+CALIBRATION = CalibrationConfig(tokens=8192, sequence_length=64, batch=16)
+STEPS = 400
+
+
+def read_bytes(*modules: ModuleType) -> np.ndarray:
+    """The sources of modules of the standard library as tokens; what is not ASCII is left out."""
+    content = np.frombuffer(b"".join(Path(str(module.__file__)).read_bytes() for module in modules), np.uint8)
+    return content[content < CONFIG.vocab].astype(np.int32)
+
+
+@functools.cache
+def calibration_windows() -> np.ndarray:
+    """Of the training text, as `compress` takes them."""
+    return draw_windows(read_bytes(argparse, tarfile), CALIBRATION)
+
+
+@functools.cache
+def unseen_windows() -> np.ndarray:
+    """Of a module that neither training nor calibration saw, int32 (N, 64)."""
+    stream = read_bytes(typing)
+    return stream[: len(stream) // 64 * 64].reshape(-1, 64)[:512]
+
+
+@functools.cache
+def trained_model() -> Transformer:
+    """Trained anew in each process that asks for it: some seconds."""
+    model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(model: Transformer, state: optax.OptState, tokens: jax.Array) -> tuple[Transformer, optax.OptState]:
+        updates, state = optimizer.update(jax.grad(lambda m: measure(m, tokens))(model), state)
+        return optax.apply_updates(model, updates), state
+
+    state = optimizer.init(model)
+    stream, draw = read_bytes(argparse, tarfile), np.random.default_rng(0)
+    for _ in range(STEPS):
+        starts = draw.integers(0, len(stream) - 64, 16)
+        model, state = step(model, state, jnp.asarray(np.stack([stream[at : at + 64] for at in starts])))
+    return model
+
+
+def measure(model: Transformer, tokens: jax.Array) -> jax.Array:
+    """The mean cross-entropy of all tokens but the first of each row, in nats."""
+    hidden, _ = model(tokens[:, :-1])
+    weights = jnp.ones(tokens[:, 1:].shape, jnp.float32)
+    total = cross_entropy_sum(hidden, model.head.get_value(), tokens[:, 1:], weights, chunk=64)
+    return total / weights.size
+
+
+@jax.jit
+def unseen_loss(model: Transformer) -> jax.Array:
+    """`measure` over the unseen windows."""
+    return measure(model, jnp.asarray(unseen_windows()))
+
+
+@jax.jit
+def divergence(dense: Transformer, model: Transformer, tokens: jax.Array) -> jax.Array:
+    """KL(dense || model), the mean over all positions, in nats."""
+    p, q = (jax.nn.log_softmax(m.logits(m(tokens)[0])) for m in (dense, model))
+    return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))

@@ -1,4 +1,4 @@
-"""Make weights sparse and low-bit: a run or a bundle in, a bundle (without graphs) and its ledger out.
+"""Make weights sparse and low-bit: a model in, a bundle (without graphs) and its ledger out.
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
@@ -27,7 +27,7 @@ from hsai.progress import ProgressBar, console, say
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, help="the directory of a run or of a bundle")
+    parser.add_argument("model", type=Path, help="a run, a bundle, a checkpoint of transformers, or a GGUF file")
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")

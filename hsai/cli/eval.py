@@ -38,7 +38,7 @@ BATCH = 8
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles, or GGUF files")
+    parser.add_argument("model", type=Path, nargs="+", help="runs, bundles, checkpoints of transformers, or GGUF files")
     parser.add_argument("--corpus", type=Path, help="directory of the corpus (default: where the model was trained)")
     parser.add_argument("--tokens", type=int, default=50_000, help="held-out tokens to read (default: 50000)")
     parser.add_argument("--speed", action="store_true", help="also measure how fast each model decodes")

@@ -4,8 +4,9 @@ A template is Jinja, with the conventions of Hugging Face (the result is that of
 code of strangers: it runs in Jinja's sandbox, in a process of its own (`chat_worker.py`) that is bounded in memory, in
 time and in what it may write. One such process serves all templates of this one; after a deadline it is replaced.
 
-The text spells special tokens, so it is cut with `Tokenizer.encode(text, special=True)`. Messages can spell them too,
-as with every template of this kind: whoever serves strangers has to look at what they say.
+The text spells special tokens, so it is cut with `Tokenizer.encode(text, special=True)`. A message that spells one too
+could end its own turn and begin another's (huggingface/transformers#29279): `check_messages` refuses it, as tiktoken
+does unless it is told otherwise. Reading it as plain text would need to know whence each character of the result came.
 """
 
 import atexit
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,43 @@ class ChatTemplate:
         if "error" in answer:
             raise InputError(f"the chat template {' '.join(answer['error'].split())[:300]}")
         return str(answer["text"])
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
+    """Refuses messages that spell a special token: those only the template may write.
+
+    Args:
+      messages: as of `ChatTemplate.render`.
+      tokenizer: of the model.
+    Raises:
+      InputError: a text in them spells one, or parts of a content do where a template puts them side by side.
+    """
+    joined = "".join(text.strip() for message in messages for text in _list_contents(message.get("content")))
+    for text in (*_list_texts(list(messages)), joined):
+        if (token := tokenizer.find_special(text)) is not None:
+            raise InputError(
+                f"a message spells the special token {token!r}, which only the chat template may write; "
+                "spell it in another way"
+            )
+
+
+def _list_texts(value: Any) -> Iterator[str]:
+    """Every text in JSON, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _list_texts([*value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _list_texts(item)
+
+
+def _list_contents(content: Any) -> Iterator[str]:
+    """What a message says: its content, or the text of each of the content's parts."""
+    if isinstance(content, list | tuple):
+        yield from _list_texts([part.get("text") for part in content if isinstance(part, Mapping)])
+    else:
+        yield from _list_texts(content)
 
 
 class _Worker:

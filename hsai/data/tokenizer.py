@@ -192,6 +192,11 @@ class Tokenizer:
             _check_unicode(text)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def find_special(self, text: str) -> str | None:
+        """The first special token that `text` spells; None if it is but text. Raises as `encode`."""
+        special = (token for token in self.encode(text, special=True) if token in self._special)
+        return next(map(self.name, special), None)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the tokens, special tokens left out; bytes that are not UTF-8 (a cut character) become U+FFFD.
 
@@ -211,6 +216,12 @@ class Tokenizer:
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
             raise InputError(f"token id {token} is out of range; valid are 0 to {self.vocab_size - 1}")
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        """Ids of special tokens; other added ones (Qwen's <think>) are text like any other."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
     @functools.cached_property
     def _parsing_backend(self) -> tokenizers.Tokenizer:

@@ -83,6 +83,17 @@ def test_a_checkpoint_is_a_model_like_any_other(
     assert foreign["parameters"] == ours["parameters"] > 300_000
 
 
+def test_a_checkpoint_answers_as_its_bundle_does(
+    checkpoint: Path, imported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for model in (checkpoint, imported):
+        capsys.readouterr()
+        assert main(["generate", str(model), "def ", "--chat", "--prefill", "main(", "--max-tokens", "12"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith("main(") and len(said[0]) > 10
+
+
 def test_weights_are_rounded_only_if_asked(checkpoint: Path, place: Path, refuse: Refuse) -> None:
     assert main(["import", str(checkpoint), "half", "--dtype", "bfloat16"]) == 0
     model = read_bundle("half").model

@@ -11,7 +11,6 @@ from hsai.data.assets import Assets
 from hsai.data.chat import ChatTemplate
 from hsai.export.source import ModelSource, open_model
 from hsai.fetch import fetch
-from hsai.infer import Engine
 from hsai.interop.gguf import open_gguf_checkpoint
 from tests.interop.gguf_files import llama_logits, open_llama, our_logits
 

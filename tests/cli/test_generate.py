@@ -238,9 +238,6 @@ def test_chats_that_cannot_be(workshop: Workshop, talking: Path, place: Path, re
     refuse("generate", bundle, "x", "--chat", names=("no chat template", "chat_template.jinja"))
     refuse("generate", bundle, "x", "--system", "y", names=("--system", "--chat"))
     refuse("generate", bundle, "x", "--prefill", "y", names=("--prefill", "--chat"))
-    spelled = "a<|endoftext|>b"
-    for words in ((spelled,), ("x", "--system", spelled), ("x", "--prefill", spelled)):
-        refuse("generate", talking, *words, "--chat", names=("special token '<|endoftext|>'",))
     shutil.copytree(talking, place / "b")
     (place / "b" / "chat_template.jinja").write_text("{% for %}")
     resign(place / "b", "chat_template.jinja")

@@ -152,7 +152,7 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     tokenizer = Tokenizer.load(
         directory / named.file, end_of_text=named.end_of_text, prefix=named.prefix, stops=named.stops
     )
-    _check_vocabulary(manifest.model, tokenizer)
+    check_vocabulary(manifest.model, tokenizer)
     try:
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
@@ -183,7 +183,7 @@ def _write(
 ) -> Manifest:
     target = Path(os.path.abspath(directory))
     check_replaceable(target, holding=MANIFEST, overwrite=overwrite)
-    _check_vocabulary(content.config, tokenizer)
+    check_vocabulary(content.config, tokenizer)
     if graphs is not None:
         graphs.slots(content.config)
     with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
@@ -224,7 +224,8 @@ def _build(
     return manifest
 
 
-def _check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """Refuses, as `InputError`, a tokenizer with tokens that the model has no rows for."""
     if tokenizer.vocab_size > config.vocab:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab={config.vocab}")
 

@@ -11,7 +11,7 @@ from hsai.configuration import from_dict, to_dict
 from hsai.data.assets import ASSET_FILES, read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.export.bundle import read_bundle
+from hsai.export.bundle import check_vocabulary, read_bundle
 from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
 from hsai.interop.assemble import ForeignModel, assemble
@@ -94,7 +94,7 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignSource:
     """Reads all of a checkpoint of `transformers`, or of a GGUF file, but its weights.
 
     Raises:
-      InputError: it is none of them, or damaged.
+      InputError: it is none of them, or damaged; its tokenizer has more tokens than the model.
     """
     path = Path(path)
     if is_gguf(path):
@@ -109,12 +109,13 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignSource:
         what = "is no foreign model" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; give a checkpoint of transformers or a .gguf file (hsai export takes ours)")
     checkpoint = open_checkpoint(path)
-    return ForeignSource(
-        **vars(_record_checkpoint(checkpoint)),
-        checkpoint=checkpoint,
-        tokenizer=Tokenizer.from_huggingface(path, vocab=checkpoint.config.vocab),
-        assets=read_assets(path),
-    )
+    tokenizer = Tokenizer.from_huggingface(path, vocab=checkpoint.config.vocab)
+    try:
+        check_vocabulary(checkpoint.config, tokenizer)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    record = _record_checkpoint(checkpoint)
+    return ForeignSource(**vars(record), checkpoint=checkpoint, tokenizer=tokenizer, assets=read_assets(path))
 
 
 def open_model(directory: str | os.PathLike[str]) -> ModelSource:

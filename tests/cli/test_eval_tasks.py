@@ -1,6 +1,7 @@
 """`hsai eval --tasks`: tables, JSON, and what it refuses before anything is measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
     dense, int4 = one["evaluations"]
     assert dense["model"] == "bf16" and dense["dtype"] == "float32" and dense["mesh"] is None
     assert int4["weights"]["int4"] > 0 and dense["weights"] == {"dense": sum(dense["weights"].values())}
-    assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"]
+    assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"] and dense["batch_tokens"] == 2048
+    assert dense["commit"] is None or re.fullmatch("[0-9a-f]{12,}(-dirty)?", dense["commit"])
+    assert 0 < dense["tasks"][0]["metrics"]["perplexity"]["standard_error"] < 1e9
     windows, chunks = dense["tasks"]
     assert (windows["window"], windows["stride"]) == (32, 32) and chunks["window"] == 32 and "stride" not in chunks
     size = windows["metrics"]["bits_per_byte"]["n"]

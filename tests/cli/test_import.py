@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -135,6 +136,21 @@ def test_a_damaged_checkpoint_leaves_nothing(checkpoint: Path, place: Path, refu
     refuse("import", copy, "a/b", names=(file.name, "not in the directory"))
     (copy / "tokenizer.json").unlink()
     refuse("import", copy, "a/b", names=(file.name,))
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused_by_all(
+    workshop: Workshop, checkpoint: Path, place: Path, refuse: Refuse
+) -> None:
+    """Ids without a row would read whatever jax makes of them."""
+    copy = Path(shutil.copytree(checkpoint, "copy"))
+    backend = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    backend.add_tokens([f"extra{number}" for number in range(9)])
+    backend.save(str(copy / "tokenizer.json"))
+    names = ("copy: the tokenizer has 521 tokens, more than model.vocab=512",)
+    refuse("import", copy, "o", names=names)
+    refuse("generate", copy, "x", names=names)
+    refuse("eval", copy, "--corpus", workshop.corpus, names=names)
+    refuse("export", copy, "--out", "o", names=names)
 
 
 def test_what_is_asked_for_has_an_effect_or_is_refused(workshop: Workshop, checkpoint: Path, refuse: Refuse) -> None:

@@ -111,13 +111,8 @@ def test_other_conversations_are_cut_as_they_are(name: str) -> None:
         backend.add_tokens(["<think>"])  # which is not special
         tokenizer = Tokenizer(backend, end_of_text=str(token_text(CONFIGS[kind]["eos_token"])))
         for messages in CONVERSATIONS:
-            said = (
-                [*messages, {"role": "user", "content": "<|im_ end|> < |im_end|> <|im_end|"}]
-                if len(messages) == 4
-                else messages
-            )
-            wanted = tokenizer.encode(template.render(said) + "<think>So", special=True)
-            assert encode_chat(template, tokenizer, said, prefill="<think>So") == wanted
+            wanted = tokenizer.encode(template.render(messages) + "<think>So", special=True)
+            assert encode_chat(template, tokenizer, messages, prefill="<think>So") == wanted
 
 
 def test_parts_that_a_template_would_join_are_refused() -> None:

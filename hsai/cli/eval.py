@@ -31,6 +31,7 @@ from hsai.formats.storage import named_arrays, named_weights
 from hsai.infer import Engine
 from hsai.machine import describe_machine
 from hsai.progress import ProgressBar, console
+from hsai.sharding import check_mesh
 from hsai.train.evaluate import Quality, make_evaluation
 
 BATCH = 8
@@ -55,15 +56,19 @@ def run(parser: Parser, argv: list[str]) -> None:
         _check_writable(arguments.json)
     if arguments.tasks is not None and arguments.speed and arguments.corpus is None:
         raise InputError("--speed stands beside held-out quality: with --tasks it needs --corpus")
-    for path in arguments.model:
-        inspect_model(path)  # a mistyped name is told before the first model is measured
     plan = plan_tasks(arguments)
+    mesh = None if plan is None else plan.mesh
+    for path in arguments.model:
+        record = inspect_model(path)  # a mistyped name is told before the first model is measured
+        if mesh is not None:
+            check_mesh(mesh, record.config.axis_sizes)
+    measures_text = plan is None or arguments.corpus is not None
     rows, reports = [], []
     with ProgressBar() as progress:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
-            source = open_model(path)
-            if plan is None or arguments.corpus is not None:
+            source = open_model(path, mesh=None if measures_text else mesh)  # text is measured on one device
+            if measures_text:
                 rows.append(measure(source, arguments.corpus, arguments.tokens, speed=arguments.speed))
             if plan is not None:
                 reports.append(measure_tasks(source, plan, progress))

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from hsai.config import RunConfig
 from hsai.configuration import from_dict, to_dict
 from hsai.data.assets import ASSET_FILES, read_assets
@@ -20,6 +22,8 @@ from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint
 from hsai.interop.gguf_assets import make_assets, make_tokenizer
 from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint
 from hsai.models import Transformer, TransformerConfig
+from hsai.models.transformer import abstract_transformer
+from hsai.sharding import tree_shardings
 from hsai.train.checkpoint import Checkpointer, is_run
 from hsai.train.restore import read_run
 from hsai.train.seal import SEAL
@@ -47,7 +51,7 @@ class ModelSource(ModelRecord):
     """A model that was read from disk, and where it came from."""
 
     model: Transformer
-    """Weights in any format, on the first device."""
+    """Weights in any format, where they were asked for."""
 
     tokenizer: Tokenizer
     """What its text was cut with."""
@@ -118,11 +122,13 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignSource:
     return ForeignSource(**vars(record), checkpoint=checkpoint, tokenizer=tokenizer, assets=read_assets(path))
 
 
-def open_model(directory: str | os.PathLike[str]) -> ModelSource:
+def open_model(directory: str | os.PathLike[str], *, mesh: Mesh | None = None) -> ModelSource:
     """Reads a run's newest checkpoint, a bundle, a checkpoint of `transformers`, or a GGUF file.
 
     Args:
       directory: of the model; weights of a foreign one get a dtype that rounds none.
+      mesh: where a foreign model goes, a tensor at a time, each device getting its part; its axes must divide those of
+        the model (`check_mesh`). Without one, and in any case of other models, weights go to the first device.
     Raises:
       InputError: it is none of them, or damaged.
     """
@@ -132,9 +138,10 @@ def open_model(directory: str | os.PathLike[str]) -> ModelSource:
         record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
         return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets={})
     if is_gguf(directory) or is_huggingface(directory):
-        fields = dict(vars(open_foreign(directory)))
-        model = assemble(fields.pop("checkpoint"))
-        return ModelSource(**fields, model=model)
+        foreign = open_foreign(directory)
+        shardings = None if mesh is None else tree_shardings(abstract_transformer(foreign.config), mesh)
+        fields = {name: value for name, value in vars(foreign).items() if name != "checkpoint"}
+        return ModelSource(**fields, model=assemble(foreign.checkpoint, shardings))
     _check_is_bundle(directory)
     bundle = read_bundle(directory)
     record = _record_bundle(directory, bundle.manifest)

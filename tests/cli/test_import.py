@@ -16,6 +16,7 @@ from hsai.export.bundle import read_bundle
 from hsai.export.source import inspect_model, open_model
 from hsai.formats.storage import named_arrays
 from hsai.infer import Engine
+from hsai.sharding import MeshConfig, make_mesh
 from tests.cli.conftest import Workshop
 
 Refuse = Callable[..., str]
@@ -82,6 +83,23 @@ def test_a_checkpoint_is_a_model_like_any_other(
     foreign, ours = json.loads(Path("rows.json").read_text())["rows"]
     assert foreign["heldout_loss"] == ours["heldout_loss"] < 6.2  # below that of 512 equal chances
     assert foreign["parameters"] == ours["parameters"] > 300_000
+
+
+def test_a_checkpoint_is_read_onto_a_mesh(checkpoint: Path, imported: Path, place: Path, refuse: Refuse) -> None:
+    """Each device gets its part, and the numbers are those of one device."""
+    (place / "code.txt").write_text("def main(argv: list[str]) -> int:\n    return len(argv)\n" * 30)
+    split = open_model(checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, model=2))).model
+    gate = split.layers.mlp.gate[...]
+    assert {shard.data.size for shard in gate.addressable_shards} == {gate.size // 4}
+    assert np.array_equal(gate, open_model(imported).model.layers.mlp.gate[...])
+    values = []
+    for model, words in ((checkpoint, ("--mesh", "2x2x2")), (imported, ())):
+        tasks = ("--tasks", "perplexity:code.txt", "--window", "32", "--json", "result.json")
+        assert main(["eval", str(model), *tasks, *words]) == 0
+        (found,) = json.loads(Path("result.json").read_text())["evaluations"]
+        values.append(found["tasks"][0]["metrics"]["perplexity"]["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    refuse("eval", checkpoint, "--tasks", "perplexity:code.txt", "--mesh", "1x1x8", names=("mesh.model=8",))
 
 
 def test_a_checkpoint_answers_as_its_bundle_does(

@@ -3,7 +3,7 @@
 hsai fetch smollm2-135m
 hsai fetch hf:HuggingFaceTB/SmolLM2-135M-Instruct
 A model of the catalog is imported as a bundle, and the bundle's directory is printed; of a repository of the hub it is
-the snapshot, which every command takes as it is.
+the snapshot, which other commands take as a model.
 What is there already is verified and not fetched again. An interrupted download starts again, and is never half used.
 """
 

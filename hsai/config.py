@@ -43,6 +43,10 @@ class RunConfig:
             raise InputError(
                 f"data.sequence_length={self.data.sequence_length} exceeds model.max_length={self.model.max_length}"
             )
+        if self.train.expert_balance > 0 and self.model.moe is None:
+            raise InputError(
+                f"train.expert_balance={self.train.expert_balance} balances experts, and the model has none (model.moe)"
+            )
         if self.optim.warmup_steps >= self.train.steps:
             raise InputError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}"

@@ -23,11 +23,11 @@ from hsai.errors import InputError
 
 COMMANDS = {
     "train": "train a config on a mesh, or resume it",
-    "compress": "make a run's or bundle's weights sparse and low-bit",
+    "compress": "make a model's weights sparse and low-bit",
     "import": "take a model from elsewhere as a bundle",
-    "export": "write a model with its StableHLO graphs as a bundle, or as a checkpoint for elsewhere",
-    "eval": "measure models on held-out text, side by side",
-    "generate": "continue a prompt with a bundle",
+    "export": "write a model as a bundle with StableHLO graphs, as a checkpoint of transformers, or as a GGUF file",
+    "eval": "measure models on held-out text and benchmarks, side by side",
+    "generate": "continue a prompt with a model, or answer it",
     "fetch": "bring a model or task data by name into a cache",
 }
 

@@ -1,4 +1,4 @@
-"""Make weights sparse and low-bit: a run or a bundle in, a bundle (without graphs) and its ledger out.
+"""Make weights sparse and low-bit: a model in, a bundle (without graphs) and its ledger out.
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the

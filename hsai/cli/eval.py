@@ -32,6 +32,7 @@ from hsai.formats import nbytes
 from hsai.formats.storage import named_arrays, named_weights
 from hsai.machine import describe_machine
 from hsai.progress import ProgressBar, console
+from hsai.sharding import check_mesh
 from hsai.train.evaluate import make_evaluation
 
 BATCH = 8
@@ -69,7 +70,7 @@ COLUMNS: tuple[tuple[tuple[str, ...], str, Write], ...] = (
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles, or GGUF files")
+    parser.add_argument("model", type=Path, nargs="+", help="runs, bundles, checkpoints of transformers, or GGUF files")
     parser.add_argument("--corpus", type=Path, help="directory of the corpus (default: where the model was trained)")
     parser.add_argument("--tokens", type=int, default=50_000, help="held-out tokens to read (default: 50000)")
     parser.add_argument(
@@ -88,9 +89,13 @@ def run(parser: Parser, argv: list[str]) -> None:
     for name in ("json", "html"):
         if getattr(arguments, name) is not None:
             _check_writable(f"--{name}", getattr(arguments, name))
-    for path in arguments.model:
-        inspect_model(path)  # a mistyped name is told before the first model is measured
     plan = plan_tasks(arguments)
+    mesh = None if plan is None else plan.mesh
+    for path in arguments.model:
+        record = inspect_model(path)  # a mistyped name is told before the first model is measured
+        if mesh is not None:
+            check_mesh(mesh, record.config.axis_sizes)
+    measures_text = plan is None or arguments.corpus is not None
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     ledgers: list[dict[str, Any]] = []
@@ -98,9 +103,9 @@ def run(parser: Parser, argv: list[str]) -> None:
     with ProgressBar() as progress:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
-            source = open_model(path)
+            source = open_model(path, mesh=None if measures_text else mesh)  # text is measured on one device
             row = describe_size(source)
-            if plan is None or arguments.corpus is not None:
+            if measures_text:
                 row |= measure_quality(source, open_own_corpus(source, arguments.corpus, "--corpus"), arguments.tokens)
             rows.append(row)
             ledgers.append(source.origin)

@@ -40,7 +40,7 @@ ONLY = {
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, nargs="+", help="runs, bundles, checkpoints or GGUF files")
+    parser.add_argument("model", type=Path, nargs="+", help="runs, bundles, checkpoints of transformers, or GGUF files")
     parser.add_argument("--out", required=True, type=Path, help="directory, or GGUF file, to be made")
     parser.add_argument("--to", choices=tuple(ONLY), default="bundle", help="what is made (default: bundle)")
     parser.add_argument(

@@ -4,8 +4,7 @@ hsai fetch smollm2-135m
 hsai fetch wikipedia
 hsai fetch hf:HuggingFaceTB/SmolLM2-135M-Instruct
 A model of the catalog is imported as a bundle, and the bundle's directory is printed; wikipedia is a directory with
-train.txt and heldout.txt; of a repository of the hub it is the snapshot, which hsai import, export and eval take as it
-is.
+train.txt and heldout.txt; of a repository of the hub it is the snapshot, which other commands take as a model.
 What is there already is verified and not fetched again. An interrupted download starts again, and is never half used.
 """
 
@@ -16,8 +15,8 @@ from pathlib import Path
 from hsai.cli.parser import Parser
 from hsai.cli.places import check_place, no_empty_directories
 from hsai.cli.targets import is_kept
-from hsai.export.bundle import write_bundle
-from hsai.export.source import inspect_model, open_model
+from hsai.export.bundle import import_bundle
+from hsai.export.source import open_foreign
 from hsai.fetch import CATALOG, default_cache, fetch
 from hsai.fetch.articles import ARTICLES, write_articles
 from hsai.fetch.cache import hold
@@ -55,11 +54,18 @@ def run(parser: Parser, argv: list[str]) -> None:
 def _import(path: Path, bundle: Path, progress: ProgressBar) -> Path:
     """The bundle of the model in `path`; what stands there is kept if it is that, and whole."""
     with hold(bundle, progress):
-        made = {"source_sha256": inspect_model(path).sha256}
+        source = open_foreign(path)
+        made = {"source_sha256": source.sha256}
         if not is_kept(bundle, made, argparse.Namespace(reuse=True, overwrite=True)):
-            source = open_model(path, progress=lambda done, total: progress("import", done, total))
             shutil.rmtree(bundle, ignore_errors=True)  # an entry of the cache, whatever was left of it
-            write_bundle(bundle, source.model, source.tokenizer, extra=source.origin | made, assets=source.assets)
+            import_bundle(
+                bundle,
+                source.checkpoint,
+                source.tokenizer,
+                extra=source.origin | made,
+                assets=source.assets,
+                progress=lambda done, total: progress("import", done, total),
+            )
     return bundle
 
 

@@ -1,12 +1,13 @@
-"""Continue a prompt with a bundle or a GGUF file, or answer it, on one device.
+"""Continue a prompt with a model, or answer it, on one device.
 
 hsai generate bundles/int4 "def main():" --max-tokens 64
-hsai generate bundles/int4 "What is the capital of France?" --chat
+hsai generate SmolLM2-135M-Instruct.Q4_1.gguf "What is the capital of France?" --chat
+hsai generate bundles/int4 "Where is the Louvre?" --chat --prefill "The Louvre is in"
 A prompt that begins with a hyphen stands last, behind two of them: hsai generate bundles/int4 --max-tokens 8 -- -x
 
-Where you say nothing, tokens are drawn as the bundle's generation_config.json says (temperature, top-k, top-p, min-p,
+Where you say nothing, tokens are drawn as the model's generation_config.json says (temperature, top-k, top-p, min-p,
 new tokens), as its makers mean it; without one, or where it does not draw, the likeliest is taken. --temperature 0 does
-that in any case. The tokens that end a text are always those of the bundle.
+that in any case. The tokens that end a text are always those of the model.
 """
 
 import argparse
@@ -28,19 +29,20 @@ MAX_TOKENS = 64
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("bundle", type=Path, help="the directory of a bundle, or a GGUF file")
+    parser.add_argument("model", type=Path, help="a run, a bundle, a checkpoint of transformers, or a GGUF file")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument(
-        "--chat", action="store_true", help="the prompt is a message: answer it through the bundle's chat template"
+        "--chat", action="store_true", help="the prompt is a message: answer it through the model's chat template"
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message before it")
+    parser.add_argument("--prefill", metavar="TEXT", help="with --chat: how the answer begins")
     parser.add_argument(
-        "--max-tokens", type=int, help=f"tokens to make at most (default: the bundle's, else {MAX_TOKENS})"
+        "--max-tokens", type=int, help=f"tokens to make at most (default: the model's, else {MAX_TOKENS})"
     )
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the bundle's, else 0)")
-    parser.add_argument("--top-k", type=int, help="draw among this many likeliest tokens (default: the bundle's)")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token (default: the model's, else 0)")
+    parser.add_argument("--top-k", type=int, help="draw among this many likeliest tokens (default: the model's)")
     parser.add_argument(
-        "--top-p", type=float, help="draw among the likeliest tokens that hold this probability (default: the bundle's)"
+        "--top-p", type=float, help="draw among the likeliest tokens that hold this probability (default: the model's)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument(
@@ -60,13 +62,16 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"--seed {arguments.seed} must be between 0 and {2**32 - 1}")
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system needs --chat: a text that is continued has no system message")
-    engine = _load(arguments.bundle, graphs=arguments.graphs, cache=arguments.cache)
+    if arguments.prefill is not None and not arguments.chat:
+        raise InputError("--prefill needs --chat: a text that is continued is its own beginning")
+    engine = _load(arguments.model, graphs=arguments.graphs, cache=arguments.cache)
     defaults = read_defaults(engine.assets.generation_config)
     sampling = defaults.sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed
     )
-    # The prompt is echoed with the first text, when nothing can be wrong with it any more.
-    unread = [] if arguments.chat else [arguments.prompt]
+    prefill = arguments.prefill or ""
+    # What the text begins with is echoed with its first piece, when nothing can be wrong any more.
+    unread = [prefill if arguments.chat else arguments.prompt]
 
     def show(text: str) -> None:
         print(*unread, text, sep="", end="", flush=True)
@@ -78,7 +83,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         "on_text": show,
     }
     if arguments.chat:
-        done = engine.chat(_converse(arguments), **settings)
+        done = engine.chat(_converse(arguments), prefill=prefill, **settings)
     else:
         done = engine.generate(arguments.prompt, **settings)
     show("\n")
@@ -97,10 +102,10 @@ def _converse(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _load(path: Path, *, graphs: bool, cache: CacheFormat | None) -> Engine:
-    """The engine of a bundle, or of a GGUF file, which has no graphs."""
-    if not is_gguf(path):
-        return Engine.load(path, graphs=graphs, cache=cache)
-    if graphs:
+    """The engine of a model; only a bundle has graphs."""
+    if graphs and is_gguf(path):
         raise InputError(f"--graphs: {path} is a GGUF file, which has none; import and export it as a bundle first")
+    if graphs:
+        return Engine.load(path, graphs=True, cache=cache)
     source = open_model(path)
     return Engine.trace(source.model, source.tokenizer, Assets.parse(source.assets), cache=cache or "activations")

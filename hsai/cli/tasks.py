@@ -21,7 +21,7 @@ from hsai.fetch.cache import Progress
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
-from hsai.sharding import MeshConfig, check_mesh, make_mesh
+from hsai.sharding import MeshConfig, make_mesh
 
 BATCH_TOKENS = 2048
 Dtype = Literal["bfloat16", "float32"]
@@ -105,8 +105,6 @@ def measure_tasks(
 ) -> tuple[dict[str, Any], Reference]:
     """One model's results, as JSON, compared on texts with `reference`; and the one to compare the next model with, by
     default this one."""
-    if plan.mesh is not None:
-        check_mesh(plan.mesh, source.config.axis_sizes)
     model = compute_in(source.model, plan.dtype or source.config.dtype)
     scorer = Scorer(model, batch_tokens=plan.batch_tokens, mesh=plan.mesh)
     name = source.directory.name

@@ -8,7 +8,7 @@ that matter and refuses what it would silently drop.
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +192,40 @@ class Tokenizer:
             _check_unicode(text)
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_marked(self, text: str, plain: Mapping[str, str]) -> list[int]:
+        """As `encode(text, special=True)`, but what spells a special token by a mark is text.
+
+        Args:
+          text: any.
+          plain: marks that may stand in `text`, and the texts that they stand for, which become no special tokens. The
+            rest of a run of text between special tokens is cut together with them; SentencePiece's space may come
+            before such a run.
+        Raises:
+          InputError: as `encode`.
+        """
+        _check_unicode(text)
+        encoding = self._parsing_backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        run: list[int] = []
+        begin = 0
+        for token, (start, end) in (*zip(encoding.ids, encoding.offsets, strict=True), (None, (len(text), 0))):
+            if token is not None and token not in self._special:
+                run.append(token)
+                continue
+            between = text[begin:start]
+            if any(mark in between for mark in plain):
+                for mark, spelled in plain.items():
+                    between = between.replace(mark, spelled)
+                run = self.encode(between)
+            ids += run if token is None else [*run, token]
+            run, begin = [], end
+        return ids
+
+    def find_special(self, text: str) -> str | None:
+        """The first special token that `text` spells; None if it is but text. Raises as `encode`."""
+        special = (token for token in self.encode(text, special=True) if token in self._special)
+        return next(map(self.name, special), None)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the tokens, special tokens left out; bytes that are not UTF-8 (a cut character) become U+FFFD.
 
@@ -211,6 +245,12 @@ class Tokenizer:
     def _check(self, token: int) -> None:
         if not 0 <= token < self.vocab_size:
             raise InputError(f"token id {token} is out of range; valid are 0 to {self.vocab_size - 1}")
+
+    @functools.cached_property
+    def _special(self) -> frozenset[int]:
+        """Ids of special tokens; other added ones (Qwen's <think>) are text like any other."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
 
     @functools.cached_property
     def _parsing_backend(self) -> tokenizers.Tokenizer:

@@ -50,7 +50,7 @@ class HarnessModel(LM):
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], **settings: Any) -> "HarnessModel":
-        """The model of a run or a bundle; raises `InputError` as `hsai.export.source.open_model`."""
+        """Whatever `hsai.export.source.open_model` takes, and refuses as it does."""
         source = open_model(directory)
         return cls(source.model, source.tokenizer, **settings)
 

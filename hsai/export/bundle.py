@@ -12,7 +12,7 @@ bundle under the name that was asked for. Reading checks size and SHA-256 of eve
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import jaxlib
 import numpy as np
 import safetensors
 import safetensors.flax
-import safetensors.numpy
+from jax.typing import DTypeLike
 
 import hsai
 from hsai.data.assets import read_assets
@@ -34,14 +34,17 @@ from hsai.export.manifest import (
     TOKENIZER,
     WEIGHTS,
     FileRecord,
+    GraphRecord,
     Manifest,
     TokenizerRecord,
     read_manifest,
     write_manifest,
 )
 from hsai.export.stablehlo import GraphConfig, export_graphs
-from hsai.files import atomic_directory, atomic_write, check_replaceable, sha256
+from hsai.files import atomic_directory, check_replaceable, sha256
 from hsai.formats.storage import describe, named_arrays, restore
+from hsai.interop.assemble import ForeignModel, Progress, stream
+from hsai.interop.safetensors_file import write_tensors
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 
@@ -72,7 +75,7 @@ def write_bundle(
     assets: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Writes `model` and `tokenizer` as a bundle.
+    """Writes `model` and `tokenizer` as a bundle, an array at a time.
 
     Args:
       directory: of the bundle; its parents are made.
@@ -87,17 +90,48 @@ def write_bundle(
       InputError: the directory exists (and may not be overwritten, or is no bundle), the tokenizer has more tokens than
         the model, or the graphs do not fit the model.
     """
-    target = Path(os.path.abspath(directory))
-    check_replaceable(target, holding=MANIFEST, overwrite=overwrite)
-    _check_vocabulary(model.config, tokenizer)
+    # Such a file has no gaps: where wider numbers come first, each stands at a multiple of its own size.
+    arrays = dict(sorted(named_arrays(model).items(), key=lambda item: -item[1].dtype.itemsize))
+    content = _Content(
+        config=model.config,
+        formats=describe(model),
+        shapes={name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()},
+        pieces=((name, np.asarray(array)) for name, array in arrays.items()),
+    )
     config = GraphConfig() if graphs is True else graphs or None
-    if config is not None:
-        config.slots(model.config)
-    with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
-        for name, content in (assets or {}).items():
-            (building / name).write_bytes(content)
-        manifest = _build(building, model, tokenizer, config, extra or {})
-    return manifest
+    return _write(directory, content, tokenizer, config, extra or {}, assets or {}, overwrite)
+
+
+def import_bundle(
+    directory: str | os.PathLike[str],
+    source: ForeignModel,
+    tokenizer: Tokenizer,
+    *,
+    dtype: DTypeLike | None = None,
+    extra: Mapping[str, Any] | None = None,
+    assets: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes a foreign model as a bundle without graphs, from file to file: memory holds one tensor at a time.
+
+    Args:
+      directory, tokenizer, extra, assets, overwrite: as of `write_bundle`, of which it is the same bundle.
+      source: the model.
+      dtype, progress: as of `hsai.interop.assemble.assemble`.
+    Returns: the manifest.
+    Raises:
+      InputError: as `write_bundle`, and as `assemble`.
+    """
+    model = abstract_transformer(source.config)
+    kind = source.dtype if dtype is None else jnp.dtype(dtype)
+    content = _Content(
+        config=source.config,
+        formats=describe(model),
+        shapes={name: jax.ShapeDtypeStruct(leaf.shape, kind) for name, leaf in named_arrays(model).items()},
+        pieces=stream(source, kind, progress),
+    )
+    return _write(directory, content, tokenizer, None, extra or {}, assets or {}, overwrite)
 
 
 def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
@@ -118,7 +152,7 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     tokenizer = Tokenizer.load(
         directory / named.file, end_of_text=named.end_of_text, prefix=named.prefix, stops=named.stops
     )
-    _check_vocabulary(manifest.model, tokenizer)
+    check_vocabulary(manifest.model, tokenizer)
     try:
         model = _load_model(directory / WEIGHTS, manifest)
     except InputError as error:
@@ -127,25 +161,52 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
 
 
-def _build(
-    directory: Path,
-    model: Transformer,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a bundle is to hold of a model."""
+
+    config: TransformerConfig
+    formats: Mapping[str, Mapping[str, Any]]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    pieces: Iterable[tuple[str, np.ndarray]]
+    """The arrays of `shapes`, in their order, whole or in slices; each is made when it is asked for."""
+
+
+def _write(
+    directory: str | os.PathLike[str],
+    content: _Content,
     tokenizer: Tokenizer,
-    config: GraphConfig | None,
+    graphs: GraphConfig | None,
     extra: Mapping[str, Any],
+    assets: Mapping[str, bytes],
+    overwrite: bool,
 ) -> Manifest:
-    arrays, formats = named_arrays(model), describe(model)
-    with atomic_write(directory / WEIGHTS) as temporary:
-        # safetensors writes a buffer as it lies in memory, whatever its strides say.
-        safetensors.numpy.save_file({n: np.ascontiguousarray(np.asarray(a)) for n, a in arrays.items()}, temporary)
+    target = Path(os.path.abspath(directory))
+    check_replaceable(target, holding=MANIFEST, overwrite=overwrite)
+    check_vocabulary(content.config, tokenizer)
+    if graphs is not None:
+        graphs.slots(content.config)
+    with atomic_directory(target, holding=MANIFEST, overwrite=overwrite) as building:
+        for name, asset in assets.items():
+            (building / name).write_bytes(asset)
+        return _build(building, content, tokenizer, graphs, extra)
+
+
+def _build(
+    directory: Path, content: _Content, tokenizer: Tokenizer, config: GraphConfig | None, extra: Mapping[str, Any]
+) -> Manifest:
+    shapes = {name: (tuple(shape.shape), np.dtype(shape.dtype)) for name, shape in content.shapes.items()}
+    write_tensors(directory / WEIGHTS, shapes, content.pieces)
     tokenizer.save(directory / TOKENIZER)
-    records = export_graphs(directory, model.config, formats, arrays, config) if config is not None else ()
+    records: tuple[GraphRecord, ...] = ()
+    if config is not None:
+        records = export_graphs(directory, content.config, content.formats, content.shapes, config)
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         created_by={"hsai": hsai.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__},
-        model=model.config,
-        weights=formats,
+        model=content.config,
+        weights=content.formats,
         tokenizer=TokenizerRecord(
             file=TOKENIZER,
             end_of_text=tokenizer.name(tokenizer.eot),
@@ -163,7 +224,8 @@ def _build(
     return manifest
 
 
-def _check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """Refuses, as `InputError`, a tokenizer with tokens that the model has no rows for."""
     if tokenizer.vocab_size > config.vocab:
         raise InputError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than model.vocab={config.vocab}")
 

@@ -6,20 +6,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from hsai.config import RunConfig
 from hsai.configuration import from_dict, to_dict
 from hsai.data.assets import ASSET_FILES, read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.export.bundle import read_bundle
+from hsai.export.bundle import check_vocabulary, read_bundle
 from hsai.export.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 from hsai.files import sha256
-from hsai.interop.assemble import Progress
+from hsai.interop.assemble import ForeignModel, assemble
 from hsai.interop.assets import TOKEN_KEYS, TOKENIZER
-from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint, read_gguf
+from hsai.interop.gguf import GgufCheckpoint, is_gguf, open_gguf_checkpoint
 from hsai.interop.gguf_assets import make_assets, make_tokenizer
-from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint, read_huggingface
+from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_checkpoint
 from hsai.models import Transformer, TransformerConfig
+from hsai.models.transformer import abstract_transformer
+from hsai.sharding import tree_shardings
 from hsai.train.checkpoint import Checkpointer, is_run
 from hsai.train.restore import read_run
 from hsai.train.seal import SEAL
@@ -47,13 +51,27 @@ class ModelSource(ModelRecord):
     """A model that was read from disk, and where it came from."""
 
     model: Transformer
-    """Weights in any format, on the first device."""
+    """Weights in any format, where they were asked for."""
 
     tokenizer: Tokenizer
     """What its text was cut with."""
 
     assets: dict[str, bytes]
     """Files that travel with it as they are: chat template, generation config."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForeignSource(ModelRecord):
+    """A foreign model, whose weights were not read yet, and what came with it."""
+
+    checkpoint: ForeignModel
+    """Its weights, a tensor at a time."""
+
+    tokenizer: Tokenizer
+    """As of `ModelSource`."""
+
+    assets: dict[str, bytes]
+    """As of `ModelSource`."""
 
 
 def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
@@ -76,41 +94,54 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
     return _record_bundle(directory, read_manifest(directory))
 
 
-def open_model(
-    directory: str | os.PathLike[str], *, dtype: str | None = None, progress: Progress | None = None
-) -> ModelSource:
+def open_foreign(path: str | os.PathLike[str]) -> ForeignSource:
+    """Reads all of a checkpoint of `transformers`, or of a GGUF file, but its weights.
+
+    Raises:
+      InputError: it is none of them, or damaged; its tokenizer has more tokens than the model.
+    """
+    path = Path(path)
+    if is_gguf(path):
+        file = open_gguf_checkpoint(path)
+        return ForeignSource(
+            **vars(_record_gguf(file)),
+            checkpoint=file,
+            tokenizer=make_tokenizer(file.tokenizer, str(path)),
+            assets=make_assets(file.tokenizer, file.config.max_length),
+        )
+    if is_run(path) or not is_huggingface(path):
+        what = "is no foreign model" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; give a checkpoint of transformers or a .gguf file (hsai export takes ours)")
+    checkpoint = open_checkpoint(path)
+    tokenizer = Tokenizer.from_huggingface(path, vocab=checkpoint.config.vocab)
+    try:
+        check_vocabulary(checkpoint.config, tokenizer)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    record = _record_checkpoint(checkpoint)
+    return ForeignSource(**vars(record), checkpoint=checkpoint, tokenizer=tokenizer, assets=read_assets(path))
+
+
+def open_model(directory: str | os.PathLike[str], *, mesh: Mesh | None = None) -> ModelSource:
     """Reads a run's newest checkpoint, a bundle, a checkpoint of `transformers`, or a GGUF file.
 
     Args:
-      directory: of the model.
-      dtype: of the weights of a foreign model, by default one that rounds none; others have theirs.
-      progress: called with (tensors done, tensors in all) of a foreign model.
+      directory: of the model; weights of a foreign one get a dtype that rounds none.
+      mesh: where a foreign model goes, a tensor at a time, each device getting its part; its axes must divide those of
+        the model (`check_mesh`). Without one, and in any case of other models, weights go to the first device.
     Raises:
-      InputError: it is none of them, or damaged; or a dtype is given for a run or a bundle.
+      InputError: it is none of them, or damaged.
     """
     directory = Path(directory)
-    if is_gguf(directory):
-        found = open_gguf_checkpoint(directory)
-        return ModelSource(
-            **vars(_record_gguf(found)),
-            tokenizer=make_tokenizer(found.tokenizer, str(directory)),
-            model=read_gguf(found, dtype=dtype, progress=progress),
-            assets=make_assets(found.tokenizer, found.config.max_length),
-        )
-    if not is_run(directory) and is_huggingface(directory):
-        checkpoint = open_checkpoint(directory)
-        return ModelSource(
-            **vars(_record_checkpoint(checkpoint)),
-            tokenizer=Tokenizer.from_huggingface(directory, vocab=checkpoint.config.vocab),
-            model=read_huggingface(checkpoint, dtype=dtype, progress=progress),
-            assets=read_assets(directory),
-        )
-    if dtype is not None:
-        raise InputError(f"dtype {dtype}: {directory} is no foreign model; hsai compress changes the weights of ours")
     if is_run(directory):
         trained = read_run(directory)
         record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
         return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets={})
+    if is_gguf(directory) or is_huggingface(directory):
+        foreign = open_foreign(directory)
+        shardings = None if mesh is None else tree_shardings(abstract_transformer(foreign.config), mesh)
+        fields = {name: value for name, value in vars(foreign).items() if name != "checkpoint"}
+        return ModelSource(**fields, model=assemble(foreign.checkpoint, shardings))
     _check_is_bundle(directory)
     bundle = read_bundle(directory)
     record = _record_bundle(directory, bundle.manifest)
@@ -145,14 +176,14 @@ def _record_bundle(directory: Path, manifest: Manifest) -> ModelRecord:
 def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
     tokens = {key: checkpoint.raw[key] for key in TOKEN_KEYS if checkpoint.raw.get(key) is not None}
     origin = {
-        "checkpoint": checkpoint.directory.resolve().name,
+        "checkpoint": checkpoint.path.resolve().name,
         "architecture": checkpoint.family.architecture,
         "special_tokens": tokens,
     }
-    parts = (checkpoint.directory / CONFIG, *checkpoint.files, checkpoint.directory / TOKENIZER)
-    parts += tuple(path for name in ASSET_FILES if (path := checkpoint.directory / name).is_file())
+    parts = (checkpoint.path / CONFIG, *checkpoint.files, checkpoint.path / TOKENIZER)
+    parts += tuple(path for name in ASSET_FILES if (path := checkpoint.path / name).is_file())
     digest = _join(*(sha256(part) for part in parts))
-    return ModelRecord(directory=checkpoint.directory, config=checkpoint.config, origin=origin, sha256=digest)
+    return ModelRecord(directory=checkpoint.path, config=checkpoint.config, origin=origin, sha256=digest)
 
 
 def _record_gguf(checkpoint: GgufCheckpoint) -> ModelRecord:

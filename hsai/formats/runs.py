@@ -20,6 +20,7 @@ from hsai.formats.packed import Packed, Weight, to_dense
 
 T = TypeVar("T")
 C = TypeVar("C")
+Y = TypeVar("Y")
 
 
 @jax.tree_util.register_dataclass
@@ -61,27 +62,31 @@ def take_layer(stacked: T, layer: int) -> T:
     return _take(stacked, layer, layer)
 
 
-def scan_layers(step: Callable[[C, tuple[T, jax.Array]], tuple[C, None]], carry: C, stacked: T, layers: int) -> C:
-    """What `carry` becomes through all layers: carry = step(carry, (weights of a layer, its number int32))[0].
+def scan_layers(
+    step: Callable[[C, tuple[T, jax.Array]], tuple[C, Y]], carry: C, stacked: T, layers: int
+) -> tuple[C, Y]:
+    """What `carry` becomes through all layers, and what each gave, stacked: `jax.lax.scan` of `step`.
 
     Args:
-      step: as `jax.lax.scan` takes it.
+      step: (carry, (weights of a layer, its number int32)) -> (carry, what the layer gives).
       carry: what the first layer gets.
       stacked: a tree of weights (L, ...); those that are `Runs` cut the scan.
       layers: L.
     """
     runs = [leaf for leaf in jax.tree.leaves(stacked, is_leaf=_is_runs) if _is_runs(leaf)]
     if not runs:
-        return jax.lax.scan(step, carry, (stacked, jnp.arange(layers)))[0]
+        return jax.lax.scan(step, carry, (stacked, jnp.arange(layers)))
     starts = sorted({start for weight in runs for start in weight.starts})
+    given: list[Y] = []
     for start, stop in itertools.pairwise((*starts, layers)):
 
-        def step_in_piece(carry: C, layer: jax.Array, start: int = start) -> tuple[C, None]:
+        def step_in_piece(carry: C, layer: jax.Array, start: int = start) -> tuple[C, Y]:
             # Indexed within the loop, as the scan itself would: a slice of a stack in front of it would be a copy.
             return step(carry, (_take(stacked, layer, start), layer))
 
-        carry, _ = jax.lax.scan(step_in_piece, carry, jnp.arange(start, stop))
-    return carry
+        carry, piece = jax.lax.scan(step_in_piece, carry, jnp.arange(start, stop))
+        given.append(piece)
+    return carry, jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *given)
 
 
 def _take(stacked: T, layer: int | jax.Array, near: int) -> T:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.data.assets import Assets
-from hsai.data.chat import ChatTemplate
+from hsai.data.chat import ChatTemplate, encode_chat
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
@@ -140,6 +140,7 @@ class Engine:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        prefill: str = "",
         max_tokens: int = 128,
         sampling: SamplingConfig | None = None,
         on_text: Callable[[str], None] | None = None,
@@ -148,11 +149,12 @@ class Engine:
 
         Args:
           messages: each with a role (system, user, assistant) and a content.
+          prefill: how the answer begins; the model goes on from there, and what it returns is the rest.
         Raises:
-          InputError: the model has no chat template; what `ChatTemplate.render` and `generate_tokens` refuse.
+          InputError: the model has no chat template; what `encode_chat` and `generate_tokens` refuse.
         """
         template = ChatTemplate.of_model(self.assets, self.tokenizer)
-        ids = self.tokenizer.encode(template.render(messages), special=True)
+        ids = encode_chat(template, self.tokenizer, messages, prefill=prefill)
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
 
     def generate_tokens(

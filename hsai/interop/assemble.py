@@ -2,12 +2,13 @@
 
 Each stacked array is allocated once, where it is to stay: on the devices of its sharding. A tensor is read, each device
 gets its part of it, and a donated update writes that into the stack in place. So the memory of a host holds about one
-tensor at any moment, next to what its devices hold.
+tensor at any moment, next to what its devices hold. What goes to a file needs no device at all: `stream`.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,41 +26,61 @@ from hsai.models.transformer import abstract_transformer
 Progress = Callable[[int, int], None]
 
 
+class ForeignModel(Protocol):
+    """A foreign model whose config and headers were read and fit together; its tensors were not read yet."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is: a directory or a file."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What its weights are to be stored in so that none is rounded."""
+
+    def list_entries(self) -> list[Entry]:
+        """A tensor each; together they are every array of the model."""
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The tensor of an entry as the file has it: floating, in the foreign orientation.
+
+        Raises:
+          InputError: it cannot be read; the message names the file.
+        """
+
+
 def assemble(
-    config: TransformerConfig,
-    entries: Sequence[Entry],
-    read: Callable[[Entry], np.ndarray],
+    source: ForeignModel,
     shardings: Transformer | None = None,
-    dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32,
+    dtype: DTypeLike | None = None,
     progress: Progress | None = None,
 ) -> Transformer:
-    """The model of `config` with the numbers of foreign tensors.
+    """A foreign model as one of ours.
 
     Args:
-      config: of the model.
-      entries: a tensor each; together they are every array of the model. They are read in their order.
-      read: gives the tensor of an entry as the file has it: floating, in the foreign orientation. Each process of a
-        run calls it for every entry, and keeps what its devices hold.
+      source: each process of a run reads all of its tensors, one after the other, and keeps what its devices hold.
       shardings: the model with a sharding in the place of each array (`hsai.sharding.tree_shardings`); by default all
         of it goes to the first device.
-      dtype: of our arrays; or that of each, by its dotted name.
+      dtype: of our arrays; by default one that rounds none.
       progress: called with (tensors done, tensors in all).
     Raises:
-      InputError: a tensor has another shape than the config says, is not floating, or holds a NaN or an infinity.
+      InputError: a tensor cannot be read, has another shape than the config says, is not floating, or holds a NaN or an
+        infinity.
       ValueError: the entries are not the model.
     """
-    params = {name: param.get_value() for name, param in named_weights(abstract_transformer(config)).items()}
-    check_cover(entries, {name: value.shape for name, value in params.items()})
+    entries, shapes, kind = _list(source, dtype)
     if shardings is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        places: Mapping[str, Sharding] = dict.fromkeys(params, device)
+        places: Mapping[str, Sharding] = dict.fromkeys(shapes, device)
     else:
         places = named_arrays(shardings)
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(params, dtype)
     values: dict[str, jax.Array] = {}
     for number, entry in enumerate(entries):
-        shape, place, kind = params[entry.leaf].shape, places[entry.leaf], jnp.dtype(dtypes[entry.leaf])
-        piece = _place(_read(entry, read, shape), kind, _without_leading(place, len(entry.index)))
+        shape, place = shapes[entry.leaf], places[entry.leaf]
+        piece = _place(_read(source, entry, shape), kind, _without_leading(place, len(entry.index)))
         if entry.index:
             stack = values.pop(entry.leaf) if entry.leaf in values else _allocate(shape, kind, place)
             index = tuple(np.int32(at) for at in entry.index)
@@ -68,8 +89,29 @@ def assemble(
         values[entry.leaf] = piece
         if progress is not None:
             progress(number + 1, len(entries))
-    model: Transformer = replace_weights(abstract_transformer(config), values)
+    model: Transformer = replace_weights(abstract_transformer(source.config), values)
     return model
+
+
+def stream(
+    source: ForeignModel, dtype: DTypeLike | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of `assemble` in pieces, by their dotted names: for a file, which takes them as they come.
+
+    Args:
+      source, dtype, progress: as of `assemble`, whose numbers these are, bit for bit.
+    Yields: the pieces of one array after the other, in the order of `named_weights`; those of an array are slices of
+      its leading axes, in their order.
+    Raises:
+      InputError, ValueError: as `assemble`.
+    """
+    entries, shapes, kind = _list(source, dtype)
+    order = {name: number for number, name in enumerate(shapes)}
+    entries.sort(key=lambda entry: (order[entry.leaf], entry.index))
+    for number, entry in enumerate(entries):
+        yield entry.leaf, np.array(_read(source, entry, shapes[entry.leaf]), kind, order="C")
+        if progress is not None:
+            progress(number + 1, len(entries))
 
 
 def disassemble(
@@ -102,16 +144,26 @@ def disassemble(
         yield entry, entry.to_foreign(np.asarray(jax.device_get(dense)))
 
 
-def _read(entry: Entry, read: Callable[[Entry], np.ndarray], leaf: Sequence[int]) -> np.ndarray:
+def _list(source: ForeignModel, dtype: DTypeLike | None) -> tuple[list[Entry], dict[str, tuple[int, ...]], np.dtype]:
+    """Its entries, the shapes of our arrays in their order, and their dtype."""
+    entries = source.list_entries()
+    params = named_weights(abstract_transformer(source.config))
+    shapes = {name: tuple(param.get_value().shape) for name, param in params.items()}
+    check_cover(entries, shapes)
+    return entries, shapes, source.dtype if dtype is None else jnp.dtype(dtype)
+
+
+def _read(source: ForeignModel, entry: Entry, leaf: Sequence[int]) -> np.ndarray:
     """Our slice, checked."""
-    tensor = read(entry)
+    tensor = source.read(entry)
+    what = f"{source.path}: tensor {entry.name!r}"
     wanted = entry.shape(leaf)
     if tuple(tensor.shape) != wanted:
-        raise InputError(f"tensor {entry.name!r} has shape {list(tensor.shape)}, the model needs {list(wanted)}")
+        raise InputError(f"{what} has shape {list(tensor.shape)}, the model needs {list(wanted)}")
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise InputError(f"tensor {entry.name!r} is {tensor.dtype}, and a weight is floating")
+        raise InputError(f"{what} is {tensor.dtype}, and a weight is floating")
     if bad := tensor.size - np.count_nonzero(np.isfinite(tensor)):
-        raise InputError(f"tensor {entry.name!r} holds {bad} values that are NaN or infinite, of {tensor.size}")
+        raise InputError(f"{what} holds {bad} values that are NaN or infinite, of {tensor.size}")
     return entry.to_ours(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Models in GGUF files, in: header, config and tensors checked against one another, then read tensor by tensor."""
+"""Models in GGUF files, in: header, config and tensors checked against one another; `assemble` reads the tensors."""
 
 import dataclasses
 import os
@@ -7,17 +7,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
-from jax.typing import DTypeLike
 
 from hsai.errors import InputError
 from hsai.formats.storage import named_weights
-from hsai.interop.assemble import Progress, assemble
 from hsai.interop.entries import Entry, check_names
 from hsai.interop.gguf_config import read_config
 from hsai.interop.gguf_container import GgufFile, open_gguf
 from hsai.interop.gguf_names import ROPE_FACTORS, Architecture, list_entries
 from hsai.interop.gguf_tokenizer import GgufTokenizer, read_tokenizer
-from hsai.models import Transformer, TransformerConfig
+from hsai.models import TransformerConfig
 from hsai.models.transformer import abstract_transformer
 
 EMBEDDING = "token_embd.weight"
@@ -42,9 +40,31 @@ class GgufCheckpoint:
 
     @property
     def dtype(self) -> np.dtype:
-        """What weights are to be stored in so that none is rounded: bfloat16 if all matrices are, else float32."""
-        kinds = {record.type for record in self.file.tensors.values() if len(record.shape) > 1}
-        return jnp.dtype(jnp.bfloat16 if kinds == {GGMLQuantizationType.BF16} else jnp.float32)
+        """What weights are to be stored in so that none is rounded: bfloat16 if they all fit it, else float32.
+
+        Such files keep gains and biases in float32, whatever they were: those are looked at.
+        """
+        entries = self.list_entries()
+        vectors = [entry for entry in entries if len(self.file.tensors[entry.name].shape) == 1]
+        kinds = {self.file.tensors[entry.name].type for entry in entries if entry not in vectors}
+        if kinds != {GGMLQuantizationType.BF16}:
+            return jnp.dtype(jnp.float32)
+        values = (entry.to_ours(self.read(entry)) for entry in vectors)
+        exact = all(np.array_equal(value, value.astype(jnp.bfloat16)) for value in values)
+        return jnp.dtype(jnp.bfloat16 if exact else jnp.float32)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    def list_entries(self) -> list[Entry]:
+        """A tensor each."""
+        return list_entries(self.architecture, self.config)
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The tensor of an entry, dequantized; `InputError` if it has a quantization that is not read."""
+        return self.file.read(entry.name)
 
 
 def is_gguf(path: Path) -> bool:
@@ -80,31 +100,3 @@ def open_gguf_checkpoint(path: str | os.PathLike[str]) -> GgufCheckpoint:
     return GgufCheckpoint(
         file=file, architecture=architecture, config=config, tokenizer=read_tokenizer(file.metadata, vocab)
     )
-
-
-def read_gguf(
-    checkpoint: GgufCheckpoint,
-    shardings: Transformer | None = None,
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Transformer:
-    """The model of a file, dequantized.
-
-    Args:
-      checkpoint: by `open_gguf_checkpoint`.
-      shardings: where its arrays go, as of `assemble`.
-      dtype: of its weights; by default one that rounds none.
-      progress: called with (tensors done, tensors in all).
-    Raises:
-      InputError: a tensor holds a NaN or an infinity, or has a quantization that is not read.
-    """
-
-    def read(entry: Entry) -> np.ndarray:
-        return checkpoint.file.read(entry.name)
-
-    entries = list_entries(checkpoint.architecture, checkpoint.config)
-    kind = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
-    try:
-        return assemble(checkpoint.config, entries, read, shardings, kind, progress)
-    except InputError as error:
-        raise InputError(f"{checkpoint.file.path}: {error}") from error

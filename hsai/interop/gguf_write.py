@@ -97,7 +97,7 @@ def write_gguf(
     with atomic_write(path) as temporary:
         writer = GGUFWriter(temporary, architecture.name)
         try:
-            _add_metadata(writer, metadata)
+            add_metadata(writer, metadata)
             if factors is not None:
                 writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes, Type.F32)
             for entry in entries:
@@ -157,7 +157,8 @@ def _encode(name: str, tensor: np.ndarray, kind: GGMLQuantizationType) -> np.nda
     return quantize(kind, tensor)
 
 
-def _add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+def add_metadata(writer: GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Adds keys, each of the type of its value; integers are uint32."""
     for key, value in metadata.items():
         if key == "general.architecture":
             continue  # GGUFWriter has written it

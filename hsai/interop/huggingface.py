@@ -1,8 +1,7 @@
 """Checkpoints as `transformers` keeps them, both ways: a directory with config.json and weights in safetensors.
 
-Reading streams: a tensor is read when its place on the devices is ready. Writing streams as well, into as many files as
-the size of one asks for, with their index. What lies beside the weights (tokenizer, chat template, generation config)
-travels as it is.
+Tensors are read one at a time, by `hsai.interop.assemble`, and written so, into as many files as the size of one asks
+for, with their index. What lies beside the weights (tokenizer, chat template, generation config) travels as it is.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from jax.typing import DTypeLike
 from hsai.errors import InputError
 from hsai.files import atomic_directory, read_json, write_json_atomic
 from hsai.formats.storage import named_weights
-from hsai.interop.assemble import Progress, assemble, disassemble
+from hsai.interop.assemble import Progress, disassemble
 from hsai.interop.entries import Entry, check_names
 from hsai.interop.families import Family
 from hsai.interop.huggingface_config import read_config, write_config
@@ -39,8 +38,8 @@ SHARD_BYTES = 5_000_000_000
 class Checkpoint:
     """A directory whose config and headers were read and fit together; its tensors were not read yet."""
 
-    directory: Path
-    """Where it is."""
+    path: Path
+    """Its directory."""
 
     family: Family
     """Its architecture."""
@@ -64,6 +63,14 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Those that hold the weights."""
         return tuple(sorted({record.path for record in self.tensors.values()}))
+
+    def list_entries(self) -> list[Entry]:
+        """A tensor each, in the order of the model's layers."""
+        return self.family.make_entries(self.config)
+
+    def read(self, entry: Entry) -> np.ndarray:
+        """The tensor of an entry; `InputError` if its file has become shorter since it was opened."""
+        return self.tensors[entry.name].read()
 
 
 def is_huggingface(directory: Path) -> bool:
@@ -104,35 +111,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
                 raise InputError(f"tensor {entry.name!r} has shape {list(found)}, {CONFIG} says {list(wanted)}")
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
-    return Checkpoint(directory=directory, family=family, config=config, raw=raw, tensors=tensors)
-
-
-def read_huggingface(
-    checkpoint: Checkpoint,
-    shardings: Transformer | None = None,
-    dtype: DTypeLike | None = None,
-    progress: Progress | None = None,
-) -> Transformer:
-    """The model of a checkpoint.
-
-    Args:
-      checkpoint: by `open_checkpoint`.
-      shardings: where its arrays go, as of `assemble`.
-      dtype: of its weights; by default one that rounds none.
-      progress: called with (tensors done, tensors in all).
-    Raises:
-      InputError: a tensor holds a NaN or an infinity, or a file has changed since it was opened.
-    """
-
-    def read(entry: Entry) -> np.ndarray:
-        return checkpoint.tensors[entry.name].read()
-
-    entries = checkpoint.family.make_entries(checkpoint.config)
-    kind = checkpoint.dtype if dtype is None else jnp.dtype(dtype)
-    try:
-        return assemble(checkpoint.config, entries, read, shardings, kind, progress)
-    except InputError as error:
-        raise InputError(f"{checkpoint.directory}: {error}") from error
+    return Checkpoint(path=directory, family=family, config=config, raw=raw, tensors=tensors)
 
 
 def write_huggingface(

@@ -26,6 +26,8 @@ DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INTEGERS = {np.dtype(f"{sign}int{bits}"): f"{sign or 'i'}{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32)}
+"""What packed weights are made of: written here, and never read from the files of others."""
 LONGEST_HEADER = 100_000_000
 """As the `safetensors` package has it; longer ones are refused before they are read."""
 METADATA = "__metadata__"
@@ -102,14 +104,15 @@ def read_records(path: Path) -> dict[str, TensorRecord]:
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], tensors: Iterable[tuple[str, np.ndarray]]
+    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> None:
     """Writes tensors as they come, whole or not at all.
 
     Args:
       path: of the file.
       shapes: shape and dtype of every tensor, in the order in which they come.
-      tensors: names and arrays, of those shapes; each is cast to its dtype.
+      pieces: names and arrays; a tensor comes whole, or in slices of its leading axes, one after the other. Each is
+        cast to the tensor's dtype.
     Raises:
       ValueError: the tensors are not those that were announced.
     """
@@ -117,19 +120,25 @@ def write_tensors(
     place = 0
     for name, (shape, dtype) in shapes.items():
         end = place + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        header[name] = {"dtype": (NAMES | INTEGERS)[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight
+    left = {name: math.prod(shape) for name, (shape, _) in shapes.items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        left = list(shapes)
-        for name, tensor in tensors:
-            if not left or left.pop(0) != name or tuple(tensor.shape) != shapes[name][0]:
-                raise ValueError(f"tensor {name!r} {list(tensor.shape)} was not announced at this place")
-            np.ascontiguousarray(tensor, shapes[name][1]).tofile(file)
+        for name, piece in pieces:
+            is_next = name == next(iter(left), None)
+            shape, dtype = shapes[name] if is_next else ((), None)
+            if not is_next or tuple(piece.shape) != shape[len(shape) - piece.ndim :] or piece.size > left[name]:
+                raise ValueError(f"tensor {name!r} {list(piece.shape)} was not announced at this place")
+            # As bytes: `tofile` would not say why it failed, as on a full disk.
+            file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8))
+            left[name] -= piece.size
+            if left[name] == 0:
+                del left[name]
         if left:
-            raise ValueError(f"tensor {left[0]!r} was announced and did not come")
+            raise ValueError(f"tensor {next(iter(left))!r} was announced and did not come whole")
 
 
 def _read_record(path: Path, name: str, value: Any, start: int) -> TensorRecord:

@@ -91,14 +91,36 @@ class MoE(nnx.Module):
         y: jax.Array = map_shards(compute, splits, axes, TOKENS)(x.astype(jnp.float32), chosen, weights, gate, up, down)
         return constrain(y, "batch", "seq", "embed")
 
+    def imbalance(self, x: jax.Array, counted: jax.Array) -> jax.Array:
+        """How unevenly experts are used: E times the sum over experts of share of the choices * mean probability.
+
+        It is 1 where all are used alike, and E where all tokens surely go to one of them. Its gradient makes experts
+        less likely that are chosen more often than others (Switch, 2101.03961, eq. 4; there A is 1).
+
+        Args:
+          x: (B, T, D).
+          counted: float32 (B, T), the weight of each token; 0 leaves it out.
+        Returns: float32 (); 0 where no token counts.
+        """
+        chances = self._rate(x)
+        _, chosen = jax.lax.top_k(chances, self.moe.active)
+        weights = counted[..., None] / jnp.maximum(jnp.sum(counted), jnp.finfo(jnp.float32).tiny)
+        picks = jnp.sum(jax.nn.one_hot(chosen, self.moe.experts, dtype=jnp.float32), axis=-2) / self.moe.active
+        shares, means = (jnp.sum(weights * part, axis=(0, 1)) for part in (picks, chances))
+        return self.moe.experts * jnp.sum(shares * means)
+
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The experts of each token, int32 (B, T, A), and their weights, float32 (B, T, A)."""
-        router = self.router.get_value()
-        logits = project(x, router, out_axes=TOKENS, in_axis="embed", out_dtype=jnp.float32)
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.moe.active)
+        weights, chosen = jax.lax.top_k(self._rate(x), self.moe.active)
         if self.moe.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return chosen, weights
+
+    def _rate(self, x: jax.Array) -> jax.Array:
+        """The probability of each expert, float32 (B, T, E)."""
+        router = self.router.get_value()
+        logits = project(x, router, out_axes=TOKENS, in_axis="embed", out_dtype=jnp.float32)
+        return jax.nn.softmax(logits, axis=-1)
 
     def _sort(
         self, x: jax.Array, chosen: jax.Array, weights: jax.Array, gate: Weight, up: Weight, down: Weight

@@ -156,12 +156,18 @@ class Block(nnx.Module):
         segments: jax.Array | None,
         cache: LayerCache | None,
         is_global: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """(B, T, D) -> (B, T, D), and the cache with this block's keys and values written to it."""
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """(B, T, D) -> (B, T, D); the cache with this block's keys and values written to it; and the imbalance of its
+        experts over the tokens that are `counted`, where it has experts and is told those."""
         y, cache = self.attention(self.attention_norm(x), positions, rotation, segments, cache, is_global)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
-        y = self.mlp(self.mlp_norm(x))
-        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache
+        normed = self.mlp_norm(x)
+        y = self.mlp(normed)
+        imbalance = None
+        if counted is not None and isinstance(self.mlp, MoE):
+            imbalance = self.mlp.imbalance(normed, counted)
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y)), cache, imbalance
 
 
 class Transformer(nnx.Module):
@@ -210,28 +216,60 @@ class Transformer(nnx.Module):
         """
         if segments is not None and cache is not None:
             raise ValueError("segments and cache exclude each other: a cached row is one document")
+        hidden, cache, _ = self._read(tokens, positions, segments, cache, None, remat)
+        return hidden, cache
+
+    def read_counted(
+        self,
+        tokens: jax.Array,
+        counted: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Hidden states for training, and what each layer's experts have to do.
+
+        Args:
+          counted: float32 (B, T), the weight of each token in the imbalance.
+          tokens, positions, segments, remat: as of `__call__`.
+        Returns: the hidden states of `__call__`; and `MoE.imbalance` of each layer, float32 (L,), or None of a model
+          without experts.
+        """
+        hidden, _, imbalances = self._read(tokens, positions, segments, None, counted, remat)
+        return hidden, imbalances
+
+    def _read(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+        cache: KVCache | None,
+        counted: jax.Array | None,
+        remat: Remat,
+    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
         if positions is None:
             start = jnp.zeros((), jnp.int32) if cache is None else cache.lengths[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         x = self.embed_tokens(tokens)
         rotations = self.make_rotations(positions)
 
-        def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, None]:
+        def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, jax.Array | None]:
             x, stored = carry
             block, layer = scanned
             view = None if stored is None else LayerCache(stored, layer)
-            x, view = self.apply_block(block, layer, x, positions, rotations, segments, view)
-            return (x, None if view is None else view.stored), None
+            x, view, imbalance = self.apply_block(block, layer, x, positions, rotations, segments, view, counted)
+            return (x, None if view is None else view.stored), imbalance
 
         if remat != "none":
             policies = jax.checkpoint_policies
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
         carry: Carry = (x, None if cache is None else cache.stored)
-        x, stored = scan_layers(step, carry, self.layers, self.config.layers)
+        (x, stored), imbalances = scan_layers(step, carry, self.layers, self.config.layers)
         if cache is not None and stored is not None:
             cache = KVCache.from_stored(stored, cache.lengths + tokens.shape[1])
-        return self.final_norm(x), cache
+        return self.final_norm(x), cache, imbalances
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """What the first block reads: (B, T) int32 -> (B, T, D) in the config's dtype."""
@@ -254,15 +292,16 @@ class Transformer(nnx.Module):
         rotations: tuple[Rotation, Rotation],
         segments: jax.Array | None = None,
         view: LayerCache | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+        counted: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """One layer: `block` holds the weights of number `layer`, int32 (); the rest as for `Block`."""
         far, near = rotations
         is_global, rotation = None, far
         if self.config.global_every is not None:
             is_global = (layer + 1) % self.config.global_every == 0
             rotation = jax.tree.map(lambda a, b: jnp.where(is_global, a, b), far, near)
-        x, view = block(x, positions, rotation, segments, view, is_global)
-        return constrain(x, "batch", "seq", "embed"), view
+        x, view, imbalance = block(x, positions, rotation, segments, view, is_global, counted)
+        return constrain(x, "batch", "seq", "embed"), view, imbalance
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, V) in float32."""

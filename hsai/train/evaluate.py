@@ -55,8 +55,8 @@ def make_evaluation(
 
     @jax.jit
     def sums(model: Transformer, batch: Batch) -> Sums:
-        loss, count = batch_loss(model, batch, chunk=chunk, sparsity=sparsity)
-        return loss, count, jnp.sum(batch.weights * sizes[batch.targets])
+        _, found = batch_loss(model, batch, chunk=chunk, sparsity=sparsity)
+        return found.loss, found.targets, jnp.sum(batch.weights * sizes[batch.targets])
 
     def evaluate(model: Transformer, batches: Iterable[Batch]) -> Quality:
         # Sums of a batch fit float32 exactly enough; sums over all batches are kept in Python's float64.

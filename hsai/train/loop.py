@@ -61,6 +61,9 @@ class TrainConfig:
     sparsity: SparsityConfig | None = None
     """Trains with N:M sparse matrices from the first step."""
 
+    expert_balance: float = 0.0
+    """Weight of the loss that balances the experts of each layer (2101.03961, eq. 4, has 0.01); 0 leaves it out."""
+
     log_every: int = 10
     """Steps between rows of metrics."""
 
@@ -75,6 +78,8 @@ class TrainConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.expert_balance < math.inf:
+            raise InputError(f"train.expert_balance={self.expert_balance} must be a number that is not negative")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"train.seed={self.seed} must be between 0 and {2**32 - 1}")
         if self.batch_size % self.accumulate:

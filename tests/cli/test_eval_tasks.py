@@ -1,6 +1,7 @@
 """`hsai eval --tasks`: tables, JSON, and what it refuses before anything is measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,9 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
     dense, int4 = one["evaluations"]
     assert dense["model"] == "bf16" and dense["dtype"] == "float32" and dense["mesh"] is None
     assert int4["weights"]["int4"] > 0 and dense["weights"] == {"dense": sum(dense["weights"].values())}
-    assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"]
+    assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"] and dense["batch_tokens"] == 2048
+    assert dense["commit"] is None or re.fullmatch("[0-9a-f]{12,}(-dirty)?", dense["commit"])
+    assert 0 < dense["tasks"][0]["metrics"]["perplexity"]["standard_error"] < 1e9
     for first, second in zip(dense["tasks"], int4["tasks"], strict=True):
         assert "kl" not in first["metrics"] and second["metrics"]["kl"]["n"] == second["metrics"]["perplexity"]["n"]
         assert 0 < second["metrics"]["kl"]["value"] < 1 and 0.3 < second["metrics"]["same_choice"]["value"] < 1

@@ -154,13 +154,21 @@ def test_damaged_bundles(damage: str, workshop: Workshop, place: Path, refuse: R
     refuse("generate", "bundle", PROMPT, "--graphs", names=names)
 
 
-def test_what_is_no_bundle(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+def test_what_has_no_graphs_or_is_no_model(workshop: Workshop, place: Path, refuse: Refuse) -> None:
     (place / "file").write_text("x")
-    refuse("generate", "nowhere", PROMPT, names=("nowhere", "no such directory"))
+    (place / "empty").mkdir()
+    refuse("generate", "nowhere", PROMPT, names=("nowhere does not exist", "a training run, a bundle"))
     refuse("generate", "file", PROMPT, names=("file",))
-    refuse("generate", workshop.run, PROMPT, names=(str(workshop.run), "manifest.json"), beside=(workshop.run,))
-    plain = workshop.compressed / "int4"
+    refuse("generate", "empty", PROMPT, names=("empty holds neither checkpoints nor a manifest.json",))
+    run, plain = workshop.run, workshop.compressed / "int4"
+    refuse("generate", run, PROMPT, "--graphs", names=(str(run), "manifest.json"), beside=(run,))
     refuse("generate", plain, PROMPT, "--graphs", names=(str(plain), "no graphs"), beside=(plain,))
+
+
+def test_a_run_is_a_model_too(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    source = open_model(workshop.run)
+    wanted = Engine.trace(source.model, source.tokenizer).generate(PROMPT, max_tokens=8).text
+    assert generate(capsys, workshop.run, PROMPT, "--max-tokens", 8) == f"{PROMPT}{wanted}\n"
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
@@ -195,6 +203,20 @@ def test_chat_goes_through_the_template(talking: Path, capsys: pytest.CaptureFix
     )
 
 
+def test_a_prefill_begins_the_answer(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands where the template lets the answer begin, and is printed before the rest."""
+    settings = ("--temperature", 0, "--max-tokens", 9)
+    engine = Engine.load(talking)
+    ids = engine.tokenizer.encode("[user]x = 1\n[assistant]import os")
+    wanted = engine.generate_tokens(ids, max_tokens=9)
+    assert generate(capsys, talking, "x = 1", "--chat", "--prefill", "import os", *settings) == (
+        f"import os{wanted.text}\n"
+    )
+    done = engine.chat([{"role": "user", "content": "x = 1"}], prefill="import os", max_tokens=9)
+    assert (done.tokens, done.prompt_tokens) == (wanted.tokens, len(ids))
+    assert done.tokens != engine.chat([{"role": "user", "content": "x = 1"}], max_tokens=9).tokens
+
+
 def test_the_generation_config_holds_where_nothing_is_said(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*words: object) -> tuple[str, str]:
         capsys.readouterr()
@@ -215,6 +237,7 @@ def test_chats_that_cannot_be(workshop: Workshop, talking: Path, place: Path, re
     bundle = workshop.bundles / "int8"
     refuse("generate", bundle, "x", "--chat", names=("no chat template", "chat_template.jinja"))
     refuse("generate", bundle, "x", "--system", "y", names=("--system", "--chat"))
+    refuse("generate", bundle, "x", "--prefill", "y", names=("--prefill", "--chat"))
     shutil.copytree(talking, place / "b")
     (place / "b" / "chat_template.jinja").write_text("{% for %}")
     resign(place / "b", "chat_template.jinja")

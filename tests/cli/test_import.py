@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -15,6 +16,7 @@ from hsai.export.bundle import read_bundle
 from hsai.export.source import inspect_model, open_model
 from hsai.formats.storage import named_arrays
 from hsai.infer import Engine
+from hsai.sharding import MeshConfig, make_mesh
 from tests.cli.conftest import Workshop
 
 Refuse = Callable[..., str]
@@ -83,13 +85,41 @@ def test_a_checkpoint_is_a_model_like_any_other(
     assert foreign["parameters"] == ours["parameters"] > 300_000
 
 
+def test_a_checkpoint_is_read_onto_a_mesh(checkpoint: Path, imported: Path, place: Path, refuse: Refuse) -> None:
+    """Each device gets its part, and the numbers are those of one device."""
+    (place / "code.txt").write_text("def main(argv: list[str]) -> int:\n    return len(argv)\n" * 30)
+    split = open_model(checkpoint, mesh=make_mesh(MeshConfig(data=2, fsdp=2, model=2))).model
+    gate = split.layers.mlp.gate[...]
+    assert {shard.data.size for shard in gate.addressable_shards} == {gate.size // 4}
+    assert np.array_equal(gate, open_model(imported).model.layers.mlp.gate[...])
+    values = []
+    for model, words in ((checkpoint, ("--mesh", "2x2x2")), (imported, ())):
+        tasks = ("--tasks", "perplexity:code.txt", "--window", "32", "--json", "result.json")
+        assert main(["eval", str(model), *tasks, *words]) == 0
+        (found,) = json.loads(Path("result.json").read_text())["evaluations"]
+        values.append(found["tasks"][0]["metrics"]["perplexity"]["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    refuse("eval", checkpoint, "--tasks", "perplexity:code.txt", "--mesh", "1x1x8", names=("mesh.model=8",))
+
+
+def test_a_checkpoint_answers_as_its_bundle_does(
+    checkpoint: Path, imported: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for model in (checkpoint, imported):
+        capsys.readouterr()
+        assert main(["generate", str(model), "def ", "--chat", "--prefill", "main(", "--max-tokens", "12"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith("main(") and len(said[0]) > 10
+
+
 def test_weights_are_rounded_only_if_asked(checkpoint: Path, place: Path, refuse: Refuse) -> None:
     assert main(["import", str(checkpoint), "half", "--dtype", "bfloat16"]) == 0
     model = read_bundle("half").model
     exact = named_arrays(open_model(checkpoint).model)
     for name, array in named_arrays(model).items():
         assert array.dtype == "bfloat16" and np.array_equal(array, exact[name].astype("bfloat16")), name
-    refuse("import", "half", "again", "--dtype", "float32", names=("dtype float32", "half is no foreign model"))
+    refuse("import", "half", "again", names=("half is no foreign model", "hsai export"))
 
 
 def test_packed_weights_go_out_dense_or_not_at_all(workshop: Workshop, place: Path, refuse: Refuse) -> None:
@@ -124,6 +154,21 @@ def test_a_damaged_checkpoint_leaves_nothing(checkpoint: Path, place: Path, refu
     refuse("import", copy, "a/b", names=(file.name, "not in the directory"))
     (copy / "tokenizer.json").unlink()
     refuse("import", copy, "a/b", names=(file.name,))
+
+
+def test_a_vocabulary_beyond_the_embedding_is_refused_by_all(
+    workshop: Workshop, checkpoint: Path, place: Path, refuse: Refuse
+) -> None:
+    """Ids without a row would read whatever jax makes of them."""
+    copy = Path(shutil.copytree(checkpoint, "copy"))
+    backend = tokenizers.Tokenizer.from_file(str(copy / "tokenizer.json"))
+    backend.add_tokens([f"extra{number}" for number in range(9)])
+    backend.save(str(copy / "tokenizer.json"))
+    names = ("copy: the tokenizer has 521 tokens, more than model.vocab=512",)
+    refuse("import", copy, "o", names=names)
+    refuse("generate", copy, "x", names=names)
+    refuse("eval", copy, "--corpus", workshop.corpus, names=names)
+    refuse("export", copy, "--out", "o", names=names)
 
 
 def test_what_is_asked_for_has_an_effect_or_is_refused(workshop: Workshop, checkpoint: Path, refuse: Refuse) -> None:

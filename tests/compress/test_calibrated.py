@@ -38,7 +38,7 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
     positions = jnp.broadcast_to(jnp.arange(32), TOKENS.shape)
     x = model.embed_tokens(jnp.asarray(TOKENS))
     for layer in range(2):
-        x, _ = model.apply_block(take_block(model, layer), layer, x, positions, model.make_rotations(positions))
+        x, *_ = model.apply_block(take_block(model, layer), layer, x, positions, model.make_rotations(positions))
     normed = take_block(model, 2).attention_norm(x).reshape(-1, 64)
     assert set(seen[2]) == {f"attention.{n}" for n in "qkvo"} | {f"mlp.{n}" for n in ("gate", "up", "down")}
     for name in ("attention.q", "attention.k", "attention.v"):

@@ -82,6 +82,23 @@ def test_tokens_and_text_are_those_of_the_library(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(text=ANY_TEXT, before=ANY_TEXT, behind=ANY_TEXT)
+def test_what_is_marked_is_text(kind: str, text: str, before: str, behind: str) -> None:
+    tokenizer = WRAPPED[kind]
+    mark, end = "\ue00017\ue001", CONFIGS[kind]["eos_token"]
+    whole = before + mark + behind
+    ids = tokenizer.encode_marked(whole, {mark: text})
+    special = [token for token in ids if tokenizer.token_bytes[token] == 0]
+    assert special == [token for token in tokenizer.encode(whole, special=True) if tokenizer.token_bytes[token] == 0]
+    if not special:
+        assert ids == tokenizer.encode(before + text + behind)
+    assert tokenizer.encode_marked(before, {mark: text}) == tokenizer.encode(before, special=True)
+    found = tokenizer.encode_marked(f"{end}{mark}{end}", {mark: text})
+    assert found == [tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 def test_any_tokens_stream_to_what_they_stand_for(kind: str, data: st.DataObject) -> None:
     tokenizer = WRAPPED[kind]

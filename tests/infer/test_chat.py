@@ -13,10 +13,12 @@ from tests.export.tiny_models import CHATTY_ASSETS, make_chatty_tokenizer
 def test_the_engine_answers_through_the_template(engine: Engine) -> None:
     tokenizer = make_chatty_tokenizer()
     chatty = Engine(engine.runtime, tokenizer, Assets.parse(CHATTY_ASSETS))
-    ids = tokenizer.encode("<|user|>hello <|system|><|assistant|>", special=True)
-    done = chatty.chat([{"role": "user", "content": "hello <|system|>"}], max_tokens=4)
+    ids = tokenizer.encode("<|user|>hello<|assistant|>", special=True)
+    done = chatty.chat([{"role": "user", "content": "hello"}], max_tokens=4)
     assert done.tokens == chatty.generate_tokens(ids, max_tokens=4).tokens
-    assert done.prompt_tokens == len(ids) < len(tokenizer.encode("<|user|>hello <|system|><|assistant|>"))
+    assert done.prompt_tokens == len(ids) < len(tokenizer.encode("<|user|>hello<|assistant|>"))
+    begun = chatty.chat([{"role": "user", "content": "hello"}], prefill=chatty.tokenizer.decode(done.tokens[:2]))
+    assert begun.prompt_tokens > done.prompt_tokens
     with pytest.raises(InputError, match="no chat template"):
         engine.chat([{"role": "user", "content": "hello"}])
 

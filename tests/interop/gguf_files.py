@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from hsai.data.tokenizer import END_OF_TEXT, Tokenizer
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.interop.gguf_tokenizer import GgufTokenizer
+from hsai.interop.gguf_write import add_metadata
 from hsai.models import MoEConfig, RopeConfig, RopeScaling, Transformer, TransformerConfig
 
 VOCAB = 320
@@ -124,17 +125,7 @@ def write_file(
 ) -> Path:
     """A file by gguf-py: tensors are arrays of numbers, or of a type's bytes."""
     writer = GGUFWriter(path, architecture)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    add_metadata(writer, metadata)
     for name, (array, kind) in tensors.items():
         writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()

@@ -1,6 +1,8 @@
 """Tensors in and out, one at a time: placed where they belong, turned as they must be, refused by name."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from hsai.errors import InputError
 from hsai.formats import Int8Config
 from hsai.formats.storage import named_arrays, named_weights, replace_weights
-from hsai.interop.assemble import assemble, disassemble
+from hsai.interop.assemble import assemble, disassemble, stream
 from hsai.interop.entries import Entry, check_names
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -19,7 +21,6 @@ from hsai.sharding import MeshConfig, make_mesh, tree_shardings
 CONFIG = TransformerConfig(
     vocab=48, embed=16, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=24, max_length=16, dtype="float32"
 )
-Read = Callable[[Entry], np.ndarray]
 
 
 def make_entries() -> list[Entry]:
@@ -51,8 +52,25 @@ def tensors(entries: list[Entry]) -> dict[str, np.ndarray]:
     return draw_tensors(entries)
 
 
+@dataclasses.dataclass
+class Source:
+    """A foreign model in memory."""
+
+    entries: list[Entry]
+    tensors: dict[str, np.ndarray]
+    path: Path = Path("somewhere")
+    config: TransformerConfig = CONFIG
+    dtype: np.dtype = np.dtype(np.float32)
+
+    def list_entries(self) -> list[Entry]:
+        return list(self.entries)
+
+    def read(self, entry: Entry) -> np.ndarray:
+        return self.tensors[entry.name]
+
+
 def put_together(entries: list[Entry], tensors: dict[str, np.ndarray], **how: object) -> Transformer:
-    return assemble(CONFIG, entries, lambda entry: tensors[entry.name], **how)
+    return assemble(Source(entries, tensors), **how)
 
 
 def test_slices_stand_where_they_belong(entries: list[Entry], tensors: dict[str, np.ndarray]) -> None:
@@ -93,13 +111,27 @@ def test_a_mesh_gets_the_same_numbers(
             assert np.array_equal(tensor, tensors[entry.name]), entry.name
 
 
-def test_each_array_has_the_dtype_asked_for(entries: list[Entry], tensors: dict[str, np.ndarray]) -> None:
-    dtypes = {
-        name: jnp.float32 if "norm" in name else jnp.bfloat16 for name in named_arrays(abstract_transformer(CONFIG))
-    }
-    model = put_together(entries, tensors, dtype=dtypes)
-    assert {name: array.dtype for name, array in named_arrays(model).items()} == dtypes
+def test_arrays_have_the_dtype_asked_for(entries: list[Entry], tensors: dict[str, np.ndarray]) -> None:
+    model = put_together(entries, tensors, dtype=jnp.bfloat16)
+    assert {array.dtype for array in named_arrays(model).values()} == {jnp.dtype(jnp.bfloat16)}
     assert np.array_equal(model.layers.mlp.up[0], tensors["layers.mlp.up[0]"].T.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_pieces_of_a_stream_are_the_arrays(entries: list[Entry], tensors: dict[str, np.ndarray], dtype: object) -> None:
+    """In their order, bit for bit; tensors are read one by one, each when its turn comes."""
+    wanted = named_arrays(put_together(entries, tensors, dtype=dtype))
+    seen: list[tuple[int, int]] = []
+    pieces = stream(Source(entries[::-1], tensors), dtype, progress=lambda done, total: seen.append((done, total)))
+    name, first = next(pieces)
+    assert seen == [] and name == next(iter(wanted))
+    found: dict[str, list[np.ndarray]] = {name: [first]}
+    for name, piece in pieces:
+        found.setdefault(name, []).append(piece)
+    assert list(found) == list(wanted) and seen[-1] == (len(entries), len(entries))
+    for name, array in wanted.items():
+        assert {piece.dtype for piece in found[name]} == {array.dtype}
+        assert b"".join(piece.tobytes() for piece in found[name]) == np.asarray(array).tobytes(), name
 
 
 def test_progress_counts_tensors(entries: list[Entry], tensors: dict[str, np.ndarray]) -> None:
@@ -122,8 +154,10 @@ def test_bad_tensors_are_named(
     entries: list[Entry], tensors: dict[str, np.ndarray], spoil: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
     tensors["layers.mlp.up[1]"] = spoil(tensors["layers.mlp.up[1]"])
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"^somewhere: tensor {message}"):
         put_together(entries, tensors)
+    with pytest.raises(InputError, match=f"^somewhere: tensor {message}"):
+        list(stream(Source(entries, tensors)))
 
 
 def test_a_table_with_a_hole_is_a_defect(entries: list[Entry], tensors: dict[str, np.ndarray]) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hsai.errors import InputError
-from hsai.interop.gguf import open_gguf_checkpoint, read_gguf
+from hsai.interop.assemble import assemble
+from hsai.interop.gguf import open_gguf_checkpoint
 from hsai.interop.gguf_config import read_config
 from hsai.interop.gguf_container import Metadata
 from hsai.interop.gguf_rope import fit_scaling, rope_factors, same_rotation
@@ -129,7 +130,7 @@ def test_tensors_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     write_gguf(path, random_model(CONFIGS["llama"]), train_tokenizer(), dtype="f32")
     damage(path, "blk.1.ffn_up.weight", value)
     with pytest.raises(InputError, match="'blk.1.ffn_up.weight' holds 1 values that are NaN or infinite"):
-        read_gguf(open_gguf_checkpoint(path))
+        assemble(open_gguf_checkpoint(path))
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ from hsai.data.assets import Assets
 from hsai.data.chat import ChatTemplate
 from hsai.export.source import ModelSource, open_model
 from hsai.fetch import fetch
-from hsai.infer import Engine
 from hsai.interop.gguf import open_gguf_checkpoint
 from tests.interop.gguf_files import llama_logits, open_llama, our_logits
 
 pytestmark = pytest.mark.slow
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-CHAT = (
-    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
-    "<|im_start|>assistant\nThe capital of France is"
-)
-"""What the model's chat template makes of the question, and the beginning of an answer."""
+QUESTION = "What is the capital of France?"
+BEGUN = "The capital of France is"
+CHAT = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{BEGUN}"
+"""What the model's chat template makes of the question, and the beginning of an answer. (As a message of the user's,
+those words alone get nonsense from this model, in llama.cpp too.)"""
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,19 @@ def source(file: Path) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def made(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The imported bundle, and what is exported of it."""
+    """The imported bundle, and what is exported of it: GGUF files, and a checkpoint of transformers."""
     directory = tmp_path_factory.mktemp("smollm2")
     assert main(["import", str(file), str(directory / "bundle")]) == 0
-    export = ["export", str(directory / "bundle"), "--to", "gguf", "--gguf-type"]
+    export = ["export", str(directory / "bundle"), "--to"]
     for kind in ("f32", "q8_0"):
-        assert main([*export, kind, "--out", str(directory / f"{kind}.gguf")]) == 0
+        assert main([*export, "gguf", "--gguf-type", kind, "--out", str(directory / f"{kind}.gguf")]) == 0
+    assert main([*export, "huggingface", "--out", str(directory / "checkpoint")]) == 0
     return directory
 
 
 def test_chat_is_what_the_template_makes(source: ModelSource) -> None:
     template = ChatTemplate.of_model(Assets.parse(source.assets), source.tokenizer)
-    question = {"role": "user", "content": "What is the capital of France?"}
-    assert CHAT == template.render([question]) + "The capital of France is"
+    assert CHAT == template.render([{"role": "user", "content": QUESTION}]) + BEGUN
 
 
 def test_ids_are_those_of_llama_cpp(file: Path, source: ModelSource) -> None:
@@ -63,16 +62,31 @@ def test_ids_are_those_of_llama_cpp(file: Path, source: ModelSource) -> None:
     assert llama.tokenize(b"a") == [*source.tokenizer.prefix, *source.tokenizer.encode("a")]
 
 
-def test_continued_with_paris(source: ModelSource, made: Path) -> None:
-    """From the file, from the bundle, and from what is exported, here and in llama.cpp."""
-    bundle = open_model(made / "bundle")
-    ids = source.tokenizer.encode(CHAT, special=True)
-    for found in (source, bundle, open_model(made / "f32.gguf")):
-        engine = Engine.trace(found.model, found.tokenizer, context=64)
-        assert engine.generate_tokens(ids, max_tokens=4).text == " Paris."
-    for kind in ("f32", "q8_0"):
-        answer = open_llama(made / f"{kind}.gguf").create_completion(CHAT, max_tokens=4, temperature=0.0)
-        assert answer["choices"][0]["text"].startswith(" Paris.")
+@pytest.mark.parametrize("name", ["file", "bundle", "checkpoint", "f32.gguf", "q8_0.gguf"])
+def test_continued_with_paris(name: str, file: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the chat template: from what was fetched, from the bundle, and from all that is exported."""
+    model = file if name == "file" else made / name
+    capsys.readouterr()
+    words = ["generate", str(model), QUESTION, "--chat", "--prefill", BEGUN, "--max-tokens", "8"]
+    assert main([*words, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == f"{BEGUN} Paris.\n"
+
+
+@pytest.mark.parametrize("name", ["f32.gguf", "q8_0.gguf"])
+def test_continued_with_paris_by_llama_cpp(name: str, made: Path) -> None:
+    answer = open_llama(made / name).create_completion(CHAT, max_tokens=4, temperature=0.0)
+    assert answer["choices"][0]["text"].startswith(" Paris.")
+
+
+def test_continued_with_paris_by_transformers(made: Path) -> None:
+    """From the checkpoint, by its own means."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(made / "checkpoint")
+    model = transformers.AutoModelForCausalLM.from_pretrained(made / "checkpoint")
+    said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": BEGUN}]
+    inputs = tokenizer.apply_chat_template(said, continue_final_message=True, return_tensors="pt", return_dict=True)
+    done = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0]
+    assert tokenizer.decode(done).endswith(f"{BEGUN} Paris.<|im_end|>")
 
 
 def test_logits_are_those_of_llama_cpp(file: Path, source: ModelSource, made: Path) -> None:

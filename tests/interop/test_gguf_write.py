@@ -13,7 +13,8 @@ from gguf import GGUFReader, quants
 from hsai.errors import InputError
 from hsai.formats.int4 import Int4Config
 from hsai.formats.storage import named_arrays, named_weights, replace_weights
-from hsai.interop.gguf import open_gguf_checkpoint, read_gguf
+from hsai.interop.assemble import assemble
+from hsai.interop.gguf import open_gguf_checkpoint
 from hsai.interop.gguf_container import open_gguf
 from hsai.interop.gguf_write import write_gguf
 from hsai.models import MoEConfig
@@ -81,7 +82,7 @@ def test_llama_cpp_agrees_with_rounded_weights(dtype: str, tmp_path: Path) -> No
     path = tmp_path / "model.gguf"
     record = write_gguf(path, random_model(CONFIGS["llama"]), tokenizer, dtype=dtype)
     assert record.fallbacks == ()
-    model = read_gguf(open_gguf_checkpoint(path))
+    model = assemble(open_gguf_checkpoint(path))
     llama = open_llama(path)
     # Eight bits a block of 32 activations; float16 has ten behind the point, bfloat16 seven.
     bound = {"f16": 0.01, "bf16": 0.15, "q8_0": 0.15, "q4_0": 0.15}[dtype]
@@ -103,7 +104,7 @@ def test_read_again_bit_for_bit(name: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     write_gguf(first, model, tokenizer, dtype="f32")
     checkpoint = open_gguf_checkpoint(first)
-    read = read_gguf(checkpoint)
+    read = assemble(checkpoint)
     wanted, found = named_arrays(model), named_arrays(read)
     assert wanted.keys() == found.keys()
     for key, array in wanted.items():
@@ -115,6 +116,19 @@ def test_read_again_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert checkpoint.config == settled
     write_gguf(second, read, checkpoint.tokenizer, dtype="f32")
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_gains_of_a_bfloat16_file_are_not_rounded(tmp_path: Path) -> None:
+    """They are float32 there: weights are held in bfloat16 where all of them fit it, or else in float32."""
+    model = random_model(CONFIGS["qwen2"])
+    rounded = {n: p.get_value().astype(jnp.bfloat16).astype(jnp.float32) for n, p in named_weights(model).items()}
+    for name, given, kind in (("odd", model, jnp.float32), ("even", replace_weights(model, rounded), jnp.bfloat16)):
+        write_gguf(tmp_path / name, given, train_tokenizer(), dtype="bf16")
+        checkpoint = open_gguf_checkpoint(tmp_path / name)
+        found = named_arrays(assemble(checkpoint))
+        assert checkpoint.dtype == kind == found["final_norm.gain"].dtype
+        assert np.array_equal(found["final_norm.gain"], named_arrays(given)["final_norm.gain"])
+        assert np.array_equal(found["layers.attention.q_bias"], named_arrays(given)["layers.attention.q_bias"])
 
 
 def test_numbers_and_header_are_those_that_gguf_reads(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from hsai.errors import InputError
 from hsai.formats import Int8Config
 from hsai.formats.storage import named_arrays, named_weights, replace_weights
+from hsai.interop.assemble import assemble
 from hsai.interop.families import FAMILIES as TABLE
-from hsai.interop.huggingface import INDEX, SINGLE, open_checkpoint, read_huggingface, write_huggingface
+from hsai.interop.huggingface import INDEX, SINGLE, open_checkpoint, write_huggingface
 from hsai.interop.huggingface_config import read_config
 from hsai.models import KVCache, Transformer
 from hsai.models.transformer import abstract_transformer
@@ -58,7 +59,7 @@ def test_every_architecture_is_tested() -> None:
 def test_logits_are_those_of_torch(name: str, foreign: GetForeign) -> None:
     """Read at once; and through a cache: some tokens together, the others one by one."""
     source = foreign(name)
-    model = read_huggingface(open_checkpoint(source.directory))
+    model = assemble(open_checkpoint(source.directory))
     assert np.abs(source.logits).max() > 1  # the comparison is of something
     np.testing.assert_allclose(forward(model, source.tokens), source.logits, rtol=0, atol=CLOSE)
     cache: KVCache | None = model.make_cache(2, 24)
@@ -76,7 +77,7 @@ def test_there_and_back_is_the_same_bit_for_bit(name: str, foreign: GetForeign, 
     tokens = {key: checkpoint.raw[key] for key in ("bos_token_id", "eos_token_id")}
     family = write_huggingface(
         tmp_path / "back",
-        read_huggingface(checkpoint),
+        assemble(checkpoint),
         architecture=checkpoint.family.architecture,
         tokens=tokens,
         shard_bytes=60_000,
@@ -108,7 +109,7 @@ def test_there_and_back_is_the_same_bit_for_bit(name: str, foreign: GetForeign, 
 def test_files_are_cut_at_the_size_asked_for(foreign: GetForeign, tmp_path: Path) -> None:
     source = foreign("llama").directory
     assert len(list(source.glob("*.safetensors"))) > 1 and (source / INDEX).exists()  # read from several files
-    model = read_huggingface(open_checkpoint(source))
+    model = assemble(open_checkpoint(source))
     write_huggingface(tmp_path / "one", model)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", SINGLE]
     write_huggingface(tmp_path / "many", model, shard_bytes=20_000)
@@ -126,11 +127,11 @@ def test_files_are_cut_at_the_size_asked_for(foreign: GetForeign, tmp_path: Path
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_in_and_out(dtype: str, foreign: GetForeign, tmp_path: Path) -> None:
     """bfloat16 stays what it is; float16 has digits that bfloat16 lacks, and is held in float32."""
-    model = read_huggingface(open_checkpoint(foreign("qwen2").directory))
+    model = assemble(open_checkpoint(foreign("qwen2").directory))
     write_huggingface(tmp_path / "half", model, dtype=dtype)
     checkpoint = open_checkpoint(tmp_path / "half")
     assert checkpoint.config == dataclasses.replace(model.config, dtype="bfloat16")
-    again = read_huggingface(checkpoint)
+    again = assemble(checkpoint)
     kind = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     for name, array in named_arrays(again).items():
         assert array.dtype == kind, name
@@ -146,7 +147,7 @@ def test_a_mesh_reads_what_one_device_does(foreign: GetForeign) -> None:
     checkpoint = open_checkpoint(foreign("qwen3_moe").directory)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, model=2), jax.devices()[:4])
     shardings = tree_shardings(abstract_transformer(checkpoint.config), mesh)
-    split, whole = read_huggingface(checkpoint, shardings), read_huggingface(checkpoint)
+    split, whole = assemble(checkpoint, shardings), assemble(checkpoint)
     for name, array in named_arrays(split).items():
         assert array.sharding == named_arrays(shardings)[name] and np.array_equal(array, named_arrays(whole)[name])
     assert any(not array.sharding.is_fully_replicated for array in named_arrays(split).values())
@@ -165,7 +166,7 @@ def test_a_tied_head_may_be_stored_twice(foreign: GetForeign, tmp_path: Path) ->
 
 
 def test_packed_weights_are_written_only_as_dense_ones(foreign: GetForeign, tmp_path: Path) -> None:
-    dense = read_huggingface(open_checkpoint(foreign("qwen2").directory))
+    dense = assemble(open_checkpoint(foreign("qwen2").directory))
     packed = Int8Config().pack(named_weights(dense)["layers.mlp.up"].get_value())
     model = replace_weights(dense, {"layers.mlp.up": packed})
     with pytest.raises(InputError, match="layers.mlp.up is packed as int8"):
@@ -177,7 +178,7 @@ def test_packed_weights_are_written_only_as_dense_ones(foreign: GetForeign, tmp_
 
 
 def test_a_number_too_large_for_float16_leaves_nothing_behind(foreign: GetForeign, tmp_path: Path) -> None:
-    model = read_huggingface(open_checkpoint(foreign("qwen2").directory))
+    model = assemble(open_checkpoint(foreign("qwen2").directory))
     large = replace_weights(model, {"embed": model.embed[...].at[3, 3].set(1e5)})
     with pytest.raises(InputError, match="'model.embed_tokens.weight' has numbers beyond the range of float16"):
         write_huggingface(tmp_path / "out", large, dtype="float16")
@@ -288,7 +289,7 @@ def test_what_is_not_whole_is_refused(
     copy = Path(shutil.copytree(foreign(family).directory, tmp_path / "copy"))
     damage(copy)
     with pytest.raises(InputError, match=message) as caught:
-        read_huggingface(open_checkpoint(copy))
+        assemble(open_checkpoint(copy))
     assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
 
 

@@ -50,6 +50,32 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
         assert np.array_equal(read_records(tmp_path / "x.safetensors")[name].read(), tensor)
 
 
+def test_tensors_may_come_in_slices(tmp_path: Path) -> None:
+    """Of leading axes, as many as one likes; integers too, which packed weights are made of."""
+    tensors = {
+        "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "b": np.arange(6, dtype=np.uint32).reshape(2, 3),
+        "c": np.arange(-3, 3, dtype=np.int8).reshape(3, 2).T,
+        "d": np.zeros((2, 0), np.float32),
+    }
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    pieces = [("a", tensors["a"][0, 0]), ("a", tensors["a"][0, 1]), ("a", tensors["a"][0, 2]), ("a", tensors["a"][1])]
+    pieces += [("b", tensors["b"]), ("c", tensors["c"][0]), ("c", tensors["c"][1]), ("d", tensors["d"])]
+    write_tensors(tmp_path / "x.safetensors", shapes, pieces)
+    found = safetensors.flax.load_file(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
+    for wrong in (
+        pieces[:3],
+        [*pieces[:2], pieces[3], *pieces[2:]],
+        [("a", np.zeros(3, np.float32))],
+        [*pieces, pieces[0]],
+    ):
+        with pytest.raises(ValueError, match="announced"):
+            write_tensors(tmp_path / "y.safetensors", shapes, wrong)
+        assert not (tmp_path / "y.safetensors").exists()
+
+
 @pytest.mark.parametrize("names", [["a"], ["a", "b.half", "d"], ["b.half", "a"]])
 def test_only_what_was_announced_is_written(names: list[str], tmp_path: Path) -> None:
     shapes = {name: (TENSORS[name].shape, TENSORS[name].dtype) for name in ("a", "b.half")}

@@ -6,7 +6,7 @@ T tokens, D embed, N heads, K kv heads, H head dim, F ffn, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -68,6 +68,18 @@ def widen(config: TransformerConfig, gain: np.ndarray) -> np.ndarray:
     return 1 + gain if config.norm_plus_one else gain
 
 
+def rate(weights: Weights, layer: int, row: np.ndarray) -> np.ndarray:
+    """The probability of each expert for one token."""
+    scores = row @ weights["layers.mlp.router"][layer]
+    chances = np.exp(scores - scores.max())
+    return chances / chances.sum()
+
+
+def choose(config: TransformerConfig, chances: np.ndarray) -> list[int]:
+    """A token's experts."""
+    return sorted(range(config.moe.experts), key=lambda e: -chances[e])[: config.moe.active]
+
+
 def feed(config: TransformerConfig, weights: Weights, layer: int, x: np.ndarray) -> np.ndarray:
     """(T, D) -> (T, D): the feed-forward block, or the experts of one token after the other."""
     gates, ups, downs = (weights[f"layers.mlp.{name}"][layer] for name in ("gate", "up", "down"))
@@ -75,10 +87,8 @@ def feed(config: TransformerConfig, weights: Weights, layer: int, x: np.ndarray)
         return (gate(x @ gates, config.activation) * (x @ ups)) @ downs
     out = np.zeros_like(x)
     for t, row in enumerate(x):
-        scores = row @ weights["layers.mlp.router"][layer]
-        chances = np.exp(scores - scores.max())
-        chances /= chances.sum()
-        best = sorted(range(config.moe.experts), key=lambda e: -chances[e])[: config.moe.active]
+        chances = rate(weights, layer, row)
+        best = choose(config, chances)
         total = sum(chances[e] for e in best) if config.moe.normalize else 1.0
         for e in best:
             out[t] += chances[e] / total * ((gate(row @ gates[e], config.activation) * (row @ ups[e])) @ downs[e])
@@ -119,8 +129,13 @@ def attend(config: TransformerConfig, weights: Weights, layer: int, x: np.ndarra
     return out @ weights["layers.attention.o"][layer]
 
 
-def logits(config: TransformerConfig, weights: Weights, tokens: np.ndarray) -> np.ndarray:
-    """The logits (T, V) of one document (T,)."""
+def logits(
+    config: TransformerConfig,
+    weights: Weights,
+    tokens: np.ndarray,
+    watch: Callable[[int, np.ndarray], None] = lambda layer, x: None,
+) -> np.ndarray:
+    """The logits (T, V) of one document (T,); `watch` sees what each layer's feed-forward block reads."""
     c = config
     wide = {name: np.asarray(value, np.float64) for name, value in weights.items()}
 
@@ -133,7 +148,9 @@ def logits(config: TransformerConfig, weights: Weights, tokens: np.ndarray) -> n
     for layer in range(c.layers):
         y = attend(c, wide, layer, normalize_rows(x, wide["layers.attention_norm.gain"][layer]))
         x = x + (normalize_rows(y, wide["layers.attention_post_norm.gain"][layer]) if c.post_norm else y)
-        y = feed(c, wide, layer, normalize_rows(x, wide["layers.mlp_norm.gain"][layer]))
+        normed = normalize_rows(x, wide["layers.mlp_norm.gain"][layer])
+        watch(layer, normed)
+        y = feed(c, wide, layer, normed)
         x = x + (normalize_rows(y, wide["layers.mlp_post_norm.gain"][layer]) if c.post_norm else y)
     return normalize_rows(x, wide["final_norm.gain"]) @ wide["embed" if c.tie_embeddings else "unembed"]
 
@@ -144,3 +161,22 @@ def loss(config: TransformerConfig, weights: Weights, tokens: np.ndarray, target
     largest = rows.max(axis=1)
     total = np.log(np.exp(rows - largest[:, None]).sum(axis=1)) + largest
     return float(np.sum(total - rows[np.arange(len(targets)), targets]))
+
+
+def imbalance(config: TransformerConfig, weights: Weights, tokens: np.ndarray, counted: np.ndarray) -> float:
+    """The sum over layers of E * sum over experts of share of the choices * mean probability, of `counted` tokens."""
+    experts, total = config.moe.experts, 0.0
+
+    def watch(layer: int, x: np.ndarray) -> None:
+        nonlocal total
+        share, mean = [0.0] * experts, [0.0] * experts
+        for row, weight in zip(x, counted, strict=True):
+            chances = rate({"layers.mlp.router": np.asarray(weights["layers.mlp.router"], np.float64)}, layer, row)
+            for e in choose(config, chances):
+                share[e] += weight / config.moe.active / counted.sum()
+            for e in range(experts):
+                mean[e] += weight * chances[e] / counted.sum()
+        total += experts * sum(a * b for a, b in zip(share, mean, strict=True))
+
+    logits(config, weights, tokens, watch)
+    return total

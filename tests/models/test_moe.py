@@ -51,6 +51,19 @@ def test_all_to_one_expert_drops_no_token() -> None:
     np.testing.assert_allclose(jax.jit(moe)(x), hidden @ moe.down[5], rtol=0, atol=1e-5)
 
 
+def test_imbalance_is_one_where_all_are_likely_alike_and_the_number_of_experts_where_one_is_sure() -> None:
+    moe = make_moe(change(moe=MoEConfig(experts=8, active=1)))
+    x = np.abs(np.random.default_rng(1).standard_normal((2, 50, 32))).astype(np.float32) + 1
+    counted = np.random.default_rng(2).integers(0, 2, (2, 50)).astype(np.float32)
+    for size, wanted in ((0.0, 1.0), (1e3, 8.0)):
+        router = np.zeros((32, 8), np.float32)
+        router[0, 5] = size
+        sure = replace_weights(moe, {"router": jnp.asarray(router)})
+        np.testing.assert_allclose(sure.imbalance(x, counted), wanted, rtol=1e-6)
+        grads = jax.grad(lambda moe: moe.imbalance(x, jnp.zeros((2, 50))))(sure)
+        assert sure.imbalance(x, jnp.zeros((2, 50))) == 0 and not np.any(grads.router[...])
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 11])
 def test_reading_chosen_experts_is_sorting_by_them(tokens: int) -> None:
     moe = make_moe(MODEL)

@@ -136,3 +136,39 @@ def test_gradient_is_the_slope_of_the_naive_loss(make_model: MakeModel, changes:
         scale = float(np.linalg.norm(grad))
         assert scale > 1e-3, name
         assert abs(slope / 2e-5 - float(np.sum(grad * direction))) < 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_experts_are_balanced_by_the_naive_imbalance(make_model: MakeModel, active: int) -> None:
+    """Value, and slope along a random direction of weights before the routers and of the routers themselves."""
+    model = make_model(moe=MoEConfig(experts=5, active=active), mlp=24)
+    draw = np.random.default_rng(2)
+    tokens = draw.integers(0, model.config.vocab, LENGTH, np.int32)
+    counted = draw.integers(0, 2, LENGTH).astype(np.float32)
+    batch = Batch(
+        tokens=tokens[None],
+        targets=np.roll(tokens, -1)[None],
+        segments=np.zeros((1, LENGTH), np.int32),
+        positions=np.arange(LENGTH, dtype=np.int32)[None],
+        weights=counted[None],
+    )
+
+    def balance(model: Transformer) -> jax.Array:
+        objective, sums = batch_loss(model, batch, chunk=5, expert_balance=0.3)
+        return objective - sums.loss
+
+    weights = {name: np.asarray(value, np.float64) for name, value in named_arrays(model).items()}
+    wanted = naive.imbalance(model.config, weights, tokens, counted)
+    assert wanted > 2.1 and 0 < counted.sum() < LENGTH  # of two layers, unevenly used
+    value, grads = jax.jit(jax.value_and_grad(balance))(model)
+    np.testing.assert_allclose(value, 0.3 * counted.sum() * wanted, rtol=1e-4)
+    _, sums = jax.jit(lambda model: batch_loss(model, batch, chunk=5))(model)
+    np.testing.assert_allclose(sums.imbalance / sums.targets, wanted / 2, rtol=1e-5)
+    for name in ("layers.mlp.router", "layers.attention.v", "embed"):
+        grad = named_arrays(grads)[name]
+        direction = draw.standard_normal(grad.shape)
+        ahead, behind = ({**weights, name: weights[name] + step * direction} for step in (1e-5, -1e-5))
+        slope = naive.imbalance(model.config, ahead, tokens, counted)
+        slope = (slope - naive.imbalance(model.config, behind, tokens, counted)) * 0.3 * counted.sum() / 2e-5
+        scale = float(np.linalg.norm(grad))
+        assert scale > 1e-3 and abs(slope - float(np.sum(grad * direction))) < 3e-3 * scale, name

@@ -141,10 +141,10 @@ def test_metrics_are_what_they_say() -> None:
     batch = draw_batch(0)
     found = run((1, 1, 1))
     model = fill(abstract_transformer(MODEL), found.start)
-    (total, count), grads = jax.jit(jax.value_and_grad(lambda m: batch_loss(m, batch, chunk=16), has_aux=True))(model)
+    (total, sums), grads = jax.jit(jax.value_and_grad(lambda m: batch_loss(m, batch, chunk=16), has_aux=True))(model)
     first = found.metrics[0]
-    np.testing.assert_allclose(first["loss"], total / count, rtol=1e-5)
-    norm = np.sqrt(sum(float(jnp.sum(jnp.square(g / count))) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(first["loss"], total / sums.targets, rtol=1e-5)
+    norm = np.sqrt(sum(float(jnp.sum(jnp.square(g / sums.targets))) for g in jax.tree.leaves(grads)))
     np.testing.assert_allclose(first["grad_norm"], norm, rtol=1e-4)  # before clipping
     assert [row["learning_rate"] for row in found.metrics][:2] == pytest.approx([0.5e-3, 1e-3])
     assert int(found.state.step) == STEPS

@@ -2,7 +2,7 @@
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
-model's own corpus, or a file: --calibration text.txt
+model's own corpus, or a file: --calibration text.txt. If it is killed, the same command goes on at the layer it was in.
 A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+import hsai
 from hsai.cli.corpora import open_own_corpus
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
@@ -23,6 +24,7 @@ from hsai.compress import RecipeConfig, compress
 from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.ledger import Allocation
 from hsai.compress.recipe import match_weights
+from hsai.compress.resume import Workbench
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
@@ -70,9 +72,17 @@ def run(parser: Parser, argv: list[str]) -> None:
                 say(f"reusing {targets[name]}")
             else:
                 extra = source.origin | made[name] | {"recipe_name": name}
+                workbench = None
+                if recipe.calibration is not None:  # others take seconds
+                    bench = targets[name].with_name(f".{targets[name].name}.partial")
+                    workbench = Workbench(bench, made[name] | {"hsai": hsai.__version__})
+                    if workbench.layers:
+                        say(f"resuming {name}: {workbench.layers} of {source.config.layers} layers are solved")
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
-                    model, ledger = compress(source.model, recipe, calibration=windows.get(name), progress=report)
+                    model, ledger = compress(
+                        source.model, recipe, calibration=windows.get(name), workbench=workbench, progress=report
+                    )
                 command = shlex.join(["hsai", "compress", *argv])
                 extra |= {"ledger": ledger.to_dict(), "command": command, "commit": find_commit()}
                 write_bundle(
@@ -83,6 +93,8 @@ def run(parser: Parser, argv: list[str]) -> None:
                     assets=source.assets,
                     overwrite=arguments.overwrite,
                 )
+                if workbench is not None:
+                    workbench.remove()
                 console.print(ledger.table())
                 if ledger.allocation is not None:
                     _tell_allocation(ledger.allocation)

@@ -173,10 +173,13 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
 
 
 def _draw_layers(layers: Sequence[dict[str, Any]]) -> str:
-    """A line a weight over the layers; what could not be solved is marked."""
+    """A line a weight over the layers, and one across for the head; what could not be solved is marked."""
     figure, axes = _start_figure(4.2)
+    last = max((row["layer"] for row in layers if row["layer"] is not None), default=0)
     for index, name in enumerate(dict.fromkeys(row["weight"] for row in layers)):
         rows = [row for row in layers if row["weight"] == name]
+        if rows[0]["layer"] is None:
+            rows = [{**rows[0], "layer": layer} for layer in range(last + 1)]
         steps, values = np.array([[row["layer"], 100 * row["output_error"]] for row in rows]).T
         color = COLORS[index % len(COLORS)]
         axes.plot(steps, values, color=color, linewidth=1.5, label=name.removeprefix("layers."))

@@ -15,6 +15,7 @@ import numpy as np
 from hsai.compress.factor import factorize
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.ledger import LayerRow, name_format
+from hsai.compress.resume import Workbench
 from hsai.compress.solver import solve
 from hsai.compress.stream import Grams, stream_blocks
 from hsai.errors import InputError
@@ -32,6 +33,9 @@ from hsai.formats import (
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
+
+COLUMNS = 16384
+"""Outputs that are solved at a time; a multiple of what V:N:M lets share a choice."""
 
 Progress = Callable[[str, int, int], None]
 Compress = Callable[[jax.Array, FormatConfig], Weight]
@@ -104,48 +108,80 @@ def solve_layers(
     *,
     batch: int,
     plain: Compress,
+    workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Weight], list[LayerRow]]:
-    """Packs the stacked weights of all layers.
+    """Packs the stacked weights of all layers, and the head.
 
     Args:
       model: with dense weights.
       formats: of weights below `layers`, by their names in the model: the format of each layer, and how it is solved.
+        The head may be among them, with one format; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time.
       plain: packs a weight whose solve fails.
+      workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.
-    Returns: the packed weights (L, D, F) by name, and a row a layer and weight.
+    Returns: the packed weights by name, and a row a layer and weight.
     Raises:
       InputError: see `stream_blocks` and `check_observed`.
     """
+    blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
+    heads = {name: found for name, found in formats.items() if name not in blocks}
+    inner = {full: full.removeprefix("layers.") for full in blocks}
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
 
+    def pack(full: str, name: str, layer: int | None, w: jax.Array, grams: Grams, solver: BlockSolver) -> jax.Array:
+        """Packs one weight, notes how that went, and returns what it holds."""
+        chosen, config = formats[full]
+        format = chosen[layer or 0]
+        packed, damping, note = solver.pack(name, w, format, config)
+        held = to_dense(packed).astype(w.dtype)
+        rows.append(
+            LayerRow(
+                weight=full,
+                layer=layer,
+                format=name_format(format),
+                output_error=float(_measure(w, held, grams[name])),
+                damping=damping,
+                note=note,
+            )
+        )
+        parts[full].append(packed)
+        return held
+
     def solve_block(layer: int, block: Block, grams: Grams) -> Block:
         params, solver = named_weights(block), BlockSolver(grams, plain)
-        check_observed(formats, grams)
-        dense: dict[str, Weight] = {}
-        for full, (chosen, config) in formats.items():
-            name = full.removeprefix("layers.")
-            w = params[name].get_value()
-            packed, damping, note = solver.pack(name, w, chosen[layer], config)
-            dense[name] = to_dense(packed).astype(w.dtype)
-            rows.append(
-                LayerRow(
-                    weight=full,
-                    layer=layer,
-                    format=name_format(chosen[layer]),
-                    output_error=float(_measure(w, dense[name], grams[name])),
-                    damping=damping,
-                    note=note,
-                )
-            )
-            parts[full].append(packed)
-        return replace_weights(block, dense)
+        check_observed(blocks, grams)
+        first = len(rows)
+        held = {name: pack(full, name, layer, params[name].get_value(), grams, solver) for full, name in inner.items()}
+        if workbench is not None:
+            packed = {name: parts[full][-1] for full, name in inner.items()}
+            workbench.save_layer(layer, replace_weights(block, packed), rows[first:])
+        return replace_weights(block, held)
 
-    stream_blocks(model, tokens, batch=batch, solve=solve_block, progress=progress)
-    return {name: stack_layers(each) for name, each in parts.items()}, rows
+    def recall(layer: int, block: Block) -> Block | None:
+        found = None if workbench is None else workbench.load_layer(layer, block)
+        if found is None:
+            return None
+        params, dense = named_weights(found[0]), named_weights(block)
+        for full, name in inner.items():
+            parts[full].append(params[name].get_value())
+        rows.extend(found[1])
+        return replace_weights(
+            block,
+            {name: to_dense(params[name].get_value()).astype(dense[name].get_value().dtype) for name in inner.values()},
+        )
+
+    def solve_head(gram: jax.Array) -> None:
+        for name in heads:
+            grams = {name: gram}
+            pack(name, name, None, named_weights(model)[name].get_value(), grams, BlockSolver(grams, plain))
+
+    finish = solve_head if heads else None
+    stream_blocks(model, tokens, batch=batch, solve=solve_block, recall=recall, finish=finish, progress=progress)
+    return {name: stack_layers(each) if name in blocks else each[0] for name, each in parts.items()}, rows
 
 
 def check_observed(names: Iterable[str], grams: Grams) -> None:
@@ -159,6 +195,12 @@ def pack_solved(
     w: jax.Array, gram: jax.Array, upper: jax.Array, format: FormatConfig, config: FeedbackConfig
 ) -> Weight:
     """One weight (D, F) in its format, solved over the activations with X^T X = gram and the factor `upper`."""
+    if w.shape[-1] > COLUMNS:  # outputs are solved each for itself; a head's are too many for one program's memory
+        parts = [
+            pack_solved(part, gram, upper, format, config)
+            for part in jnp.split(w, list(range(COLUMNS, w.shape[-1], COLUMNS)), axis=-1)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
     pattern = pattern_of(format)
     mask = None
     if isinstance(format, NMConfig | NMInt4Config | VNMConfig | VNMInt4Config) and config.mask != "joint":

@@ -68,8 +68,8 @@ class LayerRow:
     weight: str
     """Its name in the model."""
 
-    layer: int
-    """Its number, from 0."""
+    layer: int | None
+    """Its number, from 0; None for the head."""
 
     format: str
     """For people, as that of a parameter."""

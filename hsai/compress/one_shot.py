@@ -22,6 +22,7 @@ from hsai.compress.ledger import Allocation, LayerRow, Ledger, LedgerRow, name_f
 from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import map_layers, round_int4, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
+from hsai.compress.resume import Workbench
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -47,7 +48,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def compress(
-    model: M, recipe: RecipeConfig, *, calibration: np.ndarray | None = None, progress: Progress | None = None
+    model: M,
+    recipe: RecipeConfig,
+    *,
+    calibration: np.ndarray | None = None,
+    workbench: Workbench | None = None,
+    progress: Progress | None = None,
 ) -> tuple[M, Ledger]:
     """A copy of the model whose weights have the formats of the recipe, and the ledger of all its parameters.
 
@@ -55,6 +61,7 @@ def compress(
       model: with dense weights; it is not changed.
       recipe: which weights become what.
       calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them.
+      workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
       InputError: see `match_weights`, `solve_layers` and `measure_sensitivities`; or a weight holds a NaN or an
@@ -77,7 +84,8 @@ def compress(
             raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
         assert isinstance(model, Transformer)
         if recipe.allocation is not None:
-            allocation = spend_budget(
+            allocation = None if workbench is None else workbench.load_allocation()
+            allocation = allocation or spend_budget(
                 model,
                 recipe.allocation,
                 {name: (rule.formats, rule.solver) for name, rule in rules.items() if rule.is_open},
@@ -88,6 +96,8 @@ def compress(
                 plain=pack_weight,
                 progress=progress,
             )
+            if workbench is not None:
+                workbench.save_allocation(allocation)
             formats |= allocation.formats
         solved = {
             name: (formats[name], rule.solver)
@@ -96,7 +106,9 @@ def compress(
         }
         if solved:
             batch = recipe.calibration.batch
-            values, layers = solve_layers(model, solved, calibration, batch=batch, plain=pack_weight, progress=progress)
+            values, layers = solve_layers(
+                model, solved, calibration, batch=batch, plain=pack_weight, workbench=workbench, progress=progress
+            )
     rows: list[LedgerRow] = []
     done = 0
     for name, param in params.items():

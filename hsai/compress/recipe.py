@@ -127,6 +127,7 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
         if number not in deciding.values():
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
     rules = {name: recipe.rules[number] for name, number in deciding.items()}
+    head = "unembed" if "unembed" in params else "embed"
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
@@ -135,10 +136,10 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
                 f"{name}: what experts are sensitive to cannot be measured; give them a rule with one format, before "
                 "this one"
             )
-        if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers."):
+        if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers.") and name != head:
             raise InputError(
-                f"{name}: a solver with feedback calibrates the weights of layers only; give it a rule of its own "
-                "with the nearest solver, before this one"
+                f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "
+                "rule of its own with the nearest solver, before this one"
             )
     if recipe.allocation is not None:
         shapes = {name: param.get_value() for name, param in every.items()}

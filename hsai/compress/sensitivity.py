@@ -72,7 +72,7 @@ def measure_sensitivities(
     items: list[Item] = []
     for name in candidates:
         if name not in blocks:
-            items.append(_price_table(model, name, candidates[name][0], moments, tokens, plain))
+            items.append(_price_table(model, name, *candidates[name], moments, tokens, plain))
 
     def try_block(layer: int, block: Block, grams: Grams) -> Block:
         check_observed(blocks, grams)
@@ -176,16 +176,18 @@ def _price_table(
     model: Transformer,
     name: str,
     formats: Sequence[FormatConfig],
+    config: SolverConfig,
     moments: Moments,
     tokens: np.ndarray,
     plain: Compress,
 ) -> Item:
     """The table of embeddings, the head, or both in one."""
     w = named_weights(model)[name].get_value()
+    solver = BlockSolver({name: moments[INPUTS]}, plain)
     counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
     options = []
     for format in formats:
-        packed = plain(w, format)
+        packed, _, _ = solver.pack(name, w, format, config)
         loss = 0.0
         if name == LOOKUP:
             loss += float(_price_lookup(w, packed, counts, moments[LOOKUP], tokens.size))

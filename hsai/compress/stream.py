@@ -16,7 +16,7 @@ import numpy as np
 
 from hsai.errors import InputError
 from hsai.formats import take_layer, to_dense
-from hsai.formats.observed import Notes, Observed
+from hsai.formats.observed import Notes, Observed, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.layers import is_matrix
@@ -32,6 +32,8 @@ def stream_blocks(
     *,
     batch: int,
     solve: Callable[[int, Block, Grams], Block],
+    recall: Callable[[int, Block], Block | None] | None = None,
+    finish: Callable[[jax.Array], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Calls `solve` with each block in turn, on what the blocks that it returned before make of `tokens`.
@@ -41,6 +43,8 @@ def stream_blocks(
       tokens: int32 (N, T) in [0, V).
       batch: B, sequences at a time.
       solve: (number of the layer, block with dense weights, grams) -> the block that the next one follows.
+      recall: (number, block with dense weights) -> what `solve` returned for it in an earlier run, or None.
+      finish: called last with X^T X (D, D) float32 of what the head is multiplied by.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
       InputError: activations are not finite, naming the layer.
@@ -74,20 +78,25 @@ def stream_blocks(
     for layer in range(config.layers):
         block = take_block(model, layer)
         number = jnp.int32(layer)
-        sums: list[jax.Array] = []
-        for start in starts:
-            found = observe(block, number, jnp.asarray(hidden[start : start + batch]))
-            sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
-        grams = {name: sums[index] for name, index in owner.items()}
-        for name, gram in grams.items():
-            if not bool(jnp.all(jnp.isfinite(gram))):
-                raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
-        solved = solve(layer, block, grams)
-        if layer + 1 < config.layers:
+        solved = None if recall is None else recall(layer, block)
+        if solved is None:
+            sums: list[jax.Array] = []
+            for start in starts:
+                found = observe(block, number, jnp.asarray(hidden[start : start + batch]))
+                sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
+            grams = {name: sums[index] for name, index in owner.items()}
+            for name, gram in grams.items():
+                if not bool(jnp.all(jnp.isfinite(gram))):
+                    raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
+            solved = solve(layer, block, grams)
+        if layer + 1 < config.layers or finish is not None:
             for start in starts:
                 hidden[start : start + batch] = forward(solved, number, jnp.asarray(hidden[start : start + batch]))
         if progress is not None:
             progress("calibrating", layer + 1, config.layers)
+    if finish is not None:
+        measure = jax.jit(lambda x: sum_squares(model.final_norm(x)))
+        finish(sum((measure(jnp.asarray(hidden[start : start + batch])) for start in starts), start=jnp.float32(0)))
 
 
 def take_block(model: Transformer, layer: int) -> Block:

@@ -27,9 +27,8 @@ class Notes:
         """Adds x^T x of (..., D), float32 (D, D), for the weight `name`."""
         index = next((i for i, seen in enumerate(self._inputs) if seen is x), len(self._inputs))
         if index == len(self._inputs):
-            wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
             self._inputs.append(x)
-            self._grams.append(jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST))
+            self._grams.append(sum_squares(x))
         if name in self._owner:
             raise ValueError(f"{name} was multiplied by twice in one pass; its inputs would be mixed up")
         self._owner[name] = index
@@ -43,6 +42,12 @@ class Notes:
     def owner(self) -> Mapping[str, int]:
         """Which of `grams` belongs to a weight."""
         return self._owner
+
+
+def sum_squares(x: jax.Array) -> jax.Array:
+    """X^T X of (..., D), float32 (D, D)."""
+    wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass

@@ -1,12 +1,15 @@
 """Calibration sees what the blocks see, and weights solved over it disturb the model less than rounded ones."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, compress
-from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress import RecipeConfig, Rule, calibrated, compress
+from hsai.compress.calibrated import FeedbackConfig, NearestConfig
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.stream import stream_blocks, take_block
 from hsai.errors import InputError
@@ -108,8 +111,6 @@ def test_masks_of_wanda_and_magnitude_are_theirs(model: Transformer) -> None:
 
 
 def test_a_layer_that_fails_is_rounded_and_reported(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hsai.compress import calibrated
-
     real, calls = calibrated.factorize, []
 
     def fail_once(gram, damping):
@@ -140,10 +141,32 @@ def test_activations_that_are_not_finite_name_their_layer(model: Transformer) ->
         compress(broken, recipe, calibration=TOKENS)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_solved_over_what_reaches_it(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of its columns too; and what a piece gives is what the whole gives."""
+    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=tied), rngs=nnx.Rngs(1))
+    name, format = "embed" if tied else "unembed", Int4Config(group=32)
+    errors, found = [], []
+    for columns, solver in ((16384, NearestConfig()), (16384, FeedbackConfig()), (40, FeedbackConfig())):
+        monkeypatch.setattr(calibrated, "COLUMNS", columns)
+        rules = (Rule(pattern=name, format=format, solver=solver),)
+        calibration = CALIBRATION if isinstance(solver, FeedbackConfig) else None
+        packed, ledger = compress(model, RecipeConfig(rules=rules, calibration=calibration), calibration=TOKENS)
+        found.append(named_weights(packed)[name].get_value())
+        hidden = model(jnp.asarray(TOKENS))[0].reshape(-1, 64)
+        errors.append(float(jnp.linalg.norm(hidden @ (found[-1].dense() - named_weights(model)[name].get_value()))))
+    (row,) = ledger.layers
+    assert (row.weight, row.layer, row.damping) == (name, None, 0.01) and 0 < row.output_error < 1
+    assert errors[1] < 0.9 * errors[0], errors
+    for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2]), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_what_cannot_be_calibrated_is_refused_before_work(model: Transformer) -> None:
     rule = Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig())
-    with pytest.raises(InputError, match="embed: a solver with feedback calibrates the weights of layers only"):
-        compress(model, RecipeConfig(rules=(rule,), calibration=CALIBRATION), calibration=TOKENS)
+    untied = Transformer(dataclasses.replace(CONFIG, tie_embeddings=False), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="embed: a solver with feedback calibrates what is multiplied by"):
+        compress(untied, RecipeConfig(rules=(rule,), calibration=CALIBRATION), calibration=TOKENS)
     with pytest.raises(InputError, match="needs a calibration"):
         RecipeConfig(rules=(rule,))
     with pytest.raises(InputError, match="no rule has a solver that reads it"):

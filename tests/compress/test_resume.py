@@ -1,0 +1,110 @@
+"""A run that is killed goes on where it was, and ends in the same bits; what does not belong to it is not used."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from hsai.compress import RecipeConfig, Rule, calibrated, compress
+from hsai.compress.allocate import AllocationConfig
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.compress.resume import Workbench
+from hsai.compress.stream import take_block
+from hsai.errors import InputError
+from hsai.formats import Int4Config, Int8Config, NMInt4Config
+from hsai.models import Transformer, TransformerConfig
+
+CONFIG = TransformerConfig(
+    vocab=96, embed=64, layers=3, heads=2, kv_heads=1, head_dim=32, mlp=128, max_length=64, dtype="bfloat16"
+)
+CALIBRATION = CalibrationConfig(tokens=256, sequence_length=32, batch=4)
+TOKENS = draw_windows(np.random.default_rng(0).integers(0, 96, 1000), CALIBRATION)
+RECIPE = RecipeConfig(
+    rules=(
+        Rule(
+            pattern="layers.mlp.*",
+            format=(Int4Config(group=32), NMInt4Config(n=2, m=4, group=32)),
+            solver=FeedbackConfig(),
+        ),
+        Rule(pattern="layers.attention.*", format=Int8Config(), solver=FeedbackConfig()),
+    ),
+    calibration=CALIBRATION,
+    allocation=AllocationConfig(bits_per_weight=12.0, windows=4),
+)
+
+
+class Killed(Exception):
+    """What a test ends a run with."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return Transformer(CONFIG, rngs=nnx.Rngs(0))
+
+
+def run(model: Transformer, directory: Path | None) -> tuple[Transformer, dict, list[str]]:
+    """The model, its ledger, and what progress was told, each step once."""
+    told: list[str] = []
+    workbench = None if directory is None else Workbench(directory, {"recipe": "a"})
+    found, ledger = compress(
+        model, RECIPE, calibration=TOKENS, workbench=workbench, progress=lambda step, done, total: told.append(step)
+    )
+    return found, ledger.to_dict(), list(dict.fromkeys(told))
+
+
+def test_a_killed_run_ends_in_the_same_bits(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ledger, told = run(model, None)
+    assert told == ["measuring gradients", "trying formats", "calibrating", "compressing"]
+    real, solved = calibrated.pack_solved, []
+
+    def fail_in_second_layer(*arguments):
+        solved.append(1)
+        if len(solved) == per_run + 9:
+            raise Killed
+        return real(*arguments)
+
+    per_run = 3 * 3 * 2  # each candidate of each layer was tried before
+    monkeypatch.setattr(calibrated, "pack_solved", fail_in_second_layer)
+    with pytest.raises(Killed):
+        run(model, tmp_path / "bench")
+    assert len(list((tmp_path / "bench").glob("layer_*.json"))) == 1
+    solved.clear()
+    per_run = 1000
+    again, ledger_again, told = run(model, tmp_path / "bench")
+    assert told == ["calibrating", "compressing"]  # the budget was spent before
+    assert len(solved) == 2 * 7
+    assert ledger_again == ledger
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_directory_of_another_run_is_thrown_away(model: Transformer, tmp_path: Path) -> None:
+    first = Workbench(tmp_path / "bench", {"recipe": "a"})
+    (tmp_path / "bench" / "layer_0000.json").write_text("{}")
+    assert first.layers == 0 and Workbench(tmp_path / "bench", {"recipe": "a"}).layers == 1
+    assert Workbench(tmp_path / "bench", {"recipe": "b"}).layers == 0
+    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["record.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write to"):
+        Workbench(tmp_path / "file" / "bench", {})
+
+
+def test_a_layer_without_its_json_is_not_there(model: Transformer, tmp_path: Path) -> None:
+    run(model, tmp_path / "bench")
+    workbench = Workbench(tmp_path / "bench", {"recipe": "a"})
+    assert workbench.layers == 3
+    block = take_block(model, 1)
+    assert workbench.load_layer(1, block) is not None
+    (tmp_path / "bench" / "layer_0001.json").unlink()
+    assert workbench.load_layer(1, block) is None
+    other = Transformer(dataclasses.replace(CONFIG, mlp=64), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="do not fit"):
+        workbench.load_layer(0, take_block(other, 0))
+    workbench.remove()
+    assert not (tmp_path / "bench").exists()

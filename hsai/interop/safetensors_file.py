@@ -128,12 +128,12 @@ def write_tensors(
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, piece in pieces:
-            is_next = name == next(iter(left), None)
-            shape, dtype = shapes[name] if is_next else ((), None)
-            if not is_next or tuple(piece.shape) != shape[len(shape) - piece.ndim :] or piece.size > left[name]:
+            shape, dtype = shapes.get(name, ((), np.dtype(np.float32)))
+            is_next = name == next(iter(left), None) and piece.size <= left[name]
+            if not is_next or tuple(piece.shape) != shape[len(shape) - piece.ndim :]:
                 raise ValueError(f"tensor {name!r} {list(piece.shape)} was not announced at this place")
             # As bytes: `tofile` would not say why it failed, as on a full disk.
-            file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
             left[name] -= piece.size
             if left[name] == 0:
                 del left[name]

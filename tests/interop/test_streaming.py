@@ -125,7 +125,8 @@ def test_each_of_two_workers_holds_its_half(tmp_path: Path) -> None:
     try:
         for sizes in map(finish, workers):
             assert sizes["split"] >= 7
-            assert 0.4 * sizes["model"] < sizes["streamed"] < 0.5 * sizes["model"] + 12 * sizes["largest"], sizes
+            # Beside its half, as much as one process needs beside the whole: programs, above all.
+            assert 0.5 * sizes["model"] < sizes["streamed"] < 0.8 * sizes["model"], sizes
     finally:
         for worker in workers:
             worker.kill()

@@ -1,4 +1,4 @@
-"""A whole model under a budget: bytes are kept, the ledger is true, the loss is no worse than with one format."""
+"""A whole model under a budget: bytes are kept, the ledger is true, and the loss is at most that of one format."""
 
 import io
 import json

@@ -1,5 +1,7 @@
 """Sensitivities: gradients and Gram matrices against plain ones, and forecasts against measured divergences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,15 +93,15 @@ def test_moments_of_one_token_are_squared_gradients_of_biases(model: Transformer
     (wanted,) = back(draw_labels(model, hidden, jax.random.fold_in(jax.random.key(0), 0))[0])
     np.testing.assert_allclose(found["layers.attention.v"], np.square(wanted[names[2]]), rtol=1e-3, atol=1e-9)
     assert np.asarray(found["layers.attention.v"]).min(axis=1).max() > 0
-    assert not np.asarray(found["layers.attention.q"]).any()  # who attends to one token has no choice
+    assert np.asarray(found["layers.attention.q"]).max() < 1e-12  # who attends to one token has no choice
 
 
 def test_moments_add_up_over_batches(model: Transformer) -> None:
     """Labels are drawn for each batch, so the sums are no closer than draws are; those of the head are exact."""
-    tokens = draw_tokens(64, 20)
-    one, many = (sum_gradients(model, NAMES, tokens, batch=batch, seed=0) for batch in (64, 8))
+    tokens = draw_tokens(512, 20)
+    one, many = (sum_gradients(model, NAMES, tokens, batch=batch, seed=0) for batch in (512, 128))
     for name in (LABELS, INPUTS):
-        np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-2)
     for name in NAMES:
         assert np.linalg.norm(many[name] - one[name]) < 0.15 * np.linalg.norm(one[name])
 
@@ -111,7 +113,7 @@ def test_labels_are_drawn_from_the_models_own_predictions(model: Transformer) ->
     inverse = np.linalg.pinv(np.asarray(model.head.get_value(), np.float64).T)
     counts, draws = np.zeros_like(p), 40
     for seed in range(draws):
-        d_hidden, labels, inputs = draw_labels(model, hidden, jax.random.key(seed))
+        d_hidden, labels, inputs = jax.jit(draw_labels)(model, hidden, jax.random.key(seed))
         drawn = p - np.asarray(d_hidden, np.float64) @ inverse
         np.testing.assert_allclose(np.sort(drawn, axis=-1)[..., :-1], 0, atol=1e-3)
         np.testing.assert_allclose(drawn.max(axis=-1), 1, atol=1e-3)
@@ -123,8 +125,9 @@ def test_labels_are_drawn_from_the_models_own_predictions(model: Transformer) ->
     np.testing.assert_allclose(inputs, flat.T @ flat, rtol=1e-4, atol=1e-3)
 
 
+@functools.cache
 def measure_all(solver: FeedbackConfig | NearestConfig) -> list[Item]:
-    model, names = trained_model(), ("layers.attention.v", "layers.attention.o", "layers.mlp.up", "layers.mlp.down")
+    model, names = trained_model(), ("layers.attention.v", "layers.mlp.down")
     candidates = {"embed": (FORMATS, NearestConfig())} | {name: (FORMATS, solver) for name in names}
     return measure_sensitivities(model, candidates, calibration_windows()[:64], batch=16, seed=0, plain=pack_weight)
 
@@ -148,7 +151,7 @@ def test_forecasts_are_near_the_measured_divergence() -> None:
     ratios = np.log(np.array(forecasts) / np.array(measured))
     print(np.round(np.exp(ratios), 2), np.array(measured))
     ranks = [np.argsort(np.argsort(values)) for values in (forecasts, measured)]
-    assert len(ratios) == 4 * (4 * 4 + 1)
+    assert len(ratios) == 4 * (2 * 4 + 1)
     assert np.corrcoef(*ranks)[0, 1] > 0.95
     assert np.abs(np.median(ratios)) < np.log(1.5)
     # Half of them within a factor of 1.5, and none beyond 4, over five orders of magnitude.

@@ -11,8 +11,8 @@
 namespace hsai {
 namespace {
 
-// Most columns of a tile: long runs of the weight, while the sums of 8 rows (64 KiB) stay in the second-level cache.
-constexpr std::int64_t kMostColumns = 2048;
+// Most columns of a tile: long runs of the weight, while the sums of 8 rows (128 KiB) stay in the second-level cache.
+constexpr std::int64_t kMostColumns = 4096;
 
 // Bytes of weights that a tile of many rows may walk over again for every few of them: half a second-level cache.
 constexpr std::int64_t kCachedBytes = 1 << 19;
@@ -65,8 +65,11 @@ std::vector<Tile> list_tiles(std::int64_t columns, int lanes, std::int64_t threa
   if (columns < lanes) return {{0, columns, 0}};
   std::vector<Tile> tiles;
   const std::int64_t whole = columns / lanes * lanes;
-  const std::int64_t share = (whole / threads / kAlignment + 1) * kAlignment;
-  const std::int64_t size = std::clamp(most / kAlignment * kAlignment, kAlignment, share);
+  const auto round_up = [](std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; };
+  // Tiles of equal size, as many for each thread: with three tiles for two threads one of them waits for half the time.
+  const std::int64_t share = round_up(whole, threads * kAlignment) / threads;
+  const std::int64_t pieces = round_up(share, std::max(most, kAlignment)) / std::max(most, kAlignment);
+  const std::int64_t size = round_up(share, pieces * kAlignment) / pieces;
   for (std::int64_t begin = 0; begin < whole; begin += size) {
     tiles.push_back({begin, std::min(size, whole - begin), begin});
   }

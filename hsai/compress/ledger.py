@@ -15,6 +15,7 @@ from hsai.files import write_json_atomic
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
+    Int2Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -148,8 +149,8 @@ def name_format(format: FormatConfig | Weight) -> str:
             return format.dtype
         case Int8Config():
             return "int8"
-        case Int4Config():
-            return f"int4 g{format.group}"
+        case Int4Config() | Int2Config():
+            return f"{format.format} g{format.group}"
         case TernaryConfig():
             return f"ternary g{format.group}" if format.group else "ternary"
         case NMConfig():

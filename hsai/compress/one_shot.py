@@ -19,12 +19,13 @@ import numpy as np
 from hsai.compress.calibrated import FeedbackConfig, solve_layers
 from hsai.compress.ledger import LayerRow, Ledger, LedgerRow, name_format
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import map_layers, round_int4, round_int8
+from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
+    Int2Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -107,8 +108,8 @@ def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
             return format.pack(w)
         case Int8Config():
             return round_int8(w, format)
-        case Int4Config():
-            return round_int4(w, format)
+        case Int4Config() | Int2Config():
+            return round_codes(w, format)
         case TernaryConfig():
             return map_layers(format.pack, w)
         case NMConfig() | VNMConfig():

@@ -29,6 +29,6 @@ def prune_int4(w: jax.Array, config: NMInt4Config | VNMInt4Config) -> Packed:
     def pack(layer: jax.Array) -> Packed:
         layer = layer.astype(jnp.float32)
         mask = config.mask(layer)
-        return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config.group))
+        return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config))
 
     return map_layers(pack, w)

@@ -4,7 +4,7 @@ A weight is always stored as (..., D, F): contraction first, outputs last, with 
 front. A packed value has the same logical shape, holds fewer bytes, and sits in the model where the dense array sat.
 """
 
-from hsai.formats.int4 import Int4, Int4Config
+from hsai.formats.codes import Int2, Int2Config, Int4, Int4Config
 from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
@@ -14,7 +14,15 @@ from hsai.formats.ternary import Ternary, TernaryConfig
 from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
 
 FormatConfig = (
-    DenseConfig | Int8Config | Int4Config | TernaryConfig | NMConfig | NMInt4Config | VNMConfig | VNMInt4Config
+    DenseConfig
+    | Int8Config
+    | Int4Config
+    | Int2Config
+    | TernaryConfig
+    | NMConfig
+    | NMInt4Config
+    | VNMConfig
+    | VNMInt4Config
 )
 
 __all__ = [
@@ -23,6 +31,8 @@ __all__ = [
     "Dense",
     "DenseConfig",
     "FormatConfig",
+    "Int2",
+    "Int2Config",
     "Int4",
     "Int4Config",
     "Int8",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hsai.formats.int4 import Int4
+from hsai.formats.codes import Codes
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
@@ -72,8 +72,8 @@ def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
     match w:
         case Int8(values, scale):
             return quantized_matmul(x, values, scale)
-        case Int4(words, scale):
-            return quantized_matmul(x, words, scale)
+        case Codes(words, scale):
+            return quantized_matmul(x, words, scale, bits=w.bits, centered=w.centered)
         case Ternary(words, scale):
             return quantized_matmul(x, words, scale, bits=2)
         case NM(values, indices, n, m):

@@ -80,9 +80,11 @@ ffi::Error run(ffi::ThreadPool& pool, Format format, const hsai::Weight& weight,
   return ffi::Error::Success();
 }
 
-// values: int8 (D, F), or words of int4 (D/8, F) or int2 (D/16, F), which `bits` tells apart; scale (D/g, F).
+// values: int8 (D, F), or words of codes, int4 (D/8, F) or int2 (D/16, F), which `bits` tells apart; `centered` puts zero
+// in the middle of the codes; scale (D/g, F).
 ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer scale,
-                            ffi::Result<AnyBuffer> out, std::int64_t bits, std::int64_t activation_bits) {
+                            ffi::Result<AnyBuffer> out, std::int64_t bits, bool centered,
+                            std::int64_t activation_bits) {
   if (!is_matrix(x) || !is_matrix(values) || !is_matrix(scale) || !is_matrix(*out)) {
     return invalid("quantized_matmul takes matrices");
   }
@@ -91,12 +93,14 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   if (packed ? bits != 2 && bits != 4 : bits != 8) {
     return invalid("values of " + std::to_string(bits) + " bits do not stand in such an array");
   }
+  if (!packed && centered) return invalid("int8 values have no codes to center");
   const Format format = bits == 8 ? Format::kInt8 : bits == 4 ? Format::kInt4 : Format::kInt2;
   const std::int64_t per_word = packed ? 32 / bits : 1;
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
   weight.dense = weight.stored = height(values) * per_word;
+  weight.zero = packed ? (1 << bits) - (centered ? 1 : 0) : 0;
   if (weight.dense < 1 || width(x) != weight.dense) {
     return invalid("x has shape " + describe(x) + ", the weight contracts over " + std::to_string(weight.dense));
   }
@@ -206,6 +210,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<AnyBuffer>()
         .Ret<AnyBuffer>()
         .Attr<std::int64_t>("bits")
+        .Attr<bool>("centered")
         .Attr<std::int64_t>("activation_bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,

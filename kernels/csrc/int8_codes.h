@@ -77,6 +77,7 @@ HSAI_INLINE typename Lanes<L>::Word interleave_two(const std::int8_t* from, std:
 
 // int8 weights by digits of a byte, or of two where kWideDigits says so.
 struct Int8Codes {
+  static constexpr bool kCodes = false;
   static constexpr bool kSparse = false;
   static constexpr bool kChosen = false;
   static constexpr bool kWide = kWideDigits;

@@ -36,16 +36,32 @@ HSAI_INLINE std::uint32_t load_word(const std::uint8_t* from) {
 // Asks for what the same columns need a block later. Runs of a row are too short for the hardware to foresee them.
 HSAI_INLINE void fetch_ahead(const std::uint32_t* at) { __builtin_prefetch(at, 0, 2); }
 
-// Codes of kBits bits, laid out by packing.py, in offset binary. A block's sum is that of the codes; what the zero point
-// adds to it, kZeroPoint times the sum of the digits, is taken off at the block's end.
+// Adds four codes of each of U vectors times the digits of element `element` and the three behind it.
+template <int L, int P, int R, int U>
+HSAI_INLINE void add_codes(const typename Lanes<L>::Word (&codes)[U], const Planes& x, int row, std::int64_t element,
+                           DotSums<L, P, R, U>& sums) {
+  using Word = typename Lanes<L>::Word;
+  // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
+  unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+    unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+      const Word digits = Word{} + load_word(find_digits(x, p.value, row + r.value) + element);
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { sums.at[p.value][r.value][u.value].add(codes[u.value], digits); });
+    });
+  });
+}
+
+// Codes of kBits bits, laid out by packing.py. A block's sum is that of the codes; what they are too large by, the code
+// of zero times the sum of the digits, is taken off at the block's end, when all is counted in halves of a level: the
+// zero of centered codes lies between two of them.
 template <int kBits>
 struct Codes {
   static constexpr int kStep = 32 / kBits;  // elements a word
+  static constexpr bool kCodes = true;
   static constexpr bool kSparse = false;
   static constexpr bool kWide = false;
   static constexpr bool kChosen = false;
-  static constexpr int kZeroPoint = 1 << (kBits - 1);
-  static constexpr int kUnit = 1;
+  static constexpr int kZeroPoint = 0;
+  static constexpr int kUnit = 2;
 
   template <int L, int P, int R, int U>
   static HSAI_INLINE void add_word(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
@@ -53,7 +69,6 @@ struct Codes {
     using Word = typename Lanes<L>::Word;
     constexpr std::uint32_t mask = ((1u << kBits) - 1) * 0x01010101u;
     const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * w.columns + column;
-    // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
     Word packed[U];
     unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
       packed[u.value] = load<Word>(words + u.value * L);
@@ -62,15 +77,7 @@ struct Codes {
     unroll<8 / kBits>([&](auto slot) HSAI_INLINE_LAMBDA {
       Word codes[U];
       unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { codes[u.value] = (packed[u.value] >> (kBits * slot.value)) & mask; });
-      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
-        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-          const auto* from = find_digits(x, p.value, row + r.value) + element + 4 * slot.value;
-          const Word digits = Word{} + load_word(from);
-          unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-            sums.at[p.value][r.value][u.value].add(codes[u.value], digits);
-          });
-        });
-      });
+      add_codes<L, P, R, U>(codes, x, row, element + 4 * slot.value, sums);
     });
   }
 
@@ -88,6 +95,7 @@ struct Codes {
 // biased to be unsigned (kBiasedDigits), what the bias adds, 128 times the sum of the values, is kept in `excess`.
 template <int kM>
 struct SparseCodes {
+  static constexpr bool kCodes = false;
   static constexpr bool kSparse = true;
   static constexpr bool kWide = false;
   static constexpr bool kChosen = kM == 4;  // whether V:N:M comes down to it
@@ -265,6 +273,9 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
         sum[p.value] = sums.at[p.value][r.value][u.value].finish();
         if constexpr (Format::kSparse) {
           if constexpr (kBiasedDigits && p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
+        } else if constexpr (Format::kCodes) {
+          const std::int32_t digits = x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
+          sum[p.value] = (sum[p.value] << 1) - w.zero * digits;
         } else if constexpr (Format::kZeroPoint != 0) {
           sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
         }

@@ -43,6 +43,7 @@ struct Weight {
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale
+  std::int32_t zero;          // of words of dense codes: twice the code that stands for zero
   std::int64_t columns;       // F
 };
 

@@ -14,6 +14,7 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
+    Int2Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -29,6 +30,7 @@ FORMATS: dict[str, FormatConfig] = {
     "dense": DenseConfig(dtype="float32"),
     "int8": Int8Config(),
     "int4": Int4Config(),
+    "int2": Int2Config(),
     "nm": NMConfig(),
     "nm_int4": NMInt4Config(),
     "vnm": VNMConfig(v=16),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
+    Int2Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -36,11 +37,13 @@ PACKED = [
     TernaryConfig(group=32),
     TernaryConfig(group=None),
     NMInt4Config(n=2, m=8, group=32),
+    Int2Config(group=32),
 ]
 FORMATS = [
     *PACKED,
     DenseConfig(dtype="bfloat16"),
     DenseConfig(dtype="float32"),
+    *(Int2Config(group=group) for group in (64, 128)),
     Int4Config(group=64),
     NMConfig(n=2),
     *(NMInt4Config(n=n, m=m, group=group) for n, m in PATTERNS for group in (32, 64, 128)),
@@ -51,7 +54,7 @@ FORMATS = [
 def block_of(format) -> int:
     """The smallest contraction that the format can hold."""
     blocks = [1]
-    if isinstance(format, Int4Config | NMInt4Config | TernaryConfig):
+    if isinstance(format, Int2Config | Int4Config | NMInt4Config | TernaryConfig):
         blocks.append(format.group or 16)
     if isinstance(format, NMConfig | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
@@ -87,6 +90,8 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (DenseConfig(), 16),
         (Int8Config(), 8 + 32 / 256),
         (Int4Config(group=64), 4.25),
+        (Int2Config(group=64), 2.25),
+        (Int2Config(group=128), 2.125),
         (TernaryConfig(group=64), 2.25),
         (TernaryConfig(group=None), 2 + 16 / 256),
         (NMConfig(n=2), 9),

@@ -8,6 +8,7 @@ from flax import nnx
 
 from hsai.formats import (
     DenseConfig,
+    Int2Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -27,6 +28,7 @@ FORMATS = [
     DenseConfig(dtype="bfloat16"),
     Int8Config(),
     Int4Config(group=32),
+    Int2Config(group=32),
     TernaryConfig(group=32),
     TernaryConfig(group=None),
     NMConfig(n=1),

@@ -66,6 +66,7 @@ def make_case(
     rows: int,
     columns: int,
     *,
+    centered: bool = False,
     kept: int = 4,
     dtype: str = "float32",
     scale_type: str = "float32",
@@ -80,10 +81,11 @@ def make_case(
 
     `kept` of `pattern` for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
+    `centered` is for the dense ones in words.
     """
     m = 4 if width else pattern
     name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group} in {contraction}"
-    name += f", activations {activation_bits}, {extreme=}"
+    name += f", activations {activation_bits}, {extreme=}, {centered=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
     sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
@@ -97,14 +99,14 @@ def make_case(
 
     if packed or kind == "int8":
         bits = {"int8": 8, "int2": 2}.get(kind, 4)
-        zero = 1 << (bits - 1)
-        codes = rng.integers(-zero, zero, (stored, columns))
+        codes = rng.integers(0, 2**bits, (stored, columns))
         if extreme:  # every column as far from zero as codes go, on one side
-            codes[:] = np.where(np.arange(columns) % 2, zero - 1, -zero)
-        values = oracles.pack(codes + zero, bits) if packed else codes.astype(np.int8)
-        weight = oracles.scale_rows(codes, scale)
-        # Offset binary may be summed before the offset is taken off, so that errors follow codes of up to 15.
-        largest = oracles.scale_rows(np.full(codes.shape, 2 * zero - 1), scale)
+            codes[:] = np.where(np.arange(columns) % 2, 2**bits - 1, 0)
+        levels = codes - oracles.find_zero(bits, centered)
+        values = oracles.pack(codes, bits) if packed else levels.astype(np.int8)
+        weight = oracles.scale_rows(levels, scale)
+        # Codes may be summed before the code of zero is taken off, so that errors follow codes of up to 15.
+        largest = oracles.scale_rows(np.full(codes.shape, 2**bits - 1), scale)
     else:
         scale, scale_type_index = scale[:0], 0
         values = rng.standard_normal((stored, columns)).astype(DTYPES[kind.removeprefix("sparse_")])
@@ -132,6 +134,7 @@ def make_case(
             contraction,
             stored,
             stored // groups if scale_type_index else stored,
+            int(2 * oracles.find_zero(bits, centered)) if packed and not sparse else 0,
             columns,
             pattern,
             width,
@@ -165,6 +168,10 @@ def list_cases() -> Iterator[Case]:
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    for kind, columns in itertools.product(("int4", "int2"), COLUMNS):
+        yield make_case(kind, 1 + columns % 3, columns, centered=True)
+    for kind, bits, rows in itertools.product(("int4", "int2"), (None, 8), (1, 4, 9)):
+        yield make_case(kind, rows, 20, centered=True, activation_bits=bits, extreme=rows == 4)
     # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
     for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
         for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):

@@ -40,8 +40,9 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     out = quantized_matmul(x, words, scale, implementation="cpu")
     assert_close(out, exact @ dense, largest, "float32")
     pairs = oracles.pack((codes & 3), 2)
-    out = quantized_matmul(x, pairs, scale, bits=2, implementation="cpu")
-    assert_close(out, exact @ oracles.scale_rows((codes & 3) - 2, scale), largest, "float32")
+    for centered, zero in ((False, 2), (True, 1.5)):
+        out = quantized_matmul(x, pairs, scale, bits=2, centered=centered, implementation="cpu")
+        assert_close(out, exact @ oracles.scale_rows((codes & 3) - zero, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
     large = np.where(codes % 2, 16 * codes + 15, 16 * codes)
@@ -205,16 +206,31 @@ HALF_WORDS = np.zeros((4, 5), np.uint32)
 def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
     bits = 8 if operands[1].dtype == np.int8 else 4
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.QUANTIZED_MATMUL, operands, shape, dtype, bits=np.int64(bits), activation_bits=np.int64(0))
+        _call(
+            native.QUANTIZED_MATMUL,
+            operands,
+            shape,
+            dtype,
+            bits=np.int64(bits),
+            centered=False,
+            activation_bits=np.int64(0),
+        )
 
 
 @pytest.mark.parametrize(
-    ("values", "bits", "activation_bits"),
-    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 7), (WORDS, 4, 7), (WORDS, 4, -8)],
+    ("values", "bits", "activation_bits", "centered"),
+    [
+        *((WORDS, bits, 0, False) for bits in (8, 3, 2, 5, 0, -4)),
+        (BYTES, 4, 0, False),
+        (BYTES, 8, 7, False),
+        (BYTES, 8, 0, True),
+        (WORDS, 4, 7, False),
+        (WORDS, 4, -8, False),
+    ],
 )
-def test_wrong_bits_give_an_error(values, bits, activation_bits):
+def test_wrong_bits_give_an_error(values, bits, activation_bits, centered):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        attributes = {"bits": np.int64(bits), "activation_bits": np.int64(activation_bits)}
+        attributes = {"bits": np.int64(bits), "centered": centered, "activation_bits": np.int64(activation_bits)}
         _call(native.QUANTIZED_MATMUL, (X, values, SCALE), (2, 5), **attributes)
 
 

@@ -16,7 +16,7 @@ from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_referen
 
 
 def quantized_matmul_cpu(
-    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int, activation_bits: int | None
+    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int, centered: bool, activation_bits: int | None
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
@@ -33,11 +33,14 @@ def quantized_matmul_cpu(
     if packed and x.shape[-1] // scale.shape[0] % (32 // bits):
         raise NotImplementedError(f"has groups of whole words (multiples of {32 // bits} codes of {bits} bits)")
     native.load_library()
-    kernel = functools.partial(_multiply, bits if packed else 8, activation_bits)
-    return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), kernel)(x, values, scale)
+    kernel = functools.partial(_multiply, bits if packed else 8, centered, activation_bits)
+    reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
+    return differentiate_as(reference, kernel)(x, values, scale)
 
 
-def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply(
+    bits: int, centered: bool, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
     rows = x.reshape(-1, contraction)
@@ -46,5 +49,5 @@ def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.
         jax.ShapeDtypeStruct((rows.shape[0], columns), x.dtype),
         vmap_method="sequential",
     )
-    result = call(rows, values, scale, bits=bits, activation_bits=activation_bits or 0)
+    result = call(rows, values, scale, bits=bits, centered=centered, activation_bits=activation_bits or 0)
     return result.reshape(*lead, columns)

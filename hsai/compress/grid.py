@@ -12,6 +12,7 @@ import numpy as np
 from hsai.formats import (
     FormatConfig,
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -69,6 +70,8 @@ def grid_of(format: FormatConfig) -> Grid | None:
             return Grid(low=-127, high=127, group=None, dtype="float32")
         case Int4Config() | NMInt4Config() | VNMInt4Config():
             return Grid(low=-8, high=7, group=format.group, dtype="bfloat16")
+        case Int3Config():
+            return Grid(low=-3.5, high=3.5, group=format.group, dtype="bfloat16")
         case Int2Config():
             return Grid(low=-1.5, high=1.5, group=format.group, dtype="bfloat16")
         case TernaryConfig():

@@ -16,6 +16,7 @@ from hsai.formats import (
     DenseConfig,
     FormatConfig,
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -149,7 +150,7 @@ def name_format(format: FormatConfig | Weight) -> str:
             return format.dtype
         case Int8Config():
             return "int8"
-        case Int4Config() | Int2Config():
+        case Int4Config() | Int3Config() | Int2Config():
             return f"{format.format} g{format.group}"
         case TernaryConfig():
             return f"ternary g{format.group}" if format.group else "ternary"

@@ -26,6 +26,7 @@ from hsai.formats import (
     DenseConfig,
     FormatConfig,
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -108,7 +109,7 @@ def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
             return format.pack(w)
         case Int8Config():
             return round_int8(w, format)
-        case Int4Config() | Int2Config():
+        case Int4Config() | Int3Config() | Int2Config():
             return round_codes(w, format)
         case TernaryConfig():
             return map_layers(format.pack, w)

@@ -4,7 +4,7 @@ A weight is always stored as (..., D, F): contraction first, outputs last, with 
 front. A packed value has the same logical shape, holds fewer bytes, and sits in the model where the dense array sat.
 """
 
-from hsai.formats.codes import Int2, Int2Config, Int4, Int4Config
+from hsai.formats.codes import Int2, Int2Config, Int3, Int3Config, Int4, Int4Config
 from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
@@ -17,6 +17,7 @@ FormatConfig = (
     DenseConfig
     | Int8Config
     | Int4Config
+    | Int3Config
     | Int2Config
     | TernaryConfig
     | NMConfig
@@ -33,6 +34,8 @@ __all__ = [
     "FormatConfig",
     "Int2",
     "Int2Config",
+    "Int3",
+    "Int3Config",
     "Int4",
     "Int4Config",
     "Int8",

@@ -1,14 +1,17 @@
-"""Int2 and Int4: integer codes of few bits, those of one output together in 32-bit words, and a bfloat16 scale a group.
+"""Int2, Int3 and Int4: integer codes of few bits in words, and one bfloat16 scale a group along the contraction.
 
 Invariant: w[d, f] = (code[d, f] - zero) * scale[d // group, f], codes in [0, 2^bits), laid out by
 `hsai_kernels.packing.pack_words`; bits + 16 / group bits a weight.
 
-Int4 has its zero at code 8: levels -8..7. Int2 is centered, its zero lies between the two codes in the middle:
-levels -3/2, -1/2, 1/2, 3/2. With few levels, one more below zero than above is a level that half of the weights cannot
-use, and one at zero is where weights cost least anyway. Of normal weights, rounded with the best scale, the relative
-error is 0.345 with centered levels, 0.387 with -2..1, and 0.436 with the three of Ternary. That no weight is zero but
-in a group of zeros costs nothing that this measure does not count. In integers both are exact: a level is an odd
-multiple of half a scale.
+Int4 has its zero at code 8: levels -8..7. Int2 and Int3 are centered, their zero lies between the two codes in the
+middle: levels -3/2, -1/2, 1/2, 3/2, and -7/2 to 7/2. With few levels, one more below zero than above is a level that
+half of the weights cannot use, and one at zero is where weights cost least anyway. Of normal weights, rounded with the
+best scale, the relative error is 0.345 with four centered levels, 0.387 with -2..1, and 0.436 with the three of
+Ternary; 0.194 with eight centered ones, and 0.202 with -4..3; sixteen gain 1 %. That no weight is zero but in a group
+of zeros costs nothing that this measure does not count. In integers both are exact: a centered level is an odd multiple
+of half a scale.
+
+Three bits are stored as three: 32 weights take three words, of which kernels unfold four of 4-bit slots.
 Source: of the step that is best for normal weights, Max, "Quantizing for minimum distortion" (1960), table II.
 """
 
@@ -52,6 +55,15 @@ class Int2(Codes):
     """Levels -3/2 to 3/2; words uint32 (..., D / 16, F)."""
 
     bits = 2
+    centered = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int3(Codes):
+    """Levels -7/2 to 7/2; words uint32 (..., 3 * D / 32, F)."""
+
+    bits = 3
     centered = True
 
 
@@ -104,6 +116,14 @@ class Int2Config(_CodesConfig):
 
     format: Literal["int2"] = "int2"
     packed = Int2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int3Config(_CodesConfig):
+    """Rounds to 3 bits with one scale for each group of weights along the contraction."""
+
+    format: Literal["int3"] = "int3"
+    packed = Int3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats.codes import Int2, Int4
+from hsai.formats.codes import Int2, Int3, Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
@@ -26,6 +26,7 @@ T = TypeVar("T")
 PACKED: dict[str, type[Packed]] = {
     "int8": Int8,
     "int4": Int4,
+    "int3": Int3,
     "int2": Int2,
     "ternary": Ternary,
     "nm": NM,

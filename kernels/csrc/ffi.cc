@@ -80,8 +80,8 @@ ffi::Error run(ffi::ThreadPool& pool, Format format, const hsai::Weight& weight,
   return ffi::Error::Success();
 }
 
-// values: int8 (D, F), or words of codes, int4 (D/8, F) or int2 (D/16, F), which `bits` tells apart; `centered` puts zero
-// in the middle of the codes; scale (D/g, F).
+// values: int8 (D, F), or words (D * bits / 32, F) of codes of 2, 3 or 4 bits; `centered` puts zero in the middle of the
+// codes; scale (D/g, F).
 ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer scale,
                             ffi::Result<AnyBuffer> out, std::int64_t bits, bool centered,
                             std::int64_t activation_bits) {
@@ -90,16 +90,19 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   }
   const bool packed = values.element_type() == DataType::U32;
   if (!packed && values.element_type() != DataType::S8) return invalid("values must be int8 or uint32");
-  if (packed ? bits != 2 && bits != 4 : bits != 8) {
+  if (packed ? bits < 2 || bits > 4 : bits != 8) {
     return invalid("values of " + std::to_string(bits) + " bits do not stand in such an array");
   }
   if (!packed && centered) return invalid("int8 values have no codes to center");
-  const Format format = bits == 8 ? Format::kInt8 : bits == 4 ? Format::kInt4 : Format::kInt2;
-  const std::int64_t per_word = packed ? 32 / bits : 1;
+  constexpr Format kFormats[] = {Format::kInt2, Format::kInt3, Format::kInt4};
+  const Format format = packed ? kFormats[bits - 2] : Format::kInt8;
+  // As many rows as hold whole elements, and those: three words of 3 bits hold 32.
+  const std::int64_t rows = bits == 3 ? 3 : 1, step = packed ? 32 * rows / bits : 1;
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
-  weight.dense = weight.stored = height(values) * per_word;
+  if (height(values) % rows != 0) return invalid("words of 3 bits come by threes, got values " + describe(values));
+  weight.dense = weight.stored = height(values) / rows * step;
   weight.zero = packed ? (1 << bits) - (centered ? 1 : 0) : 0;
   if (weight.dense < 1 || width(x) != weight.dense) {
     return invalid("x has shape " + describe(x) + ", the weight contracts over " + std::to_string(weight.dense));
@@ -108,7 +111,7 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
     return error;
   }
-  if (auto error = read_scale(scale, per_word, weight); error.failure()) return error;
+  if (auto error = read_scale(scale, step, weight); error.failure()) return error;
   return run(pool, format, weight, activations);
 }
 

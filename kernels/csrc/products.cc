@@ -30,6 +30,7 @@ constexpr bool kSingly = false;
 #include "float_products.h"
 #include "int8_codes.h"
 #include "integer_products.h"
+#include "three_bit_codes.h"
 
 namespace hsai {
 
@@ -43,6 +44,7 @@ const Products HSAI_PRODUCTS = {
     multiply<SparseFloat<1>>,
     multiply_integer<Int8Codes>,
     multiply_integer<Codes<4>>,
+    multiply_integer<ThreeBitCodes>,
     multiply_integer<Codes<2>>,
     multiply_integer<SparseCodes<4>>,
     multiply_integer<SparseCodes<8>>,

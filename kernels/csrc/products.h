@@ -31,7 +31,7 @@ struct Slot {
 
 // A packed weight; every array is row-major with F columns. Layouts are those of packing.py and the reference.py files.
 struct Weight {
-  const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of int4 (C/8, F) or int2 (C/16, F)
+  const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of codes (C * bits / 32, F)
   const std::uint32_t* indices;  // (C/16, F) for N:4 weights, (3*C/32, F) for N:8 ones, else null
   const void* scale;          // (C/group, F), null for kNone
   ScaleType scale_type;
@@ -67,6 +67,7 @@ struct Products {
   ProductTile sparse_bfloat16;
   IntegerTile int8;
   IntegerTile int4;
+  IntegerTile int3;
   IntegerTile int2;
   IntegerTile sparse_int4;
   IntegerTile sparse_int4_of_8;

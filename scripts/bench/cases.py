@@ -25,6 +25,8 @@ from hsai.formats import (
     FormatConfig,
     Int2,
     Int2Config,
+    Int3,
+    Int3Config,
     Int4,
     Int4Config,
     Int8,
@@ -49,12 +51,12 @@ def multiply_weight(x: jax.Array, w: Weight) -> jax.Array:
     return project(x, w, out_axes=(None, None))
 
 
-def multiply_rounded(x: jax.Array, w: Int8 | Int4 | Int2 | Ternary | NMInt4 | VNMInt4) -> jax.Array:
+def multiply_rounded(x: jax.Array, w: Int8 | Int4 | Int3 | Int2 | Ternary | NMInt4 | VNMInt4) -> jax.Array:
     """Activations are rounded to 8 bits as they come, as llama.cpp and ONNX Runtime do."""
     match w:
         case Int8(values, scale):
             return quantized_matmul(x, values, scale, activation_bits=8)
-        case Int4(words, scale) | Int2(words, scale):
+        case Int4(words, scale) | Int3(words, scale) | Int2(words, scale):
             return quantized_matmul(x, words, scale, bits=w.bits, centered=w.centered, activation_bits=8)
         case Ternary(words, scale):
             return quantized_matmul(x, words, scale, bits=2, activation_bits=8)
@@ -68,6 +70,7 @@ FORMATS: list[tuple[str, Any, Multiply]] = [
     *((config.format, config, multiply_weight) for config in (make() for make in typing.get_args(FormatConfig))),
     ("int8 x int8", Int8Config(), multiply_rounded),
     ("int8 x int4", Int4Config(), multiply_rounded),
+    ("int8 x int3", Int3Config(), multiply_rounded),
     ("int8 x int2", Int2Config(), multiply_rounded),
     ("int8 x ternary", TernaryConfig(), multiply_rounded),
     ("nm_int4 4:8", NMInt4Config(n=4, m=8), multiply_weight),

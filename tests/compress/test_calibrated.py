@@ -10,7 +10,17 @@ from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.stream import stream_blocks, take_block
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int2Config, Int4, Int4Config, Int8Config, NMConfig, NMInt4Config, VNMInt4Config
+from hsai.formats import (
+    DenseConfig,
+    Int2Config,
+    Int3Config,
+    Int4,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    VNMInt4Config,
+)
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 
@@ -68,6 +78,7 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
     "format",
     [
         Int4Config(group=32),
+        Int3Config(group=32),
         Int2Config(group=32),
         NMInt4Config(n=2, m=4, group=32),
         VNMInt4Config(v=16, n=2, m=8, group=32),

@@ -11,6 +11,7 @@ from hsai.compress.grid import Grid, Pattern, grid_of, pattern_of
 from hsai.compress.solver import Solved, solve
 from hsai.formats import (
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -138,6 +139,7 @@ def test_it_does_what_the_plain_loop_does(grid: Grid | None, pattern: Pattern | 
     [
         Int8Config(),
         Int4Config(group=32),
+        Int3Config(group=32),
         Int2Config(group=32),
         TernaryConfig(group=32),
         TernaryConfig(group=None),

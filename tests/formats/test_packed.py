@@ -13,6 +13,7 @@ from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -37,13 +38,14 @@ PACKED = [
     TernaryConfig(group=32),
     TernaryConfig(group=None),
     NMInt4Config(n=2, m=8, group=32),
+    Int3Config(group=32),
     Int2Config(group=32),
 ]
 FORMATS = [
     *PACKED,
     DenseConfig(dtype="bfloat16"),
     DenseConfig(dtype="float32"),
-    *(Int2Config(group=group) for group in (64, 128)),
+    *(make(group=group) for make in (Int2Config, Int3Config) for group in (64, 128)),
     Int4Config(group=64),
     NMConfig(n=2),
     *(NMInt4Config(n=n, m=m, group=group) for n, m in PATTERNS for group in (32, 64, 128)),
@@ -54,7 +56,7 @@ FORMATS = [
 def block_of(format) -> int:
     """The smallest contraction that the format can hold."""
     blocks = [1]
-    if isinstance(format, Int2Config | Int4Config | NMInt4Config | TernaryConfig):
+    if isinstance(format, Int2Config | Int3Config | Int4Config | NMInt4Config | TernaryConfig):
         blocks.append(format.group or 16)
     if isinstance(format, NMConfig | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
@@ -90,6 +92,8 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (DenseConfig(), 16),
         (Int8Config(), 8 + 32 / 256),
         (Int4Config(group=64), 4.25),
+        (Int3Config(group=64), 3.25),
+        (Int3Config(group=128), 3.125),
         (Int2Config(group=64), 2.25),
         (Int2Config(group=128), 2.125),
         (TernaryConfig(group=64), 2.25),

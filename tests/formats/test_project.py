@@ -9,6 +9,7 @@ from flax import nnx
 from hsai.formats import (
     DenseConfig,
     Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
@@ -28,6 +29,7 @@ FORMATS = [
     DenseConfig(dtype="bfloat16"),
     Int8Config(),
     Int4Config(group=32),
+    Int3Config(group=32),
     Int2Config(group=32),
     TernaryConfig(group=32),
     TernaryConfig(group=None),

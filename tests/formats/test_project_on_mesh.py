@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.formats import Int2Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, project
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, project
 from hsai.sharding import MeshConfig, make_mesh, use_mesh
 
 FORMATS = [
     Int8Config(),
     Int4Config(group=32),
+    Int3Config(group=32),
     Int2Config(group=32),
     TernaryConfig(group=32),
     NMConfig(n=3, dtype="float32"),

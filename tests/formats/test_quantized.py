@@ -1,4 +1,4 @@
-"""Int8, Int4, Int2 and Ternary against plain numpy: exact where a weight is representable, else within half a step."""
+"""Int8, codes and Ternary against plain numpy: exact where a weight is representable, else within half a step."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsai.formats import Int2Config, Int4Config, Int8Config, TernaryConfig
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, TernaryConfig
 from hsai.formats.codes import group_absmax, round_to_codes
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -28,7 +28,7 @@ def test_int8_holds_its_codes_exactly(seed: int, stack: tuple[int, ...], size: i
     np.testing.assert_array_equal(packed.dense(), codes * scale)
 
 
-LEVELS = {Int4Config: np.arange(-8, 8), Int2Config: np.arange(-2, 2) + 0.5}
+LEVELS = {Int4Config: np.arange(-8, 8), Int3Config: np.arange(-4, 4) + 0.5, Int2Config: np.arange(-2, 2) + 0.5}
 """What each config of codes can hold, in units of the scale."""
 
 
@@ -150,6 +150,7 @@ def test_what_lies_beyond_the_scale_is_clipped() -> None:
     w = jnp.asarray([[100.0], [-100.0]] * 16)
     dense = Int4Config(group=32).pack(w, jnp.ones((1, 1))).dense()
     assert dense[:2, 0].tolist() == [7.0, -8.0]
+    assert Int3Config(group=32).pack(w, jnp.ones((1, 1))).dense()[:2, 0].tolist() == [3.5, -3.5]
     assert Int2Config(group=32).pack(w, jnp.ones((1, 1))).dense()[:2, 0].tolist() == [1.5, -1.5]
     assert Int8Config().pack(w * 10, jnp.ones((1, 1))).dense()[:2, 0].tolist() == [127.0, -127.0]
 

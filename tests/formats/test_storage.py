@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import Int2Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
 from hsai.formats.storage import describe, fill, named_arrays, named_weights, replace_weights, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -28,7 +28,7 @@ CONFIG = TransformerConfig(
 )
 FORMATS = {
     "embed": Int8Config(),
-    "unembed": Int4Config(group=64),
+    "unembed": Int3Config(group=64),
     "layers.attention.o": TernaryConfig(group=64),
     "layers.attention.q": Int4Config(group=32),
     "layers.attention.v": Int2Config(group=64),
@@ -58,7 +58,7 @@ def test_records_are_json_with_the_static_fields(model: Transformer) -> None:
     records = describe(model)
     assert records["embed"] == {"format": "int8"}
     assert records["layers.mlp.up"] == {"format": "nm_int4", "n": 3, "m": 4}
-    assert records["unembed"] == {"format": "int4"} and records["layers.attention.v"] == {"format": "int2"}
+    assert records["unembed"] == {"format": "int3"} and records["layers.attention.v"] == {"format": "int2"}
     assert records["layers.attention.k"] == {"format": "dense"}
     assert json.loads(json.dumps(records)) == records
     assert set(records) == set(named_weights(model))

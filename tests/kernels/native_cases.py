@@ -17,7 +17,7 @@ import numpy as np
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
-FORMATS = ("int8", "int4", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4")
+FORMATS = ("int8", "int4", "int3", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4")
 """In the order of Format in multiply.h."""
 
 SCALE_TYPES = (None, "float32", "bfloat16")
@@ -88,7 +88,7 @@ def make_case(
     name += f", activations {activation_bits}, {extreme=}, {centered=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
-    sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
+    sparse, packed = kind.startswith("sparse"), kind in ("int4", "int3", "int2", "sparse_int4")
     stored, groups = contraction * kept // pattern, contraction // group
     x = rng.standard_normal((rows, contraction)).astype(np.float32)
     if extreme:
@@ -98,7 +98,7 @@ def make_case(
     scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
 
     if packed or kind == "int8":
-        bits = {"int8": 8, "int2": 2}.get(kind, 4)
+        bits = {"int8": 8, "int3": 3, "int2": 2}.get(kind, 4)
         codes = rng.integers(0, 2**bits, (stored, columns))
         if extreme:  # every column as far from zero as codes go, on one side
             codes[:] = np.where(np.arange(columns) % 2, 2**bits - 1, 0)
@@ -154,7 +154,7 @@ def make_case(
 def list_cases() -> Iterator[Case]:
     """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
     for kind in FORMATS:
-        integer = kind in ("int8", "int4", "int2", "sparse_int4")
+        integer = kind in ("int8", "int4", "int3", "int2", "sparse_int4")
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
@@ -168,9 +168,9 @@ def list_cases() -> Iterator[Case]:
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
-    for kind, columns in itertools.product(("int4", "int2"), COLUMNS):
+    for kind, columns in itertools.product(("int4", "int3", "int2"), COLUMNS):
         yield make_case(kind, 1 + columns % 3, columns, centered=True)
-    for kind, bits, rows in itertools.product(("int4", "int2"), (None, 8), (1, 4, 9)):
+    for kind, bits, rows in itertools.product(("int4", "int3", "int2"), (None, 8), (1, 4, 9)):
         yield make_case(kind, rows, 20, centered=True, activation_bits=bits, extreme=rows == 4)
     # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
     for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):

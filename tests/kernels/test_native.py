@@ -43,6 +43,10 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     for centered, zero in ((False, 2), (True, 1.5)):
         out = quantized_matmul(x, pairs, scale, bits=2, centered=centered, implementation="cpu")
         assert_close(out, exact @ oracles.scale_rows((codes & 3) - zero, scale), largest, "float32")
+    threes = oracles.pack(codes & 7, 3)
+    for centered, zero in ((False, 4), (True, 3.5)):
+        out = quantized_matmul(x, threes, scale, bits=3, centered=centered, implementation="cpu")
+        assert_close(out, exact @ oracles.scale_rows((codes & 7) - zero, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
     large = np.where(codes % 2, 16 * codes + 15, 16 * codes)

@@ -157,6 +157,14 @@ def test_groups_that_no_block_holds_are_refused():
         quantized_matmul(*operands, implementation="tpu")
 
 
+def test_words_of_3_bits_are_refused_and_served_by_the_reference():
+    x, words, scale = jnp.ones((1, 64)), jnp.zeros((6, 3), jnp.uint32), jnp.ones((1, 3))
+    with interpret_tpu():
+        with pytest.raises(NotImplementedError, match="codes of 4 or 2 bits, not of 3"):
+            quantized_matmul(x, words, scale, bits=3, implementation="tpu")
+        np.testing.assert_array_equal(quantized_matmul(x, words, scale, bits=3), np.full((1, 3), -256.0))
+
+
 def test_rounded_activations_are_refused():
     (x, values, indices, scale), *_ = draw_sparse(SPARSE_SHAPES[0], "int4", "float32")
     with interpret_tpu(), pytest.raises(NotImplementedError, match="not rounded to 8 bits"):

@@ -18,8 +18,10 @@ IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
 KINDS = {
     "int8": {},
     "int4": {"bits": 4},
+    "int3": {"bits": 3},
     "int2": {"bits": 2},
     "centered int4": {"bits": 4, "centered": True},
+    "centered int3": {"bits": 3, "centered": True},
     "centered int2": {"bits": 2, "centered": True},
 }
 """How quantized_matmul is told what its values are."""
@@ -87,7 +89,7 @@ def test_dequantizing_is_exact(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", ["int8", "int4", "centered int2"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "centered int3"])
 def test_gradients_match_the_oracle(kind, implementation, dtype):
     (x, values, scale), _, weight, largest = _draw(SHAPES[4], kind, dtype)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 257)), dtype)
@@ -168,7 +170,9 @@ def test_dynamic_int8(kind, dtype):
 
 def test_bits_that_no_kernel_has_are_refused():
     x, words, scale = jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3))
-    with pytest.raises(ValueError, match="not of 3 bits"):
+    with pytest.raises(ValueError, match="codes of 2, 3 or 4 bits, not of 5"):
+        quantized_matmul(x, words, scale, bits=5)
+    with pytest.raises(ValueError, match="words of 3 bits come by threes, and values have 8 rows"):
         quantized_matmul(x, words, scale, bits=3)
     with pytest.raises(ValueError, match="activation_bits=4 is not supported: valid are 8 and None"):
         quantized_matmul(x, words, scale, activation_bits=4)
@@ -182,3 +186,7 @@ def test_unsupported_groups_fall_back():
     with pytest.raises(NotImplementedError, match="multiples of 8"):
         quantized_matmul(x, words, scale, implementation="cpu")
     np.testing.assert_array_equal(quantized_matmul(x, words, scale), np.full((1, 5), 16.0))
+    threes, scale = pack_words(np.full((32, 5), 5, np.uint8), 3), jnp.full((2, 5), 0.5)
+    with pytest.raises(NotImplementedError, match="multiples of 32 codes of 3 bits"):
+        quantized_matmul(x, threes, scale, bits=3, implementation="cpu")
+    np.testing.assert_array_equal(quantized_matmul(x, threes, scale, bits=3), np.full((1, 5), 16.0))

@@ -13,6 +13,7 @@ from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.packing import count_elements
 
 
 def quantized_matmul_cpu(
@@ -30,8 +31,10 @@ def quantized_matmul_cpu(
     native.check_rows(math.prod(x.shape[:-1]), integer=True)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
-    if packed and x.shape[-1] // scale.shape[0] % (32 // bits):
-        raise NotImplementedError(f"has groups of whole words (multiples of {32 // bits} codes of {bits} bits)")
+    if packed and x.shape[-1] // scale.shape[0] % count_elements(bits):
+        raise NotImplementedError(
+            f"has groups of whole words (multiples of {count_elements(bits)} codes of {bits} bits)"
+        )
     native.load_library()
     kernel = functools.partial(_multiply, bits if packed else 8, centered, activation_bits)
     reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)

@@ -39,6 +39,8 @@ def quantized_matmul_tpu(
     check_platform("tpu")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
+    if bits == 3:
+        raise NotImplementedError("has int8 values and codes of 4 or 2 bits, not of 3")
     reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
     return differentiate_as(reference, functools.partial(_multiply, bits, centered))(x, values, scale)
 

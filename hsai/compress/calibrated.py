@@ -18,7 +18,7 @@ from hsai.compress.ledger import LayerRow
 from hsai.compress.solver import solve
 from hsai.compress.stream import Grams, stream_blocks
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, NMConfig, NMInt4Config, VNMConfig, VNMInt4Config, Weight, to_dense
+from hsai.formats import FormatConfig, NMConfig, NMInt4Config, NMInt8Config, VNMConfig, VNMInt4Config, Weight, to_dense
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
@@ -114,7 +114,10 @@ def pack_solved(
     """One weight (D, F) in its format, solved over the activations with X^T X = gram and the factor `upper`."""
     pattern = pattern_of(format)
     mask = None
-    if isinstance(format, NMConfig | NMInt4Config | VNMConfig | VNMInt4Config) and config.mask != "joint":
+    if (
+        isinstance(format, NMConfig | NMInt8Config | NMInt4Config | VNMConfig | VNMInt4Config)
+        and config.mask != "joint"
+    ):
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if config.mask == "wanda" else 1.0
         mask = format.mask(w * norms)
     solved = solve(w, upper, grid=grid_of(format), pattern=pattern, mask=mask)

@@ -17,6 +17,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     VNMConfig,
     VNMInt4Config,
@@ -66,7 +67,7 @@ class Pattern:
 def grid_of(format: FormatConfig) -> Grid | None:
     """Where the values of a format lie; None where they are floats."""
     match format:
-        case Int8Config():
+        case Int8Config() | NMInt8Config():
             return Grid(low=-127, high=127, group=None, dtype="float32")
         case Int4Config() | NMInt4Config() | VNMInt4Config():
             return Grid(low=-8, high=7, group=format.group, dtype="bfloat16")
@@ -83,7 +84,7 @@ def grid_of(format: FormatConfig) -> Grid | None:
 def pattern_of(format: FormatConfig) -> Pattern | None:
     """What a format keeps; None where it keeps everything."""
     match format:
-        case NMConfig() | NMInt4Config():
+        case NMConfig() | NMInt8Config() | NMInt4Config():
             return Pattern(n=format.n, m=format.m)
         case VNMConfig() | VNMInt4Config():
             return Pattern(n=format.n, m=format.m, v=format.v)

@@ -21,6 +21,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     Packed,
     TernaryConfig,
     VNMConfig,
@@ -156,6 +157,8 @@ def name_format(format: FormatConfig | Weight) -> str:
             return f"ternary g{format.group}" if format.group else "ternary"
         case NMConfig():
             return f"{format.n}:{format.m} {format.dtype}"
+        case NMInt8Config():
+            return f"{format.n}:{format.m} int8"
         case NMInt4Config():
             return f"{format.n}:{format.m} int4 g{format.group}"
         case VNMConfig():

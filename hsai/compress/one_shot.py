@@ -31,6 +31,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     VNMConfig,
     VNMInt4Config,
@@ -113,7 +114,7 @@ def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
             return round_codes(w, format)
         case TernaryConfig():
             return map_layers(format.pack, w)
-        case NMConfig() | VNMConfig():
+        case NMConfig() | NMInt8Config() | VNMConfig():
             return prune(w, format)
         case NMInt4Config() | VNMInt4Config():
             return prune_int4(w, format)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.quantize import map_layers, search_scale
-from hsai.formats import NMConfig, NMInt4Config, Packed, VNMConfig, VNMInt4Config
+from hsai.formats import NMConfig, NMInt4Config, NMInt8Config, Packed, VNMConfig, VNMInt4Config
 
 
-def prune(w: jax.Array, config: NMConfig | VNMConfig) -> Packed:
-    """(D, F) or stacked (L, D, F), float -> the kept values in the config's dtype, and where they stand."""
+def prune(w: jax.Array, config: NMConfig | NMInt8Config | VNMConfig) -> Packed:
+    """(D, F) or stacked (L, D, F), float -> the kept values in the config's precision, and where they stand."""
     return map_layers(config.pack, w)
 
 

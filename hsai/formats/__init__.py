@@ -8,6 +8,7 @@ from hsai.formats.codes import Int2, Int2Config, Int3, Int3Config, Int4, Int4Con
 from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
+from hsai.formats.nm_int8 import NMInt8, NMInt8Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
 from hsai.formats.ternary import Ternary, TernaryConfig
@@ -21,6 +22,7 @@ FormatConfig = (
     | Int2Config
     | TernaryConfig
     | NMConfig
+    | NMInt8Config
     | NMInt4Config
     | VNMConfig
     | VNMInt4Config
@@ -43,6 +45,8 @@ __all__ = [
     "NMConfig",
     "NMInt4",
     "NMInt4Config",
+    "NMInt8",
+    "NMInt8Config",
     "Packed",
     "Ternary",
     "TernaryConfig",

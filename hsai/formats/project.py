@@ -13,6 +13,7 @@ from hsai.formats.codes import Codes
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.nm_int8 import NMInt8
 from hsai.formats.observed import Observed
 from hsai.formats.packed import Packed, Weight, to_dense
 from hsai.formats.ternary import Ternary
@@ -78,8 +79,8 @@ def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
             return quantized_matmul(x, words, scale, bits=2)
         case NM(values, indices, n, m):
             return sparse_matmul(x, values, indices, n=n, m=m)
-        case NMInt4(words, indices, scale, n, m):
-            return sparse_matmul(x, words, indices, scale, n=n, m=m)
+        case NMInt8(values, indices, scale, n, m) | NMInt4(values, indices, scale, n, m):
+            return sparse_matmul(x, values, indices, scale, n=n, m=m)
         case VNM(values, indices, choices, n, m):
             return sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
         case VNMInt4(words, indices, scale, choices, n, m):

@@ -18,6 +18,7 @@ from hsai.formats.codes import Int2, Int3, Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.nm_int8 import NMInt8
 from hsai.formats.packed import Packed, Weight, check_finite, to_dense
 from hsai.formats.ternary import Ternary
 from hsai.formats.vnm import VNM, VNMInt4
@@ -30,6 +31,7 @@ PACKED: dict[str, type[Packed]] = {
     "int2": Int2,
     "ternary": Ternary,
     "nm": NM,
+    "nm_int8": NMInt8,
     "nm_int4": NMInt4,
     "vnm": VNM,
     "vnm_int4": VNMInt4,

@@ -116,16 +116,16 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
 }
 
 // Checks choices (D/32, F/V) and fills in the weight's; (0, F) for an N:4 or N:8 weight.
-ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, hsai::Weight& weight) {
+ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool integer, hsai::Weight& weight) {
   if (choices.element_type() != DataType::U32) return invalid("choices must be uint32");
   weight.pattern = m;
   if (height(choices) == 0) {
     if (m != 4 && m != 8) return invalid("m=" + std::to_string(m) + " needs choices");
-    if (m == 8 && !packed) return invalid("m=8 without choices is for int4 words only");
+    if (m == 8 && !integer) return invalid("m=8 without choices is for integers only");
     return ffi::Error::Success();
   }
   if (m != 8 && m != 16 && m != 32) return invalid("m=" + std::to_string(m) + " takes no choices");
-  if (!packed) return invalid("choices are for int4 words only");
+  if (!integer) return invalid("choices are for integers only");
   const std::int64_t blocks = width(choices);
   if (height(choices) * 32 != weight.dense || blocks < 1 || weight.columns % blocks != 0 ||
       weight.columns / blocks % hsai::kBlockColumns != 0) {
@@ -137,7 +137,7 @@ ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, h
   return ffi::Error::Success();
 }
 
-// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F), or (3*C/32, F) for N:8; scale (D/g, F),
+// values: float32, bfloat16 or int8 (C, F), or int4 words (C/8, F); indices (C/16, F), or (3*C/32, F) for N:8; scale (D/g, F),
 // or (0, F) for none; choices (D/32, F/V), or (0, F) for N:4 and N:8.
 ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
                          AnyBuffer choices, ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t m,
@@ -155,6 +155,9 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
     case DataType::U32:
       format = Format::kSparseInt4;
       break;
+    case DataType::S8:
+      format = Format::kSparseInt8;
+      break;
     case DataType::F32:
       format = Format::kSparseFloat32;
       break;
@@ -162,9 +165,9 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
       format = Format::kSparseBfloat16;
       break;
     default:
-      return invalid("values must be uint32, float32 or bfloat16");
+      return invalid("values must be uint32, int8, float32 or bfloat16");
   }
-  const bool packed = format == Format::kSparseInt4;
+  const bool packed = format == Format::kSparseInt4, integer = hsai::is_integer(format);
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
@@ -175,7 +178,7 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
     return invalid("x has shape " + describe(x) + ", values " + describe(values) + " keep " + std::to_string(n) +
                    " of " + std::to_string(m));
   }
-  if (auto error = read_choices(choices, m, packed, weight); error.failure()) return error;
+  if (auto error = read_choices(choices, m, integer, weight); error.failure()) return error;
   if (indices.element_type() != DataType::U32 || height(indices) * 32 != weight.stored * (eighths ? 3 : 2) ||
       weight.stored % (eighths ? 32 : 16) != 0 || width(indices) != weight.columns) {
     return invalid("indices have shape " + describe(indices) + " for values " + describe(values));
@@ -185,8 +188,8 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
   if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
     return error;
   }
-  if (packed) {
-    // Whole words of values, and whole groups of 4 where they do not divide a word.
+  if (integer) {
+    // What the kernels take at once: 8 values, and whole groups of 4 where they do not divide those.
     if (auto error = read_scale(scale, n == 3 ? 24 : 8, weight); error.failure()) return error;
   } else {
     if (height(scale) != 0) return invalid("floating values take no scale, got " + describe(scale));

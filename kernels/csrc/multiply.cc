@@ -83,7 +83,9 @@ IntegerTile choose_integer_kernel(const Products& products, Format format, const
   if (format == Format::kInt4) return products.int4;
   if (format == Format::kInt3) return products.int3;
   if (format == Format::kInt2) return products.int2;
-  return count_positions(weight) == 8 ? products.sparse_int4_of_8 : products.sparse_int4;
+  const bool eighths = count_positions(weight) == 8;
+  if (format == Format::kSparseInt8) return eighths ? products.sparse_int8_of_8 : products.sparse_int8;
+  return eighths ? products.sparse_int4_of_8 : products.sparse_int4;
 }
 
 // Copies the tile's columns from `sums` (rows, length) to the result.
@@ -187,7 +189,8 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     plan.quads = list_quads(weight);
     prepared.quads = plan.quads.data();
   }
-  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / (format == Format::kInt8 ? 1 : 2));
+  const int a_byte = format == Format::kInt8 || format == Format::kSparseInt8 ? 1 : 2;
+  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / a_byte);
   const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads, most);
   std::vector<std::vector<float>> sums;
   sums.reserve(tiles.size());

@@ -71,6 +71,8 @@ struct Products {
   IntegerTile int2;
   IntegerTile sparse_int4;
   IntegerTile sparse_int4_of_8;
+  IntegerTile sparse_int8;
+  IntegerTile sparse_int8_of_8;
   // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
   void (*fill_planes)(const Planes& planes, int row, const float* x);
   AttendTile attend;

@@ -24,6 +24,8 @@ HSAI_INLINE typename Lanes<L>::Word join_slots(const typename Lanes<L>::Word& lo
 
 // As Codes, of 3 bits; blocks are of whole threes of words.
 struct ThreeBitCodes {
+  template <int L>
+  using Dot = Dots<L>;
   static constexpr int kStep = 32;  // elements of three words
   static constexpr bool kCodes = true;
   static constexpr bool kSparse = false;

@@ -19,6 +19,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     VNMInt4Config,
 )
 from hsai.formats.storage import named_weights, replace_weights
@@ -80,6 +81,7 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
         Int4Config(group=32),
         Int3Config(group=32),
         Int2Config(group=32),
+        NMInt8Config(n=2, m=4),
         NMInt4Config(n=2, m=4, group=32),
         VNMInt4Config(v=16, n=2, m=8, group=32),
         NMConfig(n=1),

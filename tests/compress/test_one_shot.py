@@ -24,6 +24,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     nbytes,
     to_dense,
@@ -75,6 +76,7 @@ def test_each_weight_has_the_format_of_its_rule(model: Transformer, mixed) -> No
     words = {row.weight: row.format for row in ledger.rows}
     assert words["layers.attention.k"] == "2:4 bfloat16" and words["layers.mlp.gate"] == "2:4 int4 g64"
     assert words["layers.attention.v"] == "ternary" == name_format(TernaryConfig(group=None))
+    assert name_format(NMInt8Config(n=4, m=8)) == "4:8 int8"
     assert name_format(TernaryConfig()) == "ternary g64" and name_format(NMInt4Config(m=8)) == "2:8 int4 g64"
     assert words["layers.attention.o"] == "int4 g32" and words["layers.attention.q"] == "bfloat16"
     assert (

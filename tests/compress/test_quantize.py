@@ -11,7 +11,17 @@ from hsai.compress.grid import Grid, grid_of
 from hsai.compress.grid import search_scale as search_grid
 from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import round_codes, round_int8, search_scale
-from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, nm_mask
+from hsai.formats import (
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    TernaryConfig,
+    nm_mask,
+)
 from hsai.formats.codes import group_absmax
 
 GROUP = 32
@@ -87,6 +97,7 @@ def test_groups_of_zeros_have_scale_zero(config) -> None:
         (round_codes, Int3Config(group=GROUP)),
         (round_codes, Int2Config(group=GROUP)),
         (prune, NMConfig(n=2)),
+        (prune, NMInt8Config(n=2)),
         (prune_int4, NMInt4Config(n=2, group=GROUP)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

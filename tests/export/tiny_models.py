@@ -20,6 +20,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     VNMConfig,
     VNMInt4Config,
 )
@@ -34,6 +35,7 @@ FORMATS: dict[str, FormatConfig] = {
     "int3": Int3Config(),
     "int2": Int2Config(),
     "nm": NMConfig(),
+    "nm_int8": NMInt8Config(),
     "nm_int4": NMInt4Config(),
     "vnm": VNMConfig(v=16),
     "vnm_int4": VNMInt4Config(v=16, group=128),

@@ -18,6 +18,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     Packed,
     TernaryConfig,
     bits_per_weight,
@@ -40,6 +41,8 @@ PACKED = [
     NMInt4Config(n=2, m=8, group=32),
     Int3Config(group=32),
     Int2Config(group=32),
+    NMInt8Config(n=2),
+    NMInt8Config(n=2, m=8),
 ]
 FORMATS = [
     *PACKED,
@@ -58,7 +61,7 @@ def block_of(format) -> int:
     blocks = [1]
     if isinstance(format, Int2Config | Int3Config | Int4Config | NMInt4Config | TernaryConfig):
         blocks.append(format.group or 16)
-    if isinstance(format, NMConfig | NMInt4Config):
+    if isinstance(format, NMConfig | NMInt8Config | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
     return max(blocks)
 
@@ -100,6 +103,8 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (TernaryConfig(group=None), 2 + 16 / 256),
         (NMConfig(n=2), 9),
         (NMConfig(n=1, dtype="float32"), 8.5),
+        (NMInt8Config(n=2), 5 + 32 / 256),
+        (NMInt8Config(n=4, m=8), 5.5 + 32 / 256),
         (NMInt4Config(n=2, group=64), 3.25),
         (NMInt4Config(n=3, group=128), 4.625),
         (NMConfig(n=4, m=8), (4 * 16 + 4 * 3) / 8),

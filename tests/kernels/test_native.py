@@ -55,6 +55,9 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
     out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
     assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
+    sparse = oracles.densify(oracles.scale_rows(large[:32], scale), positions, 2)
+    out = sparse_matmul(x, large[:32].astype(np.int8), indices, scale, n=2, m=4, implementation="cpu")
+    assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
     if rows > native.MAX_ROWS:
         return
     plain = oracles.densify(kept, positions, 2)
@@ -69,13 +72,14 @@ def test_eighths_of_every_instruction_set_match_the_oracle(instruction_set, rows
     rng = np.random.default_rng(columns)
     x = rng.standard_normal((rows, 256)).astype(np.float32)
     positions = oracles.draw_positions(rng, 256, columns, kept, 8)
-    codes = rng.integers(-8, 8, positions.shape)
+    indices, exact = oracles.pack(positions, 3), x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (4, columns)).astype(np.float32)
-    weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
-    words, indices = oracles.pack(codes + 8, 4), oracles.pack(positions, 3)
-    out = sparse_matmul(x, words, indices, scale, n=kept, m=8, implementation="cpu")
-    exact = x.astype(np.float64)
-    assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
+    for zero in (8, 128):
+        codes = rng.integers(-zero, zero, positions.shape)
+        values = oracles.pack(codes + 8, 4) if zero == 8 else codes.astype(np.int8)
+        weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
+        out = sparse_matmul(x, values, indices, scale, n=kept, m=8, implementation="cpu")
+        assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
 
 
 def test_results_are_the_same_bits_every_time():
@@ -252,7 +256,9 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits, centered):
         ((X, KEPT, INDICES[:, :4], NO_SCALE), 2),
         ((X, KEPT, INDICES.astype(np.int32), NO_SCALE), 2),
         ((X, KEPT, INDICES, SCALE), 2),  # scales of floating values
-        ((X, KEPT.astype(np.int8), INDICES, NO_SCALE), 2),
+        ((X, KEPT.astype(np.int16), INDICES, NO_SCALE), 2),
+        ((X, KEPT.astype(np.int8), INDICES, NO_SCALE), 2),  # no scales of int8 values
+        ((X, KEPT.astype(np.int8), INDICES, np.ones((8, 5), np.float32)), 2),  # groups of 4 kept
         ((X, HALF_WORDS, INDICES, NO_SCALE), 2),  # no scales of int4 values
         ((X, HALF_WORDS, INDICES, np.ones((8, 5), np.float32)), 2),  # groups of half a word
         ((X, HALF_WORDS, INDICES, SCALE[:, :4]), 2),

@@ -26,12 +26,12 @@ KINDS = {
 }
 """How quantized_matmul is told what its values are."""
 
-# Codes fill whole words: a contraction that is shorter cannot be packed at all.
+# Groups of codes fill whole words; others are left to the reference (test_unsupported_groups_fall_back).
 CASES = [
     (kind, shape)
     for kind, options in KINDS.items()
     for shape in SHAPES
-    if shape.contraction % count_elements(options.get("bits", 4)) == 0
+    if shape.group % count_elements(options.get("bits", 4)) == 0
 ]
 
 

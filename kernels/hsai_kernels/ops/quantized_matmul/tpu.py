@@ -1,4 +1,4 @@
-"""TPU backend of quantized_matmul (Pallas, Mosaic): any number of rows by int8 values, int4 or int2 words.
+"""TPU backend of quantized_matmul (Pallas, Mosaic): any number of rows by int8 values or words of codes.
 
 Decoding reads the weight once for up to 512 rows: 1 or 1/2 byte an element, where bfloat16 has 2. Prefill rebuilds each
 block of the weight once for 512 rows. What an element costs the vector unit, counted and not measured: about 3
@@ -19,7 +19,7 @@ from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import find_zero, quantized_matmul_reference
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
-from hsai_kernels.packing import count_elements, find_shift
+from hsai_kernels.packing import count_elements, find_halves, find_shift
 
 
 def quantized_matmul_tpu(
@@ -39,8 +39,6 @@ def quantized_matmul_tpu(
     check_platform("tpu")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
-    if bits == 3:
-        raise NotImplementedError("has int8 values and codes of 4 or 2 bits, not of 3")
     reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
     return differentiate_as(reference, functools.partial(_multiply, bits, centered))(x, values, scale)
 
@@ -56,18 +54,22 @@ def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:
 
 
 def _load_codes(bits: int, zero: float, planes: int, packed: list[Any]) -> list[jax.Array]:
-    """With E elements a word, plane j is element j % E of the words j // E, j // E + J / E, ..."""
+    """Plane j is the codes j, j + J, ... of a column."""
+    words = load_strided(packed[0], planes * bits // 32)
+    return [take_element(words, bits, j).astype(jnp.float32) - zero for j in range(planes)]
+
+
+def take_element(words: list[jax.Array], bits: int, element: int) -> jax.Array:
+    """int32: an element of every column, where packing.py puts it; `words` are the rows that it is counted from."""
     count = count_elements(bits)
-    words = load_strided(packed[0], planes // count)
-    return [take_element(words[j // count], bits, j % count).astype(jnp.float32) - zero for j in range(planes)]
+    if bits != 3:
+        return _take_bits(words[element // count], bits, find_shift(element % count, bits))
+    three = words[element // count * 3 :]
+    (low, low_shift), (high, high_shift) = find_halves(element % count)
+    return _take_bits(three[low], 2, low_shift) + 4 * _take_bits(three[high], 1, high_shift)
 
 
-def take_element(words: jax.Array, bits: int, element: int) -> jax.Array:
-    """int32: one element of every uint32 word, where packing.py puts it."""
-    return take_bits(words, bits, find_shift(element, bits))
-
-
-def take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
+def _take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
     """int32: `bits` bits of every uint32 word, from bit `shift` on."""
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
     return jax.lax.shift_right_logical(words, jnp.full_like(words, shift)) & (2**bits - 1)
@@ -78,9 +80,9 @@ CODES = {
     (bits, centered): Packing(
         period=count_elements(bits),
         load_planes=functools.partial(_load_codes, bits, find_zero(bits, centered)),
-        rows=((1, count_elements(bits)),),
+        rows=((bits, 32),),
     )
-    for bits in (2, 4)
+    for bits in (2, 3, 4)
     for centered in (False, True)
 }
 

@@ -24,6 +24,7 @@ from hsai.formats import (
     FormatConfig,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     VNMConfig,
     VNMInt4Config,
     Weight,
@@ -203,7 +204,10 @@ def pack_solved(
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
     pattern = pattern_of(format)
     mask = None
-    if isinstance(format, NMConfig | NMInt4Config | VNMConfig | VNMInt4Config) and config.mask != "joint":
+    if (
+        isinstance(format, NMConfig | NMInt8Config | NMInt4Config | VNMConfig | VNMInt4Config)
+        and config.mask != "joint"
+    ):
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if config.mask == "wanda" else 1.0
         mask = format.mask(w * norms)
     solved = solve(w, upper, grid=grid_of(format), pattern=pattern, mask=mask)

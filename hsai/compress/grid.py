@@ -1,4 +1,4 @@
-"""The values that a format can hold: a grid of integer levels times a scale a group, or any float at kept positions.
+"""The values that a format can hold: a grid of even levels times a scale a group, or any float at kept positions.
 
 Solvers work on this description and not on packed arrays, so that one solver serves every format.
 """
@@ -11,10 +11,13 @@ import numpy as np
 
 from hsai.formats import (
     FormatConfig,
+    Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     VNMConfig,
     VNMInt4Config,
@@ -24,12 +27,12 @@ from hsai.formats.packed import invert_scale
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Integer levels low..high, each times the scale of its group."""
+    """Levels low, low + 1, ... high, each times the scale of its group."""
 
-    low: int
-    """Smallest level."""
+    low: float
+    """Smallest level: an integer, or a half if zero lies between two levels."""
 
-    high: int
+    high: float
     """Largest level."""
 
     group: int | None
@@ -48,7 +51,8 @@ class Grid:
     def round(self, w: jax.Array, scale: jax.Array) -> jax.Array:
         """The nearest value of the grid, float32; `scale` broadcasts against w."""
         wide = scale.astype(jnp.float32)
-        return jnp.clip(jnp.round(w * invert_scale(wide)), self.low, self.high) * wide
+        half = self.low % 1.0
+        return jnp.clip(jnp.round(w * invert_scale(wide) - half) + half, self.low, self.high) * wide
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,14 @@ class Pattern:
 def grid_of(format: FormatConfig) -> Grid | None:
     """Where the values of a format lie; None where they are floats."""
     match format:
-        case Int8Config():
+        case Int8Config() | NMInt8Config():
             return Grid(low=-127, high=127, group=None, dtype="float32")
         case Int4Config() | NMInt4Config() | VNMInt4Config():
             return Grid(low=-8, high=7, group=format.group, dtype="bfloat16")
+        case Int3Config():
+            return Grid(low=-3.5, high=3.5, group=format.group, dtype="bfloat16")
+        case Int2Config():
+            return Grid(low=-1.5, high=1.5, group=format.group, dtype="bfloat16")
         case TernaryConfig():
             return Grid(low=-1, high=1, group=format.group, dtype="bfloat16")
         case _:
@@ -76,7 +84,7 @@ def grid_of(format: FormatConfig) -> Grid | None:
 def pattern_of(format: FormatConfig) -> Pattern | None:
     """What a format keeps; None where it keeps everything."""
     match format:
-        case NMConfig() | NMInt4Config():
+        case NMConfig() | NMInt8Config() | NMInt4Config():
             return Pattern(n=format.n, m=format.m)
         case VNMConfig() | VNMInt4Config():
             return Pattern(n=format.n, m=format.m, v=format.v)

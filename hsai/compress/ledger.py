@@ -18,10 +18,13 @@ from hsai.files import write_json_atomic
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
+    Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     Packed,
     TernaryConfig,
     VNMConfig,
@@ -240,12 +243,14 @@ def name_format(format: FormatConfig | Weight) -> str:
             return format.dtype
         case Int8Config():
             return "int8"
-        case Int4Config():
-            return f"int4 g{format.group}"
+        case Int4Config() | Int3Config() | Int2Config():
+            return f"{format.format} g{format.group}"
         case TernaryConfig():
             return f"ternary g{format.group}" if format.group else "ternary"
         case NMConfig():
             return f"{format.n}:{format.m} {format.dtype}"
+        case NMInt8Config():
+            return f"{format.n}:{format.m} int8"
         case NMInt4Config():
             return f"{format.n}:{format.m} int4 g{format.group}"
         case VNMConfig():

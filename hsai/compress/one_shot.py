@@ -20,17 +20,20 @@ from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import FeedbackConfig, solve_layers
 from hsai.compress.ledger import Allocation, LayerRow, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import map_layers, round_int4, round_int8
+from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.compress.resume import Workbench
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
+    Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     Runs,
     TernaryConfig,
     VNMConfig,
@@ -150,11 +153,11 @@ def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
             return format.pack(w)
         case Int8Config():
             return round_int8(w, format)
-        case Int4Config():
-            return round_int4(w, format)
+        case Int4Config() | Int3Config() | Int2Config():
+            return round_codes(w, format)
         case TernaryConfig():
             return map_layers(format.pack, w)
-        case NMConfig() | VNMConfig():
+        case NMConfig() | NMInt8Config() | VNMConfig():
             return prune(w, format)
         case NMInt4Config() | VNMInt4Config():
             return prune_int4(w, format)

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.quantize import map_layers, search_scale
-from hsai.formats import NMConfig, NMInt4Config, Packed, VNMConfig, VNMInt4Config
+from hsai.formats import NMConfig, NMInt4Config, NMInt8Config, Packed, VNMConfig, VNMInt4Config
 
 
-def prune(w: jax.Array, config: NMConfig | VNMConfig) -> Packed:
-    """(D, F) or stacked (L, D, F), float -> the kept values in the config's dtype, and where they stand."""
+def prune(w: jax.Array, config: NMConfig | NMInt8Config | VNMConfig) -> Packed:
+    """(D, F) or stacked (L, D, F), float -> the kept values in the config's precision, and where they stand."""
     return map_layers(config.pack, w)
 
 
@@ -29,6 +29,6 @@ def prune_int4(w: jax.Array, config: NMInt4Config | VNMInt4Config) -> Packed:
     def pack(layer: jax.Array) -> Packed:
         layer = layer.astype(jnp.float32)
         mask = config.mask(layer)
-        return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config.group))
+        return config.pack(layer, mask, search_scale(jnp.where(mask, layer, 0.0), config))
 
     return map_layers(pack, w)

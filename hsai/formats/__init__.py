@@ -4,10 +4,11 @@ A weight is always stored as (..., D, F): contraction first, outputs last, with 
 front. A packed value has the same logical shape, holds fewer bytes, and sits in the model where the dense array sat.
 """
 
-from hsai.formats.int4 import Int4, Int4Config
+from hsai.formats.codes import Int2, Int2Config, Int3, Int3Config, Int4, Int4Config
 from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
+from hsai.formats.nm_int8 import NMInt8, NMInt8Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
 from hsai.formats.runs import Runs, scan_layers, stack_layers, take_layer
@@ -15,7 +16,17 @@ from hsai.formats.ternary import Ternary, TernaryConfig
 from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
 
 FormatConfig = (
-    DenseConfig | Int8Config | Int4Config | TernaryConfig | NMConfig | NMInt4Config | VNMConfig | VNMInt4Config
+    DenseConfig
+    | Int8Config
+    | Int4Config
+    | Int3Config
+    | Int2Config
+    | TernaryConfig
+    | NMConfig
+    | NMInt8Config
+    | NMInt4Config
+    | VNMConfig
+    | VNMInt4Config
 )
 
 __all__ = [
@@ -24,6 +35,10 @@ __all__ = [
     "Dense",
     "DenseConfig",
     "FormatConfig",
+    "Int2",
+    "Int2Config",
+    "Int3",
+    "Int3Config",
     "Int4",
     "Int4Config",
     "Int8",
@@ -31,6 +46,8 @@ __all__ = [
     "NMConfig",
     "NMInt4",
     "NMInt4Config",
+    "NMInt8",
+    "NMInt8Config",
     "Packed",
     "Runs",
     "Ternary",

@@ -43,16 +43,20 @@ class Int8Config:
         """
         check_finite("the weight", w)
         w = w.astype(jnp.float32)
-        if scale is None:
-            scale = self.absmax_scale(w)
-        scale = scale.astype(jnp.float32)
+        scale = (absmax_scale(w) if scale is None else scale).astype(jnp.float32)
         check_finite("the scale", scale, is_scale=True)
-        return Int8(jnp.clip(jnp.round(w * invert_scale(scale)), -127, 127).astype(jnp.int8), scale)
-
-    def absmax_scale(self, w: jax.Array) -> jax.Array:
-        """The scale that reaches the largest weight of each output: max|w| / 127, (..., 1, F) float32."""
-        return jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127.0
+        return Int8(round_to_bytes(w, scale), scale)
 
     def invariant_bits(self, contraction: int) -> float:
         """Stored bits for each logical weight of a (contraction, F) matrix."""
         return 8.0 + 32.0 / contraction
+
+
+def absmax_scale(w: jax.Array) -> jax.Array:
+    """The scale that reaches the largest weight of each output: max|w| / 127, (..., D, F) float32 -> (..., 1, F)."""
+    return jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127.0
+
+
+def round_to_bytes(w: jax.Array, scale: jax.Array) -> jax.Array:
+    """The nearest of -127 to 127 times the scale (..., 1, F): (..., D, F) float32 -> int8."""
+    return jnp.clip(jnp.round(w * invert_scale(scale)), -127, 127).astype(jnp.int8)

@@ -1,6 +1,6 @@
 """NMInt4: N:M sparsity whose kept values are 4-bit codes with a bfloat16 scale a group.
 
-Invariant: positions as in `hsai.formats.nm`, codes as in `hsai.formats.int4`; a scale group spans `group` *dense*
+Invariant: positions as in `hsai.formats.nm`, codes as in `hsai.formats.codes`; a scale group spans `group` *dense*
 positions, so that both formats of one weight have the same scales. (n / m) * (4 + 2) + 16 / group bits a weight for
 m = 4, and (n / m) * (4 + 3) + 16 / group for m = 8: with groups of 64, 2:4 has 3.25 bits, 4:8 3.75 and 2:8 2.
 """
@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai.formats.int4 import Group, group_absmax, round_to_codes
+from hsai.formats.codes import Group, group_absmax, round_to_codes
 from hsai.formats.nm import check_pattern, index_block, nm_mask, select_kept
 from hsai.formats.packed import Packed, check_divides, check_finite
 from hsai_kernels import POSITION_BITS, densify_nm, pack_words
@@ -72,7 +72,7 @@ class NMInt4Config:
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
         check_finite("the scale", scale, is_scale=True)
-        codes, indices = select_kept(round_to_codes(kept, scale), mask, self.n, self.m)
+        codes, indices = select_kept(round_to_codes(kept, scale, 4), mask, self.n, self.m)
         return NMInt4(pack_words(codes, 4), pack_words(indices, POSITION_BITS[self.m]), scale, self.n, self.m)
 
     def invariant_bits(self, contraction: int) -> float:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hsai.formats.int4 import Int4
+from hsai.formats.codes import Codes
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.nm_int8 import NMInt8
 from hsai.formats.observed import Observed, Tapped
 from hsai.formats.packed import Packed, Weight, to_dense
 from hsai.formats.ternary import Ternary
@@ -74,14 +75,14 @@ def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
     match w:
         case Int8(values, scale):
             return quantized_matmul(x, values, scale)
-        case Int4(words, scale):
-            return quantized_matmul(x, words, scale)
+        case Codes(words, scale):
+            return quantized_matmul(x, words, scale, bits=w.bits, centered=w.centered)
         case Ternary(words, scale):
             return quantized_matmul(x, words, scale, bits=2)
         case NM(values, indices, n, m):
             return sparse_matmul(x, values, indices, n=n, m=m)
-        case NMInt4(words, indices, scale, n, m):
-            return sparse_matmul(x, words, indices, scale, n=n, m=m)
+        case NMInt8(values, indices, scale, n, m) | NMInt4(values, indices, scale, n, m):
+            return sparse_matmul(x, values, indices, scale, n=n, m=m)
         case VNM(values, indices, choices, n, m):
             return sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
         case VNMInt4(words, indices, scale, choices, n, m):

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats.int4 import Int4
+from hsai.formats.codes import Int2, Int3, Int4
 from hsai.formats.int8 import Int8
 from hsai.formats.nm import NM
 from hsai.formats.nm_int4 import NMInt4
+from hsai.formats.nm_int8 import NMInt8
 from hsai.formats.packed import Packed, Weight, check_finite, to_dense
 from hsai.formats.runs import Runs
 from hsai.formats.ternary import Ternary
@@ -27,8 +28,11 @@ T = TypeVar("T")
 PACKED: dict[str, type[Packed]] = {
     "int8": Int8,
     "int4": Int4,
+    "int3": Int3,
+    "int2": Int2,
     "ternary": Ternary,
     "nm": NM,
+    "nm_int8": NMInt8,
     "nm_int4": NMInt4,
     "vnm": VNM,
     "vnm_int4": VNMInt4,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.formats.packed import Packed, check_divides, check_finite, invert_scale
-from hsai_kernels import count_elements, dequantize_int2, pack_words
+from hsai_kernels import count_elements, dequantize_words, pack_words
 
 
 @jax.tree_util.register_dataclass
@@ -30,7 +30,7 @@ class Ternary(Packed):
         return (*stack, words * count_elements(2), outputs)
 
     def dense(self) -> jax.Array:
-        return dequantize_int2(self.words, self.scale)
+        return dequantize_words(self.words, self.scale, 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.errors import InputError
-from hsai.formats.int4 import Group, group_absmax, round_to_codes
+from hsai.formats.codes import Group, group_absmax, round_to_codes
 from hsai.formats.nm import index_block, nm_mask, select_kept
 from hsai.formats.packed import Packed, check_divides, check_finite
 from hsai_kernels import densify_nm, pack_words, rank_chosen
@@ -154,7 +154,7 @@ class VNMInt4Config:
         kept = jnp.where(mask, w, 0.0)
         scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
         check_finite("the scale", scale, is_scale=True)
-        codes, indices, choices = select_blocks(round_to_codes(kept, scale), mask, self.v, self.n, self.m)
+        codes, indices, choices = select_blocks(round_to_codes(kept, scale, 4), mask, self.v, self.n, self.m)
         return VNMInt4(pack_words(codes, 4), pack_words(indices, 2), scale, choices, self.n, self.m)
 
     def invariant_bits(self, contraction: int) -> float:

@@ -136,6 +136,32 @@ struct Dots<4> {
 };
 #endif
 
+// As Dots, of bytes that use all their bits: 16 bits would not hold the sums of their products, so that there they are
+// summed in two parts, of bytes from -8 to 8.
+template <int L>
+struct SplitDots {
+  Dots<L> low, high;
+
+  HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(4 * L)));
+    using Word = typename Lanes<L>::Word;
+    const auto sign = [](const Word& nibbles) HSAI_INLINE_LAMBDA { return (Bytes)(nibbles ^ 0x08080808u) - 8; };
+    low.add(a, (Word)sign(b & 0x0f0f0f0fu));
+    high.add(a, (Word)(sign((b >> 4) & 0x0f0f0f0fu) + (Bytes)((b >> 3) & 0x01010101u)));
+  }
+
+  HSAI_INLINE typename Lanes<L>::Int finish() const { return low.finish() + (high.finish() << 4); }
+};
+
+#if (defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)) || \
+    (defined(__aarch64__) && !defined(__ARM_FEATURE_MATMUL_INT8) && !defined(__ARM_FEATURE_DOTPROD))
+template <int L>
+using ByteDots = std::conditional_t<L == kLanes, SplitDots<L>, Dots<L>>;
+#else
+template <int L>
+using ByteDots = Dots<L>;
+#endif
+
 // In every lane, the sum of the products of two halves of `a` with those of `b`, all signed; at most 2^15 times 2^7 each,
 // so that 32 bits hold the sum of 512.
 template <int L>

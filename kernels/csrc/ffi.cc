@@ -80,23 +80,30 @@ ffi::Error run(ffi::ThreadPool& pool, Format format, const hsai::Weight& weight,
   return ffi::Error::Success();
 }
 
-// values: int8 (D, F), or words of int4 (D/8, F) or int2 (D/16, F), which `bits` tells apart; scale (D/g, F).
+// values: int8 (D, F), or words (D * bits / 32, F) of codes of 2, 3 or 4 bits; `centered` puts zero in the middle of the
+// codes; scale (D/g, F).
 ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer scale,
-                            ffi::Result<AnyBuffer> out, std::int64_t bits, std::int64_t activation_bits) {
+                            ffi::Result<AnyBuffer> out, std::int64_t bits, bool centered,
+                            std::int64_t activation_bits) {
   if (!is_matrix(x) || !is_matrix(values) || !is_matrix(scale) || !is_matrix(*out)) {
     return invalid("quantized_matmul takes matrices");
   }
   const bool packed = values.element_type() == DataType::U32;
   if (!packed && values.element_type() != DataType::S8) return invalid("values must be int8 or uint32");
-  if (packed ? bits != 2 && bits != 4 : bits != 8) {
+  if (packed ? bits < 2 || bits > 4 : bits != 8) {
     return invalid("values of " + std::to_string(bits) + " bits do not stand in such an array");
   }
-  const Format format = bits == 8 ? Format::kInt8 : bits == 4 ? Format::kInt4 : Format::kInt2;
-  const std::int64_t per_word = packed ? 32 / bits : 1;
+  if (!packed && centered) return invalid("int8 values have no codes to center");
+  constexpr Format kFormats[] = {Format::kInt2, Format::kInt3, Format::kInt4};
+  const Format format = packed ? kFormats[bits - 2] : Format::kInt8;
+  // As many rows as hold whole elements, and those: three words of 3 bits hold 32.
+  const std::int64_t rows = bits == 3 ? 3 : 1, step = packed ? 32 * rows / bits : 1;
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
-  weight.dense = weight.stored = height(values) * per_word;
+  if (height(values) % rows != 0) return invalid("words of 3 bits come by threes, got values " + describe(values));
+  weight.dense = weight.stored = height(values) / rows * step;
+  weight.zero = packed ? (1 << bits) - (centered ? 1 : 0) : 0;
   if (weight.dense < 1 || width(x) != weight.dense) {
     return invalid("x has shape " + describe(x) + ", the weight contracts over " + std::to_string(weight.dense));
   }
@@ -104,21 +111,21 @@ ffi::Error quantized_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values,
   if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
     return error;
   }
-  if (auto error = read_scale(scale, per_word, weight); error.failure()) return error;
+  if (auto error = read_scale(scale, step, weight); error.failure()) return error;
   return run(pool, format, weight, activations);
 }
 
 // Checks choices (D/32, F/V) and fills in the weight's; (0, F) for an N:4 or N:8 weight.
-ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, hsai::Weight& weight) {
+ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool integer, hsai::Weight& weight) {
   if (choices.element_type() != DataType::U32) return invalid("choices must be uint32");
   weight.pattern = m;
   if (height(choices) == 0) {
     if (m != 4 && m != 8) return invalid("m=" + std::to_string(m) + " needs choices");
-    if (m == 8 && !packed) return invalid("m=8 without choices is for int4 words only");
+    if (m == 8 && !integer) return invalid("m=8 without choices is for integers only");
     return ffi::Error::Success();
   }
   if (m != 8 && m != 16 && m != 32) return invalid("m=" + std::to_string(m) + " takes no choices");
-  if (!packed) return invalid("choices are for int4 words only");
+  if (!integer) return invalid("choices are for integers only");
   const std::int64_t blocks = width(choices);
   if (height(choices) * 32 != weight.dense || blocks < 1 || weight.columns % blocks != 0 ||
       weight.columns / blocks % hsai::kBlockColumns != 0) {
@@ -130,7 +137,7 @@ ffi::Error read_choices(const AnyBuffer& choices, std::int64_t m, bool packed, h
   return ffi::Error::Success();
 }
 
-// values: float32 or bfloat16 (C, F), or int4 words (C/8, F); indices (C/16, F), or (3*C/32, F) for N:8; scale (D/g, F),
+// values: float32, bfloat16 or int8 (C, F), or int4 words (C/8, F); indices (C/16, F), or (3*C/32, F) for N:8; scale (D/g, F),
 // or (0, F) for none; choices (D/32, F/V), or (0, F) for N:4 and N:8.
 ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, AnyBuffer indices, AnyBuffer scale,
                          AnyBuffer choices, ffi::Result<AnyBuffer> out, std::int64_t n, std::int64_t m,
@@ -148,6 +155,9 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
     case DataType::U32:
       format = Format::kSparseInt4;
       break;
+    case DataType::S8:
+      format = Format::kSparseInt8;
+      break;
     case DataType::F32:
       format = Format::kSparseFloat32;
       break;
@@ -155,9 +165,9 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
       format = Format::kSparseBfloat16;
       break;
     default:
-      return invalid("values must be uint32, float32 or bfloat16");
+      return invalid("values must be uint32, int8, float32 or bfloat16");
   }
-  const bool packed = format == Format::kSparseInt4;
+  const bool packed = format == Format::kSparseInt4, integer = hsai::is_integer(format);
   hsai::Weight weight = {};
   weight.values = values.untyped_data();
   weight.columns = width(values);
@@ -168,7 +178,7 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
     return invalid("x has shape " + describe(x) + ", values " + describe(values) + " keep " + std::to_string(n) +
                    " of " + std::to_string(m));
   }
-  if (auto error = read_choices(choices, m, packed, weight); error.failure()) return error;
+  if (auto error = read_choices(choices, m, integer, weight); error.failure()) return error;
   if (indices.element_type() != DataType::U32 || height(indices) * 32 != weight.stored * (eighths ? 3 : 2) ||
       weight.stored % (eighths ? 32 : 16) != 0 || width(indices) != weight.columns) {
     return invalid("indices have shape " + describe(indices) + " for values " + describe(values));
@@ -178,8 +188,8 @@ ffi::Error sparse_matmul(ffi::ThreadPool pool, AnyBuffer x, AnyBuffer values, An
   if (auto error = read_activations(x, *out, weight.columns, format, activation_bits, activations); error.failure()) {
     return error;
   }
-  if (packed) {
-    // Whole words of values, and whole groups of 4 where they do not divide a word.
+  if (integer) {
+    // What the kernels take at once: 8 values, and whole groups of 4 where they do not divide those.
     if (auto error = read_scale(scale, n == 3 ? 24 : 8, weight); error.failure()) return error;
   } else {
     if (height(scale) != 0) return invalid("floating values take no scale, got " + describe(scale));
@@ -206,6 +216,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<AnyBuffer>()
         .Ret<AnyBuffer>()
         .Attr<std::int64_t>("bits")
+        .Attr<bool>("centered")
         .Attr<std::int64_t>("activation_bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,

@@ -5,8 +5,6 @@
 #ifndef HSAI_KERNELS_INTEGER_PRODUCTS_H_
 #define HSAI_KERNELS_INTEGER_PRODUCTS_H_
 
-#include <type_traits>
-
 #include "choose.h"
 #include "dots.h"
 #include "lanes.h"
@@ -36,16 +34,34 @@ HSAI_INLINE std::uint32_t load_word(const std::uint8_t* from) {
 // Asks for what the same columns need a block later. Runs of a row are too short for the hardware to foresee them.
 HSAI_INLINE void fetch_ahead(const std::uint32_t* at) { __builtin_prefetch(at, 0, 2); }
 
-// Codes of kBits bits, laid out by packing.py, in offset binary. A block's sum is that of the codes; what the zero point
-// adds to it, kZeroPoint times the sum of the digits, is taken off at the block's end.
+// Adds four codes of each of U vectors times the digits of element `element` and the three behind it.
+template <int L, int P, int R, int U>
+HSAI_INLINE void add_codes(const typename Lanes<L>::Word (&codes)[U], const Planes& x, int row, std::int64_t element,
+                           DotSums<L, P, R, U>& sums) {
+  using Word = typename Lanes<L>::Word;
+  // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
+  unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
+    unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+      const Word digits = Word{} + load_word(find_digits(x, p.value, row + r.value) + element);
+      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { sums.at[p.value][r.value][u.value].add(codes[u.value], digits); });
+    });
+  });
+}
+
+// Codes of kBits bits, laid out by packing.py. A block's sum is that of the codes; what they are too large by, the code
+// of zero times the sum of the digits, is taken off at the block's end, when all is counted in halves of a level: the
+// zero of centered codes lies between two of them.
 template <int kBits>
 struct Codes {
+  template <int L>
+  using Dot = Dots<L>;
   static constexpr int kStep = 32 / kBits;  // elements a word
+  static constexpr bool kCodes = true;
   static constexpr bool kSparse = false;
   static constexpr bool kWide = false;
   static constexpr bool kChosen = false;
-  static constexpr int kZeroPoint = 1 << (kBits - 1);
-  static constexpr int kUnit = 1;
+  static constexpr int kZeroPoint = 0;
+  static constexpr int kUnit = 2;
 
   template <int L, int P, int R, int U>
   static HSAI_INLINE void add_word(const Weight& w, const Planes& x, int row, std::int64_t element, std::int64_t column,
@@ -53,7 +69,6 @@ struct Codes {
     using Word = typename Lanes<L>::Word;
     constexpr std::uint32_t mask = ((1u << kBits) - 1) * 0x01010101u;
     const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * w.columns + column;
-    // Digits innermost but one: in registers there are a word of each vector, one broadcast, and the sums.
     Word packed[U];
     unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
       packed[u.value] = load<Word>(words + u.value * L);
@@ -62,15 +77,7 @@ struct Codes {
     unroll<8 / kBits>([&](auto slot) HSAI_INLINE_LAMBDA {
       Word codes[U];
       unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { codes[u.value] = (packed[u.value] >> (kBits * slot.value)) & mask; });
-      unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
-        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-          const auto* from = find_digits(x, p.value, row + r.value) + element + 4 * slot.value;
-          const Word digits = Word{} + load_word(from);
-          unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-            sums.at[p.value][r.value][u.value].add(codes[u.value], digits);
-          });
-        });
-      });
+      add_codes<L, P, R, U>(codes, x, row, element + 4 * slot.value, sums);
     });
   }
 
@@ -79,140 +86,6 @@ struct Codes {
                               std::int64_t column, DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>&) {
     for (std::int64_t element = first; element < last; element += kStep) {
       add_word<L, P, R, U>(w, x, row, element, column, sums);
-    }
-  }
-};
-
-// N of kM = 4 or 8, 4-bit codes in offset binary. 4 kept elements of a lane pick their 4 digits out of the 16 that begin
-// with the first one's group, and those of 1:8 two digits each out of two such 16 (Slot in products.h). Where digits are
-// biased to be unsigned (kBiasedDigits), what the bias adds, 128 times the sum of the values, is kept in `excess`.
-template <int kM>
-struct SparseCodes {
-  static constexpr bool kSparse = true;
-  static constexpr bool kWide = false;
-  static constexpr bool kChosen = kM == 4;  // whether V:N:M comes down to it
-  static constexpr int kZeroPoint = 0;
-  static constexpr int kUnit = kCodeUnit;
-  static constexpr int kIndexBits = kM == 4 ? 2 : 4;  // between the index of an element and that of 4 elements later
-  static constexpr std::uint32_t kIndexMask = 0x01010101u * (kM - 1);
-
-  // The digits that 4 elements of a lane pick.
-  template <int L>
-  static HSAI_INLINE typename Lanes<L>::Word pick_digits(const Slot& slot, const std::uint8_t* table,
-                                                         const typename Lanes<L>::Word& places) {
-    if constexpr (kM == 8) {
-      if (slot.next != 0) return join_halves<L>(pick_bytes<L>(table, places), pick_bytes<L>(table + slot.next, places));
-    }
-    return pick_bytes<L>(table, places);
-  }
-
-  // The 4 elements from `element` on, the kPart-th of their words, whose indices have been shifted to bit 0.
-  template <int kPart, int L, int P, int R, int U>
-  static HSAI_INLINE void add_four(const Slot& slot, const Planes& x, int row,
-                                   const typename Lanes<L>::Word (&packed)[U], const typename Lanes<L>::Word (&index)[U],
-                                   DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
-    using Word = typename Lanes<L>::Word;
-    Word values[U], places[U];
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      values[u.value] = extract_signed<L, kPart>(packed[u.value]);
-      places[u.value] = (index[u.value] & kIndexMask) | slot.offsets;
-      if constexpr (kBiasedDigits) excess.at[0][0][u.value].add(Word{} + 0x80808080u, values[u.value]);
-    });
-    unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
-      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
-        const std::uint8_t* table = find_digits(x, p.value, row + r.value) + (slot.first - x.origin);
-        unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-          sums.at[p.value][r.value][u.value].add(pick_digits<L>(slot, table, places[u.value]), values[u.value]);
-        });
-      });
-    });
-  }
-
-  // A word of values: 8 elements, whose indices have been shifted to bit 0. `ahead` leads to the same a block later.
-  template <int L, int P, int R, int U>
-  static HSAI_INLINE void add_word(const std::uint32_t* words, std::int64_t ahead, const Slot* slots, const Planes& x, int row,
-                                   typename Lanes<L>::Word (&index)[U], DotSums<L, P, R, U>& sums,
-                                   DotSums<L, 1, 1, U>& excess) {
-    using Word = typename Lanes<L>::Word;
-    Word packed[U];
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      packed[u.value] = load<Word>(words + u.value * L);
-      fetch_ahead(words + u.value * L + ahead);
-    });
-    add_four<0, L, P, R, U>(slots[0], x, row, packed, index, sums, excess);
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] >>= kIndexBits; });
-    add_four<1, L, P, R, U>(slots[1], x, row, packed, index, sums, excess);
-  }
-
-  // The 3-bit indices of the elements of word `word` of the values: elements 4 to 7 stand 4 bits above 0 to 3. Three
-  // words hold those of four words of values, folded together (packing.py).
-  template <int L, int U>
-  static HSAI_INLINE void load_index(const Weight& w, const Planes& x, std::int64_t word, std::int64_t column,
-                                     typename Lanes<L>::Word (&index)[U]) {
-    using Word = typename Lanes<L>::Word;
-    const auto turn = static_cast<int>(word % 4);
-    const std::uint32_t* high = w.indices + (word / 4 * 3 + 2) * w.columns + column;
-    const std::uint32_t* low = high - (turn < 2 ? 2 : 1) * w.columns;
-    const std::uint32_t* later = (turn % 2 == 0 ? low : high) + x.block * 3 / 32 * w.columns;
-    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-      const Word lower = load<Word>(low + u.value * L) >> (turn % 2 * 2);
-      const Word upper = load<Word>(high + u.value * L) >> turn;
-      index[u.value] = (lower & 0x33333333u) | (upper & 0x11111111u) << 2;
-      fetch_ahead(later + u.value * L);
-    });
-  }
-
-  template <int L, int P, int R, int U>
-  static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t first, std::int64_t last,
-                              std::int64_t column, DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
-    const auto at = static_cast<std::size_t>(first);
-    const auto* words = static_cast<const std::uint32_t*>(w.values) + at / 8 * w.columns + column;
-    const Slot* slots = w.slots + at / 4;
-    const std::int64_t ahead = x.block / 8 * w.columns;
-    const std::int64_t count = (last - first) / 8;
-    typename Lanes<L>::Word index[U];
-    if constexpr (kM == 8) {
-      for (std::int64_t word = 0; word < count; ++word) {
-        load_index<L, U>(w, x, first / 8 + word, column, index);
-        add_word<L, P, R, U>(words + word * w.columns, ahead, slots + 2 * word, x, row, index, sums, excess);
-      }
-    } else {
-      const auto* indices = w.indices + at / 16 * w.columns + column;
-      add_pairs<L, P, R, U>(w, words, indices, ahead, slots, x, row, at / 8 % 2 != 0, count, index, sums, excess);
-    }
-  }
-
-  // `count` words of N:4, of which the first is the second of its word of indices if `odd`.
-  template <int L, int P, int R, int U>
-  static HSAI_INLINE void add_pairs(const Weight& w, const std::uint32_t* words, const std::uint32_t* indices,
-                                    std::int64_t ahead, const Slot* slots, const Planes& x, int row, bool odd,
-                                    std::int64_t count, typename Lanes<L>::Word (&index)[U],
-                                    DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>& excess) {
-    using Word = typename Lanes<L>::Word;
-    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
-    if (odd) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L) >> 4; });
-      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
-      words += w.columns;
-      indices += w.columns;
-      slots += 2;
-      --count;
-    }
-    for (; count >= 2; count -= 2) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-        index[u.value] = load<Word>(indices + u.value * L);
-        fetch_ahead(indices + u.value * L + ahead / 2);
-      });
-      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] >>= 2; });
-      add_word<L, P, R, U>(words + w.columns, ahead, slots + 2, x, row, index, sums, excess);
-      words += 2 * w.columns;
-      indices += w.columns;
-      slots += 4;
-    }
-    if (count != 0) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L); });
-      add_word<L, P, R, U>(words, ahead, slots, x, row, index, sums, excess);
     }
   }
 };
@@ -254,8 +127,9 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   constexpr int kPlanes = count_planes<Format>(P);
-  DotSums<L, kPlanes, R, U, std::conditional_t<Format::kWide, WideDots<L>, Dots<L>>> sums;
-  DotSums<L, 1, 1, U> excess;
+  using Dot = typename Format::template Dot<L>;
+  DotSums<L, kPlanes, R, U, Dot> sums;
+  DotSums<L, 1, 1, U, Dot> excess;
   Format::template add<L, kPlanes, R, U>(w, x, row, first, last, column, sums, excess);
   unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
     const Float scale = load_scale<L>(w, scales + column + u.value * L);
@@ -265,6 +139,9 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
         sum[p.value] = sums.at[p.value][r.value][u.value].finish();
         if constexpr (Format::kSparse) {
           if constexpr (kBiasedDigits && p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
+        } else if constexpr (Format::kCodes) {
+          const std::int32_t digits = x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
+          sum[p.value] = (sum[p.value] << 1) - w.zero * digits;
         } else if constexpr (Format::kZeroPoint != 0) {
           sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
         }

@@ -84,8 +84,11 @@ ProductTile choose_kernel(const Products& products, Format format) {
 IntegerTile choose_integer_kernel(const Products& products, Format format, const Weight& weight) {
   if (format == Format::kInt8) return products.int8;
   if (format == Format::kInt4) return products.int4;
+  if (format == Format::kInt3) return products.int3;
   if (format == Format::kInt2) return products.int2;
-  return count_positions(weight) == 8 ? products.sparse_int4_of_8 : products.sparse_int4;
+  const bool eighths = count_positions(weight) == 8;
+  if (format == Format::kSparseInt8) return eighths ? products.sparse_int8_of_8 : products.sparse_int8;
+  return eighths ? products.sparse_int4_of_8 : products.sparse_int4;
 }
 
 // Copies the tile's columns from `sums` (rows, length) to the result.
@@ -121,7 +124,7 @@ std::vector<Slot> list_slots(const Weight& weight) {
 // Stored elements of a block of activations: the most that the kernels take, of whole words and whole groups of 4, and
 // so many that blocks fill a group of the weight. int8 weights have no words; their groups may be of any size.
 std::int64_t choose_block(const Weight& weight, Format format, std::int64_t most) {
-  std::int64_t unit = format == Format::kInt2 ? 16 : 8;
+  std::int64_t unit = format == Format::kInt2 ? 16 : format == Format::kInt3 ? 32 : 8;
   if (format == Format::kInt8 && weight.group % unit != 0) unit = 1;
   if (weight.indices != nullptr && count_kept(weight) == 3) unit = 24;
   std::int64_t block = unit;
@@ -189,7 +192,8 @@ void multiply_packed(Format format, const Weight& weight, const Activations& act
     plan.quads = list_quads(weight);
     prepared.quads = plan.quads.data();
   }
-  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / (format == Format::kInt8 ? 1 : 2));
+  const int a_byte = format == Format::kInt8 || format == Format::kSparseInt8 ? 1 : 2;
+  const std::int64_t most = rows <= kMaxRows ? kMostColumns : kCachedBytes / (weight.stored / a_byte);
   const std::vector<Tile> tiles = list_tiles(weight.columns, products.lanes, threads, most);
   std::vector<std::vector<float>> sums;
   sums.reserve(tiles.size());

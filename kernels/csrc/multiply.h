@@ -9,7 +9,7 @@
 
 namespace hsai {
 
-enum class Format { kInt8, kInt4, kInt2, kSparseFloat32, kSparseBfloat16, kSparseInt4 };
+enum class Format { kInt8, kInt4, kInt3, kInt2, kSparseFloat32, kSparseBfloat16, kSparseInt4, kSparseInt8 };
 
 struct Activations {
   const void* x;         // (rows, D)

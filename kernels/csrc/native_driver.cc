@@ -24,7 +24,7 @@ enum class Kind : std::int64_t { kProduct, kAttention };
 
 // What stands before the arrays of a product: x, values, indices, scale and choices, each of as many bytes as it says.
 struct ProductHeader {
-  std::int64_t format, dense, stored, group, columns, pattern, width, scale_type;
+  std::int64_t format, dense, stored, group, zero, columns, pattern, width, scale_type;
   std::int64_t rows, bfloat16, int8, threads;
   std::int64_t bytes[5];
 };
@@ -123,6 +123,7 @@ void run_product(std::FILE* cases, std::FILE* results) {
   weight.dense = header.dense;
   weight.stored = header.stored;
   weight.group = header.group;
+  weight.zero = static_cast<std::int32_t>(header.zero);
   weight.columns = header.columns;
   weight.choices = reinterpret_cast<const std::uint32_t*>(arrays[4]->data());
   weight.pattern = header.pattern;

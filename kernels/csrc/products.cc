@@ -30,6 +30,8 @@ constexpr bool kSingly = false;
 #include "float_products.h"
 #include "int8_codes.h"
 #include "integer_products.h"
+#include "sparse_codes.h"
+#include "three_bit_codes.h"
 
 namespace hsai {
 
@@ -43,9 +45,12 @@ const Products HSAI_PRODUCTS = {
     multiply<SparseFloat<1>>,
     multiply_integer<Int8Codes>,
     multiply_integer<Codes<4>>,
+    multiply_integer<ThreeBitCodes>,
     multiply_integer<Codes<2>>,
-    multiply_integer<SparseCodes<4>>,
-    multiply_integer<SparseCodes<8>>,
+    multiply_integer<SparseCodes<NibbleValues, 4>>,
+    multiply_integer<SparseCodes<NibbleValues, 8>>,
+    multiply_integer<SparseCodes<ByteValues, 4>>,
+    multiply_integer<SparseCodes<ByteValues, 8>>,
     fill_planes,
     attend_tile,
 };

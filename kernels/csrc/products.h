@@ -31,7 +31,7 @@ struct Slot {
 
 // A packed weight; every array is row-major with F columns. Layouts are those of packing.py and the reference.py files.
 struct Weight {
-  const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of int4 (C/8, F) or int2 (C/16, F)
+  const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of codes (C * bits / 32, F)
   const std::uint32_t* indices;  // (C/16, F) for N:4 weights, (3*C/32, F) for N:8 ones, else null
   const void* scale;          // (C/group, F), null for kNone
   ScaleType scale_type;
@@ -43,6 +43,7 @@ struct Weight {
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale
+  std::int32_t zero;          // of words of dense codes: twice the code that stands for zero
   std::int64_t columns;       // F
 };
 
@@ -66,9 +67,12 @@ struct Products {
   ProductTile sparse_bfloat16;
   IntegerTile int8;
   IntegerTile int4;
+  IntegerTile int3;
   IntegerTile int2;
   IntegerTile sparse_int4;
   IntegerTile sparse_int4_of_8;
+  IntegerTile sparse_int8;
+  IntegerTile sparse_int8_of_8;
   // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
   void (*fill_planes)(const Planes& planes, int row, const float* x);
   AttendTile attend;

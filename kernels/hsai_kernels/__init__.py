@@ -11,7 +11,7 @@ from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
-from hsai_kernels.ops.quantized_matmul.reference import dequantize_int2, dequantize_int4, dequantize_int8
+from hsai_kernels.ops.quantized_matmul.reference import dequantize_int8, dequantize_words, find_zero
 from hsai_kernels.ops.rope.api import rope
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, densify_nm, rank_chosen
@@ -24,9 +24,9 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_sum",
     "densify_nm",
-    "dequantize_int2",
-    "dequantize_int4",
     "dequantize_int8",
+    "dequantize_words",
+    "find_zero",
     "gated_mlp",
     "norm_matmul",
     "pack_words",

@@ -23,12 +23,18 @@ from hsai.formats import (
     NM,
     VNM,
     FormatConfig,
+    Int2,
+    Int2Config,
+    Int3,
+    Int3Config,
     Int4,
     Int4Config,
     Int8,
     Int8Config,
     NMInt4,
     NMInt4Config,
+    NMInt8,
+    NMInt8Config,
     Packed,
     Ternary,
     TernaryConfig,
@@ -47,15 +53,17 @@ def multiply_weight(x: jax.Array, w: Weight) -> jax.Array:
     return project(x, w, out_axes=(None, None))
 
 
-def multiply_rounded(x: jax.Array, w: Int8 | Int4 | Ternary | NMInt4 | VNMInt4) -> jax.Array:
+def multiply_rounded(x: jax.Array, w: Int8 | Int4 | Int3 | Int2 | Ternary | NMInt8 | NMInt4 | VNMInt4) -> jax.Array:
     """Activations are rounded to 8 bits as they come, as llama.cpp and ONNX Runtime do."""
     match w:
-        case Int8(values, scale) | Int4(values, scale):
+        case Int8(values, scale):
             return quantized_matmul(x, values, scale, activation_bits=8)
+        case Int4(words, scale) | Int3(words, scale) | Int2(words, scale):
+            return quantized_matmul(x, words, scale, bits=w.bits, centered=w.centered, activation_bits=8)
         case Ternary(words, scale):
             return quantized_matmul(x, words, scale, bits=2, activation_bits=8)
-        case NMInt4(words, indices, scale, n, m):
-            return sparse_matmul(x, words, indices, scale, n=n, m=m, activation_bits=8)
+        case NMInt8(values, indices, scale, n, m) | NMInt4(values, indices, scale, n, m):
+            return sparse_matmul(x, values, indices, scale, n=n, m=m, activation_bits=8)
         case VNMInt4(words, indices, scale, choices, n, m):
             return sparse_matmul(x, words, indices, scale, choices, n=n, m=m, activation_bits=8)
 
@@ -64,9 +72,12 @@ FORMATS: list[tuple[str, Any, Multiply]] = [
     *((config.format, config, multiply_weight) for config in (make() for make in typing.get_args(FormatConfig))),
     ("int8 x int8", Int8Config(), multiply_rounded),
     ("int8 x int4", Int4Config(), multiply_rounded),
+    ("int8 x int3", Int3Config(), multiply_rounded),
+    ("int8 x int2", Int2Config(), multiply_rounded),
     ("int8 x ternary", TernaryConfig(), multiply_rounded),
     ("nm_int4 4:8", NMInt4Config(n=4, m=8), multiply_weight),
     ("nm_int4 2:8", NMInt4Config(n=2, m=8), multiply_weight),
+    ("int8 x nm_int8", NMInt8Config(), multiply_rounded),
     ("int8 x nm_int4", NMInt4Config(), multiply_rounded),
     ("int8 x vnm_int4", VNMInt4Config(), multiply_rounded),
 ]
@@ -96,7 +107,7 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     others = [_chain("xla float32", rows, dense, multiply_weight)]
     if isinstance(weight, Packed):
         others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
-    if isinstance(weight, NM | NMInt4 | VNM | VNMInt4):
+    if isinstance(weight, NM | NMInt8 | NMInt4 | VNM | VNMInt4):
         # With activations as ours has them, and a scale for as many positions.
         group = contraction // weight.scale.shape[0] if isinstance(weight, NMInt4 | VNMInt4) else Int4Config().group
         others.append(_chain("our int4", rows, Int4Config(group=group).pack(dense), multiply))

@@ -13,7 +13,18 @@ from hsai.compress.calibrated import FeedbackConfig, NearestConfig
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.stream import stream_blocks, take_block
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int4, Int4Config, Int8Config, NMConfig, NMInt4Config, VNMInt4Config
+from hsai.formats import (
+    DenseConfig,
+    Int2Config,
+    Int3Config,
+    Int4,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    VNMInt4Config,
+)
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 
@@ -69,7 +80,15 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
 
 @pytest.mark.parametrize(
     "format",
-    [Int4Config(group=32), NMInt4Config(n=2, m=4, group=32), VNMInt4Config(v=16, n=2, m=8, group=32), NMConfig(n=1)],
+    [
+        Int4Config(group=32),
+        Int3Config(group=32),
+        Int2Config(group=32),
+        NMInt8Config(n=2, m=4),
+        NMInt4Config(n=2, m=4, group=32),
+        VNMInt4Config(v=16, n=2, m=8, group=32),
+        NMConfig(n=1),
+    ],
     ids=lambda format: format.format,
 )
 def test_solved_layers_miss_less_of_their_outputs(model: Transformer, format) -> None:

@@ -16,7 +16,19 @@ from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.ledger import name_format
 from hsai.compress.one_shot import check_bytes
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, nbytes, to_dense
+from hsai.formats import (
+    DenseConfig,
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    TernaryConfig,
+    nbytes,
+    to_dense,
+)
 from hsai.formats.storage import describe, named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 
@@ -30,7 +42,9 @@ MIXED = RecipeConfig(
         Rule(pattern="layers.attention.k", format=NMConfig(n=2)),
         Rule(pattern="layers.attention.v", format=TernaryConfig(group=None)),
         Rule(pattern="layers.attention.*", format=Int4Config(group=32)),
-        Rule(pattern="layers.mlp.[dg]*", format=NMInt4Config(n=2, group=64)),
+        Rule(pattern="layers.mlp.down", format=Int3Config(group=64)),
+        Rule(pattern="layers.mlp.gate", format=NMInt4Config(n=2, group=64)),
+        Rule(pattern="layers.mlp.up", format=Int2Config(group=32)),
     )
 )
 
@@ -53,17 +67,24 @@ def test_each_weight_has_the_format_of_its_rule(model: Transformer, mixed) -> No
         "layers.attention.k": "nm",
         "layers.attention.o": "int4",
         "layers.attention.v": "ternary",
-        "layers.mlp.down": "nm_int4",
+        "layers.mlp.down": "int3",
         "layers.mlp.gate": "nm_int4",
+        "layers.mlp.up": "int2",
     }
     assert compressed.layers.attention.q.get_value().dtype == jnp.bfloat16
-    assert compressed.layers.mlp.up.get_value() is model.layers.mlp.up.get_value()
+    assert compressed.final_norm.gain.get_value() is model.final_norm.gain.get_value()
     words = {row.weight: row.format for row in ledger.rows}
-    assert words["layers.attention.k"] == "2:4 bfloat16" and words["layers.mlp.down"] == "2:4 int4 g64"
+    assert words["layers.attention.k"] == "2:4 bfloat16" and words["layers.mlp.gate"] == "2:4 int4 g64"
     assert words["layers.attention.v"] == "ternary" == name_format(TernaryConfig(group=None))
+    assert name_format(NMInt8Config(n=4, m=8)) == "4:8 int8"
     assert name_format(TernaryConfig()) == "ternary g64" and name_format(NMInt4Config(m=8)) == "2:8 int4 g64"
     assert words["layers.attention.o"] == "int4 g32" and words["layers.attention.q"] == "bfloat16"
-    assert words["embed"] == "int8" and words["layers.mlp.up"] == words["final_norm.gain"] == "float32"
+    assert (
+        words["embed"] == "int8"
+        and words["layers.mlp.up"] == "int2 g32"
+        and words["layers.mlp.down"] == "int3 g64"
+        and words["final_norm.gain"] == "float32"
+    )
 
 
 def test_the_model_that_went_in_is_not_changed(model: Transformer, mixed) -> None:
@@ -95,6 +116,7 @@ def test_the_ledger_counts_every_byte_and_parameter(model: Transformer, mixed) -
     assert by_name["embed"].bits_per_weight == 8 + 32 / 64
     assert by_name["layers.attention.o"].bits_per_weight == 4.5
     assert by_name["layers.mlp.gate"].bits_per_weight == 3.25
+    assert by_name["layers.mlp.up"].bits_per_weight == 2.5 and by_name["layers.mlp.down"].bits_per_weight == 3.25
     assert by_name["final_norm.gain"].bits_per_weight == 32
 
 

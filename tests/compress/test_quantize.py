@@ -7,12 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hsai.compress.grid import Grid, grid_of
+from hsai.compress.grid import search_scale as search_grid
 from hsai.compress.prune import prune, prune_int4
-from hsai.compress.quantize import CLIP_RATIOS, round_int4, round_int8, search_scale
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, nm_mask
-from hsai.formats.int4 import group_absmax
+from hsai.compress.quantize import round_codes, round_int8, search_scale
+from hsai.formats import (
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    TernaryConfig,
+    nm_mask,
+)
+from hsai.formats.codes import group_absmax
 
 GROUP = 32
+CODES = [Int4Config(group=GROUP), Int3Config(group=GROUP), Int2Config(group=GROUP)]
 
 
 def group_errors(w: np.ndarray, dense: jax.Array) -> np.ndarray:
@@ -28,12 +41,12 @@ def draw(seed: int, kind: str) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]))
-def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, kind: str) -> None:
-    w, config = draw(seed, kind), Int4Config(group=GROUP)
-    found = group_errors(w, round_int4(jnp.asarray(w), config).dense())
-    plain = group_absmax(jnp.asarray(w), GROUP) / 7
-    for ratio in CLIP_RATIOS[::5]:
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]), config=st.sampled_from(CODES))
+def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, kind: str, config) -> None:
+    w, grid = draw(seed, kind), grid_of(config)
+    found = group_errors(w, round_codes(jnp.asarray(w), config).dense())
+    plain = group_absmax(jnp.asarray(w), GROUP) / grid.high
+    for ratio in grid.ratios[::5]:
         tried = group_errors(w, config.pack(jnp.asarray(w), plain * ratio).dense())
         assert (found <= tried * (1 + 1e-5)).all()
 
@@ -41,8 +54,25 @@ def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, k
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 def test_the_search_is_worth_its_while(kind: str) -> None:
     w, config = draw(0, kind), Int4Config(group=GROUP)
-    plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), round_int4(w, config)))
+    plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), round_codes(w, config)))
     assert 0.05 < 1 - found / plain < 0.35
+
+
+def test_centered_levels_are_what_the_formats_say_they_are_for() -> None:
+    """Of normal weights the errors of Max's table, which groups of 64 with scales of their own go below."""
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 64)), jnp.float32)
+
+    def miss(dense: jax.Array) -> float:
+        return float(jnp.linalg.norm(w - dense) / jnp.linalg.norm(w))
+
+    groups = w.reshape(-1, 64, 64)
+    for config, low, table, worse in ((Int2Config(group=64), -2, 0.345, 1.1), (Int3Config(group=64), -4, 0.194, 1.03)):
+        centered = miss(round_codes(w, config).dense())
+        assert 0.93 * table < centered < table
+        lopsided = Grid(low=low, high=-low - 1, group=64, dtype="bfloat16")
+        rounded = lopsided.round(groups, search_grid(groups, 1.0, lopsided))
+        assert miss(rounded.reshape(w.shape)) > worse * centered
+    assert miss(TernaryConfig(group=64).pack(w).dense()) > 1.25 * centered
 
 
 def test_representable_weights_stay_exact() -> None:
@@ -50,19 +80,24 @@ def test_representable_weights_stay_exact() -> None:
     codes = rng.integers(-7, 8, (128, 4)).astype(np.float32)
     codes[::GROUP] = 7
     w = codes * np.repeat(2.0 ** rng.integers(-9, 2, (4, 4)), GROUP, axis=0).astype(np.float32)
-    np.testing.assert_array_equal(round_int4(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
+    np.testing.assert_array_equal(round_codes(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
 
 
-def test_groups_of_zeros_have_scale_zero() -> None:
-    assert not search_scale(jnp.zeros((64, 3)), GROUP).any()
+@pytest.mark.parametrize("config", CODES, ids=lambda c: c.format)
+def test_groups_of_zeros_have_scale_zero(config) -> None:
+    assert not search_scale(jnp.zeros((64, 3)), config).any()
+    assert not round_codes(jnp.zeros((64, 3)), config).dense().any()
 
 
 @pytest.mark.parametrize(
     ("pack", "config"),
     [
         (round_int8, Int8Config()),
-        (round_int4, Int4Config(group=GROUP)),
+        (round_codes, Int4Config(group=GROUP)),
+        (round_codes, Int3Config(group=GROUP)),
+        (round_codes, Int2Config(group=GROUP)),
         (prune, NMConfig(n=2)),
+        (prune, NMInt8Config(n=2)),
         (prune_int4, NMInt4Config(n=2, group=GROUP)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -82,7 +117,7 @@ def test_pruning_keeps_the_largest_and_scales_for_them_alone() -> None:
     mask = nm_mask(w, 2, 4)
     np.testing.assert_array_equal(prune(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
     packed = prune_int4(w, NMInt4Config(group=GROUP))
-    np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), GROUP))
+    np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), NMInt4Config(group=GROUP)))
     kept = np.asarray(jnp.where(mask, w, 0))
     plain = NMInt4Config(group=GROUP).pack(w).dense()
     assert (group_errors(kept, packed.dense()) <= group_errors(kept, plain) * (1 + 1e-5)).all()

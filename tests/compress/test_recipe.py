@@ -10,7 +10,18 @@ from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.config_file import load_config
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, VNMInt4Config
+from hsai.formats import (
+    DenseConfig,
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    TernaryConfig,
+    VNMInt4Config,
+)
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import TransformerConfig
 from hsai.models.layers import is_matrix
@@ -115,12 +126,18 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("int8", Int8Config(), Int8Config(), None),
         ("int4", Int4Config(group=64), Int4Config(group=64), None),
         ("nm24", Int8Config(), NMConfig(n=2, m=4), "int8"),
+        ("nm24_int8", Int8Config(), NMInt8Config(n=2, m=4), "nm24"),
         ("nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24"),
         ("nm28_int4", Int8Config(), NMInt4Config(n=2, m=8, group=64), "nm24"),
         ("nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm24"),
         ("ternary", Int8Config(), TernaryConfig(group=64), "nm24"),
         ("vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "nm24"),
+        ("int3", Int4Config(group=64), Int3Config(group=64), "int4"),
+        ("int2", Int4Config(group=64), Int2Config(group=64), "int4"),
         ("gptq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
+        ("gptq_int3", Int4Config(group=64), Int3Config(group=64), "int3"),
+        ("gptq_int2", Int4Config(group=64), Int2Config(group=64), "int2"),
+        ("joint_nm24_int8", Int8Config(), NMInt8Config(n=2, m=4), "nm24_int8"),
         ("joint_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24_int4"),
         ("joint_nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm48_int4"),
         ("joint_vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "vnm28_int4"),
@@ -140,10 +157,44 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     assert set(formats.values()) == {blocks}
 
 
+@pytest.mark.parametrize("make", [Int4Config, Int3Config, Int2Config])
+def test_groups_and_the_contractions_of_smollm2(make: type) -> None:
+    """576 is nine groups of 64, and four and a half of 128."""
+    config = dataclasses.replace(CONFIG, embed=576, mlp=1536, heads=9, kv_heads=3, head_dim=64)
+    model = abstract_transformer(config)
+    for group in (32, 64):
+        assert len(match_weights(make_recipe(**{"*": make(group=group)}), model)) == len(MATRICES)
+    message = rf"^embed: {make().format} with groups of 128 needs .* multiple of 128; .* shape \(576, 96\) has 576$"
+    with pytest.raises(InputError, match=message):
+        match_weights(make_recipe(**{"*": make(group=128)}), model)
+
+
 def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
     names = {path.stem for path in RECIPES.glob("*.py")}
-    plain = {"bf16", "int8", "int4", "nm24", "nm24_int4", "nm28_int4", "nm48_int4", "ternary", "vnm28_int4"}
-    assert names == plain | {"budget", "gptq_int4", "joint_nm24_int4", "joint_nm48_int4", "joint_vnm28_int4"}
+    plain = {
+        "bf16",
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "nm24",
+        "nm24_int8",
+        "nm24_int4",
+        "nm28_int4",
+        "nm48_int4",
+        "ternary",
+        "vnm28_int4",
+    }
+    assert names == plain | {
+        "budget",
+        "gptq_int4",
+        "gptq_int3",
+        "gptq_int2",
+        "joint_nm24_int8",
+        "joint_nm24_int4",
+        "joint_nm48_int4",
+        "joint_vnm28_int4",
+    }
     for name in names:
         text = (RECIPES / f"{name}.py").read_text()
         assert (

@@ -10,10 +10,13 @@ from hsai.compress.factor import factorize
 from hsai.compress.grid import Grid, Pattern, grid_of, pattern_of
 from hsai.compress.solver import Solved, solve
 from hsai.formats import (
+    Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     VNMConfig,
     VNMInt4Config,
@@ -78,9 +81,8 @@ def plain(w: np.ndarray, upper: np.ndarray, solved: Solved, grid: Grid | None, p
         if grid is None or scale is None:
             return row
         step = scale[d // grid.group if grid.group is not None else 0]
-        return (
-            np.clip(np.round(np.divide(row, step, out=np.zeros_like(row), where=step > 0)), grid.low, grid.high) * step
-        )
+        levels = np.arange(grid.low, grid.high + 1)
+        return levels[np.abs(row[:, None] - step[:, None] * levels).argmin(axis=1)] * step
 
     span = pattern.m if pattern is not None else 1
     for start in range(0, size, span):
@@ -108,6 +110,7 @@ def plain(w: np.ndarray, upper: np.ndarray, solved: Solved, grid: Grid | None, p
 CASES = [
     (INT4, None, 64, 24),
     (INT4, None, 288, 17),  # more than one lazy block, the last of them ragged
+    (Grid(low=-1.5, high=1.5, group=32, dtype="bfloat16"), None, 160, 11),
     (Grid(low=-127, high=127, group=None, dtype="float32"), None, 200, 9),
     (None, Pattern(n=2, m=4), 160, 8),
     (None, Pattern(n=1, m=4), 36, 5),
@@ -137,9 +140,12 @@ def test_it_does_what_the_plain_loop_does(grid: Grid | None, pattern: Pattern | 
     [
         Int8Config(),
         Int4Config(group=32),
+        Int3Config(group=32),
+        Int2Config(group=32),
         TernaryConfig(group=32),
         TernaryConfig(group=None),
         NMConfig(n=2, m=4, dtype="float32"),
+        NMInt8Config(n=2, m=4),
         NMInt4Config(n=2, m=4, group=32),
         VNMConfig(v=8, n=2, m=8, dtype="float32"),
         VNMInt4Config(v=8, n=2, m=16, group=32),

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
+    Int2Config,
+    Int3Config,
     Int4Config,
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     Packed,
     TernaryConfig,
     bits_per_weight,
@@ -36,11 +39,16 @@ PACKED = [
     TernaryConfig(group=32),
     TernaryConfig(group=None),
     NMInt4Config(n=2, m=8, group=32),
+    Int3Config(group=32),
+    Int2Config(group=32),
+    NMInt8Config(n=2),
+    NMInt8Config(n=2, m=8),
 ]
 FORMATS = [
     *PACKED,
     DenseConfig(dtype="bfloat16"),
     DenseConfig(dtype="float32"),
+    *(make(group=group) for make in (Int2Config, Int3Config) for group in (64, 128)),
     Int4Config(group=64),
     NMConfig(n=2),
     *(NMInt4Config(n=n, m=m, group=group) for n, m in PATTERNS for group in (32, 64, 128)),
@@ -51,9 +59,9 @@ FORMATS = [
 def block_of(format) -> int:
     """The smallest contraction that the format can hold."""
     blocks = [1]
-    if isinstance(format, Int4Config | NMInt4Config | TernaryConfig):
+    if isinstance(format, Int2Config | Int3Config | Int4Config | NMInt4Config | TernaryConfig):
         blocks.append(format.group or 16)
-    if isinstance(format, NMConfig | NMInt4Config):
+    if isinstance(format, NMConfig | NMInt8Config | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
     return max(blocks)
 
@@ -87,10 +95,16 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (DenseConfig(), 16),
         (Int8Config(), 8 + 32 / 256),
         (Int4Config(group=64), 4.25),
+        (Int3Config(group=64), 3.25),
+        (Int3Config(group=128), 3.125),
+        (Int2Config(group=64), 2.25),
+        (Int2Config(group=128), 2.125),
         (TernaryConfig(group=64), 2.25),
         (TernaryConfig(group=None), 2 + 16 / 256),
         (NMConfig(n=2), 9),
         (NMConfig(n=1, dtype="float32"), 8.5),
+        (NMInt8Config(n=2), 5 + 32 / 256),
+        (NMInt8Config(n=4, m=8), 5.5 + 32 / 256),
         (NMInt4Config(n=2, group=64), 3.25),
         (NMInt4Config(n=3, group=128), 4.625),
         (NMConfig(n=4, m=8), (4 * 16 + 4 * 3) / 8),

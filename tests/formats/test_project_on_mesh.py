@@ -7,14 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig, project
+from hsai.formats import (
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    NMInt8Config,
+    TernaryConfig,
+    project,
+)
 from hsai.sharding import MeshConfig, make_mesh, use_mesh
 
 FORMATS = [
     Int8Config(),
     Int4Config(group=32),
+    Int3Config(group=32),
+    Int2Config(group=32),
     TernaryConfig(group=32),
     NMConfig(n=3, dtype="float32"),
+    NMInt8Config(n=2),
     NMInt4Config(n=1, group=64),
     NMInt4Config(n=4, m=8, group=64),
 ]

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
 from hsai.formats.storage import describe, fill, named_arrays, named_weights, replace_weights, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -28,9 +28,10 @@ CONFIG = TransformerConfig(
 )
 FORMATS = {
     "embed": Int8Config(),
-    "unembed": Int4Config(group=64),
+    "unembed": Int3Config(group=64),
     "layers.attention.o": TernaryConfig(group=64),
     "layers.attention.q": Int4Config(group=32),
+    "layers.attention.v": Int2Config(group=64),
     "layers.mlp.down": NMConfig(n=2, dtype="float32"),
     "layers.mlp.up": NMInt4Config(n=3, group=32),
     "layers.mlp.gate": NMInt4Config(n=4, m=8, group=64),
@@ -57,6 +58,7 @@ def test_records_are_json_with_the_static_fields(model: Transformer) -> None:
     records = describe(model)
     assert records["embed"] == {"format": "int8"}
     assert records["layers.mlp.up"] == {"format": "nm_int4", "n": 3, "m": 4}
+    assert records["unembed"] == {"format": "int3"} and records["layers.attention.v"] == {"format": "int2"}
     assert records["layers.attention.k"] == {"format": "dense"}
     assert json.loads(json.dumps(records)) == records
     assert set(records) == set(named_weights(model))
@@ -101,7 +103,7 @@ def test_what_does_not_fit_is_named(model: Transformer) -> None:
         ({"add": {"layers.attention.k": jnp.zeros((2, 64, 8))}}, r"'layers.attention.k' has shape \[2, 64, 8\]"),
         ({"add": {"layers.mlp.down.indices": indices[:, :1]}}, "arrays of 'layers.mlp.down' do not fit together as nm"),
         ({"records": {"other": {"format": "dense"}}}, "'other' is unknown"),
-        ({"records": {"embed": {"format": "int3"}}}, "'embed' has the unknown format 'int3'; known: dense, int8, int4"),
+        ({"records": {"embed": {"format": "int5"}}}, "'embed' has the unknown format 'int5'; known: dense, int8, int4"),
         (
             {"records": {"layers.mlp.down": {"format": "nm", "n": 0, "m": 4}}},
             "'layers.mlp.down' do not fit together as nm",

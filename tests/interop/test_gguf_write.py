@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFReader, quants
 
 from hsai.errors import InputError
-from hsai.formats.int4 import Int4Config
+from hsai.formats import Int4Config
 from hsai.formats.storage import named_arrays, named_weights, replace_weights
 from hsai.interop.assemble import assemble
 from hsai.interop.gguf import open_gguf_checkpoint

@@ -17,7 +17,7 @@ import numpy as np
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
-FORMATS = ("int8", "int4", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4")
+FORMATS = ("int8", "int4", "int3", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4", "sparse_int8")
 """In the order of Format in multiply.h."""
 
 SCALE_TYPES = (None, "float32", "bfloat16")
@@ -66,6 +66,7 @@ def make_case(
     rows: int,
     columns: int,
     *,
+    centered: bool = False,
     kept: int = 4,
     dtype: str = "float32",
     scale_type: str = "float32",
@@ -80,13 +81,15 @@ def make_case(
 
     `kept` of `pattern` for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
+    `centered` is for the dense ones in words.
     """
     m = 4 if width else pattern
     name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group} in {contraction}"
-    name += f", activations {activation_bits}, {extreme=}"
+    name += f", activations {activation_bits}, {extreme=}, {centered=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
-    sparse, packed = kind.startswith("sparse"), kind in ("int4", "int2", "sparse_int4")
+    sparse, packed = kind.startswith("sparse"), kind in ("int4", "int3", "int2", "sparse_int4")
+    integer = packed or kind.endswith("int8")
     stored, groups = contraction * kept // pattern, contraction // group
     x = rng.standard_normal((rows, contraction)).astype(np.float32)
     if extreme:
@@ -95,21 +98,21 @@ def make_case(
     exact = x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
 
-    if packed or kind == "int8":
-        bits = {"int8": 8, "int2": 2}.get(kind, 4)
-        zero = 1 << (bits - 1)
-        codes = rng.integers(-zero, zero, (stored, columns))
+    if integer:
+        bits = {"int3": 3, "int2": 2}.get(kind, 8 if kind.endswith("int8") else 4)
+        codes = rng.integers(0, 2**bits, (stored, columns))
         if extreme:  # every column as far from zero as codes go, on one side
-            codes[:] = np.where(np.arange(columns) % 2, zero - 1, -zero)
-        values = oracles.pack(codes + zero, bits) if packed else codes.astype(np.int8)
-        weight = oracles.scale_rows(codes, scale)
-        # Offset binary may be summed before the offset is taken off, so that errors follow codes of up to 15.
-        largest = oracles.scale_rows(np.full(codes.shape, 2 * zero - 1), scale)
+            codes[:] = np.where(np.arange(columns) % 2, 2**bits - 1, 0)
+        levels = codes - oracles.find_zero(bits, centered)
+        values = oracles.pack(codes, bits) if packed else levels.astype(np.int8)
+        weight = oracles.scale_rows(levels, scale)
+        # Codes may be summed before the code of zero is taken off, so that errors follow codes of up to 15.
+        largest = oracles.scale_rows(np.full(codes.shape, 2**bits - 1), scale)
     else:
         scale, scale_type_index = scale[:0], 0
         values = rng.standard_normal((stored, columns)).astype(DTYPES[kind.removeprefix("sparse_")])
         weight = largest = values.astype(np.float64)
-    if packed or kind == "int8":
+    if integer:
         scale_type_index = SCALE_TYPES.index(scale_type)
 
     indices = np.zeros((0, columns), np.uint32)
@@ -132,6 +135,7 @@ def make_case(
             contraction,
             stored,
             stored // groups if scale_type_index else stored,
+            int(2 * oracles.find_zero(bits, centered)) if packed and not sparse else 0,
             columns,
             pattern,
             width,
@@ -151,7 +155,7 @@ def make_case(
 def list_cases() -> Iterator[Case]:
     """Every format at every number of rows and columns (not each with each), types, groups, and the largest sums."""
     for kind in FORMATS:
-        integer = kind in ("int8", "int4", "int2", "sparse_int4")
+        integer = kind not in ("sparse_float32", "sparse_bfloat16")
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
@@ -165,6 +169,10 @@ def list_cases() -> Iterator[Case]:
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
+    for kind, columns in itertools.product(("int4", "int3", "int2"), COLUMNS):
+        yield make_case(kind, 1 + columns % 3, columns, centered=True)
+    for kind, bits, rows in itertools.product(("int4", "int3", "int2"), (None, 8), (1, 4, 9)):
+        yield make_case(kind, rows, 20, centered=True, activation_bits=bits, extreme=rows == 4)
     # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
     for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
         for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):
@@ -176,9 +184,12 @@ def list_cases() -> Iterator[Case]:
         (2, 16, 48, 96),
         (2, 8, 80, 80),
     ):
-        for rows, dtype, bits in ((1, "float32", None), (3, "bfloat16", None), (9, "float32", 8), (4, "float32", None)):
+        for kind, (rows, dtype, bits) in itertools.product(
+            ("sparse_int4", "sparse_int8"),
+            ((1, "float32", None), (3, "bfloat16", None), (9, "float32", 8), (4, "float32", None)),
+        ):
             yield make_case(
-                "sparse_int4",
+                kind,
                 rows,
                 columns,
                 kept=kept,
@@ -194,17 +205,17 @@ def list_cases() -> Iterator[Case]:
 
 def _list_eighths() -> Iterator[Case]:
     """N:8, with blocks of 8 to 64 kept elements, so that one starts at each of the four words of a unit."""
-    for kept in (1, 2, 4):
+    for kind, kept in itertools.product(("sparse_int4", "sparse_int8"), (1, 2, 4)):
         # 1:8 needs 256 positions for whole words of indices.
         options = {"kept": kept, "pattern": 8, "contraction": 256, "group": 32 if kept > 1 else 64}
         for columns in COLUMNS:
-            yield make_case("sparse_int4", 1 + columns % 3, columns, **options)
+            yield make_case(kind, 1 + columns % 3, columns, **options)
         for rows in (*range(1, 10), 21):
-            yield make_case("sparse_int4", rows, 37, dtype="bfloat16" if rows % 2 else "float32", **options)
-        yield make_case("sparse_int4", 4, 1029, scale_type="bfloat16", **options)
+            yield make_case(kind, rows, 37, dtype="bfloat16" if rows % 2 else "float32", **options)
+        yield make_case(kind, 4, 1029, scale_type="bfloat16", **options)
         for bits, group in itertools.product((None, 8), (64, 256)):
-            yield make_case("sparse_int4", 3, 37, activation_bits=bits, **options | {"group": group})
-            yield make_case("sparse_int4", 4, 20, activation_bits=bits, extreme=True, **options | {"group": group})
+            yield make_case(kind, 3, 37, activation_bits=bits, **options | {"group": group})
+            yield make_case(kind, 4, 20, activation_bits=bits, extreme=True, **options | {"group": group})
 
 
 def write_cases(path: Path, cases: list[Case]) -> None:

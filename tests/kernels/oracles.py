@@ -33,6 +33,11 @@ def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     return np.stack(elements, axis=1).reshape(-1, words.shape[1])
 
 
+def find_zero(bits: int, centered: bool) -> float:
+    """The code that stands for zero: the upper one of the two in the middle, or, centered, what lies between them."""
+    return np.median(np.arange(2**bits)) if centered else 2**bits // 2
+
+
 def scale_rows(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """float64 (D, F): row d of values times the scale of its group."""
     return values.astype(np.float64) * np.repeat(scale.astype(np.float64), values.shape[0] // scale.shape[0], axis=0)

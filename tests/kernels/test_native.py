@@ -40,8 +40,13 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     out = quantized_matmul(x, words, scale, implementation="cpu")
     assert_close(out, exact @ dense, largest, "float32")
     pairs = oracles.pack((codes & 3), 2)
-    out = quantized_matmul(x, pairs, scale, bits=2, implementation="cpu")
-    assert_close(out, exact @ oracles.scale_rows((codes & 3) - 2, scale), largest, "float32")
+    for centered, zero in ((False, 2), (True, 1.5)):
+        out = quantized_matmul(x, pairs, scale, bits=2, centered=centered, implementation="cpu")
+        assert_close(out, exact @ oracles.scale_rows((codes & 3) - zero, scale), largest, "float32")
+    threes = oracles.pack(codes & 7, 3)
+    for centered, zero in ((False, 4), (True, 3.5)):
+        out = quantized_matmul(x, threes, scale, bits=3, centered=centered, implementation="cpu")
+        assert_close(out, exact @ oracles.scale_rows((codes & 7) - zero, scale), largest, "float32")
     kept = codes[:32]
     indices = oracles.pack(positions, 2)
     large = np.where(codes % 2, 16 * codes + 15, 16 * codes)
@@ -49,6 +54,9 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, rows, columns
     assert_close(out, exact @ oracles.scale_rows(large, scale), 17 * largest, "float32")
     sparse = oracles.densify(oracles.scale_rows(kept, scale), positions, 2)
     out = sparse_matmul(x, oracles.pack(kept + 8, 4), indices, scale, n=2, m=4, implementation="cpu")
+    assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
+    sparse = oracles.densify(oracles.scale_rows(large[:32], scale), positions, 2)
+    out = sparse_matmul(x, large[:32].astype(np.int8), indices, scale, n=2, m=4, implementation="cpu")
     assert_close(out, exact @ sparse, np.abs(exact) @ np.abs(sparse), "float32")
     if rows > native.MAX_ROWS:
         return
@@ -64,13 +72,14 @@ def test_eighths_of_every_instruction_set_match_the_oracle(instruction_set, rows
     rng = np.random.default_rng(columns)
     x = rng.standard_normal((rows, 256)).astype(np.float32)
     positions = oracles.draw_positions(rng, 256, columns, kept, 8)
-    codes = rng.integers(-8, 8, positions.shape)
+    indices, exact = oracles.pack(positions, 3), x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (4, columns)).astype(np.float32)
-    weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
-    words, indices = oracles.pack(codes + 8, 4), oracles.pack(positions, 3)
-    out = sparse_matmul(x, words, indices, scale, n=kept, m=8, implementation="cpu")
-    exact = x.astype(np.float64)
-    assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
+    for zero in (8, 128):
+        codes = rng.integers(-zero, zero, positions.shape)
+        values = oracles.pack(codes + 8, 4) if zero == 8 else codes.astype(np.int8)
+        weight = oracles.densify(oracles.scale_rows(codes, scale), positions, kept, 8)
+        out = sparse_matmul(x, values, indices, scale, n=kept, m=8, implementation="cpu")
+        assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
 
 
 def test_results_are_the_same_bits_every_time():
@@ -205,16 +214,31 @@ HALF_WORDS = np.zeros((4, 5), np.uint32)
 def test_wrong_quantized_calls_give_an_error(operands, shape, dtype):
     bits = 8 if operands[1].dtype == np.int8 else 4
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        _call(native.QUANTIZED_MATMUL, operands, shape, dtype, bits=np.int64(bits), activation_bits=np.int64(0))
+        _call(
+            native.QUANTIZED_MATMUL,
+            operands,
+            shape,
+            dtype,
+            bits=np.int64(bits),
+            centered=False,
+            activation_bits=np.int64(0),
+        )
 
 
 @pytest.mark.parametrize(
-    ("values", "bits", "activation_bits"),
-    [(WORDS, 8, 0), (WORDS, 3, 0), (WORDS, 2, 0), (BYTES, 4, 0), (BYTES, 8, 7), (WORDS, 4, 7), (WORDS, 4, -8)],
+    ("values", "bits", "activation_bits", "centered"),
+    [
+        *((WORDS, bits, 0, False) for bits in (8, 3, 2, 5, 0, -4)),
+        (BYTES, 4, 0, False),
+        (BYTES, 8, 7, False),
+        (BYTES, 8, 0, True),
+        (WORDS, 4, 7, False),
+        (WORDS, 4, -8, False),
+    ],
 )
-def test_wrong_bits_give_an_error(values, bits, activation_bits):
+def test_wrong_bits_give_an_error(values, bits, activation_bits, centered):
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*hsai_kernels"):
-        attributes = {"bits": np.int64(bits), "activation_bits": np.int64(activation_bits)}
+        attributes = {"bits": np.int64(bits), "centered": centered, "activation_bits": np.int64(activation_bits)}
         _call(native.QUANTIZED_MATMUL, (X, values, SCALE), (2, 5), **attributes)
 
 
@@ -232,7 +256,9 @@ def test_wrong_bits_give_an_error(values, bits, activation_bits):
         ((X, KEPT, INDICES[:, :4], NO_SCALE), 2),
         ((X, KEPT, INDICES.astype(np.int32), NO_SCALE), 2),
         ((X, KEPT, INDICES, SCALE), 2),  # scales of floating values
-        ((X, KEPT.astype(np.int8), INDICES, NO_SCALE), 2),
+        ((X, KEPT.astype(np.int16), INDICES, NO_SCALE), 2),
+        ((X, KEPT.astype(np.int8), INDICES, NO_SCALE), 2),  # no scales of int8 values
+        ((X, KEPT.astype(np.int8), INDICES, np.ones((8, 5), np.float32)), 2),  # groups of 4 kept
         ((X, HALF_WORDS, INDICES, NO_SCALE), 2),  # no scales of int4 values
         ((X, HALF_WORDS, INDICES, np.ones((8, 5), np.float32)), 2),  # groups of half a word
         ((X, HALF_WORDS, INDICES, SCALE[:, :4]), 2),

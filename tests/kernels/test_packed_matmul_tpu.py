@@ -23,22 +23,22 @@ from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
 DTYPES = ("float32", "bfloat16")
-BITS = {"int8": 8, "int4": 4, "int2": 2}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
 
 
 pytestmark = pytest.mark.usefixtures("no_races")
 
 
-def draw_quantized(shape: QuantizedShape, kind: str, dtype: str):
+def draw_quantized(shape: QuantizedShape, kind: str, dtype: str, *, centered: bool = False):
     """(x, values, scale), and in float64: the product, and the magnitude of its terms."""
     rng = np.random.default_rng(shape.contraction + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
     scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), jnp.float32)
     bits = BITS[kind]
-    zero = 1 << (bits - 1)
-    codes = rng.integers(-zero, zero, (shape.contraction, shape.columns))
-    values = jnp.asarray(codes, jnp.int8) if bits == 8 else jnp.asarray(oracles.pack(codes + zero, bits))
-    weight = oracles.scale_rows(codes, np.asarray(scale, np.float64))
+    codes = rng.integers(0, 2**bits, (shape.contraction, shape.columns))
+    levels = codes - oracles.find_zero(bits, centered)
+    values = jnp.asarray(levels, jnp.int8) if bits == 8 else jnp.asarray(oracles.pack(codes, bits))
+    weight = oracles.scale_rows(levels, np.asarray(scale, np.float64))
     exact = np.asarray(x, np.float64)
     return (x, values, scale), exact @ weight, np.abs(exact) @ np.abs(weight)
 
@@ -77,15 +77,17 @@ def test_quantized_products_match_the_oracle(shape, dtype, kind):
     check_quantized(shape, dtype, kind)
 
 
+@pytest.mark.parametrize(("kind", "centered"), [("int3", False), ("int3", True), ("int2", False), ("int2", True)])
 @pytest.mark.parametrize("shape", [QUANTIZED_SHAPES[2], QUANTIZED_SHAPES[8]], ids=str)
-def test_int2_products_match_the_oracle(shape):
-    check_quantized(shape, "float32", "int2")
+def test_products_of_fewer_bits_match_the_oracle(shape, kind, centered):
+    check_quantized(shape, "float32", kind, centered=centered)
 
 
-def check_quantized(shape: QuantizedShape, dtype: str, kind: str) -> None:
-    operands, product, magnitude = draw_quantized(shape, kind, dtype)
+def check_quantized(shape: QuantizedShape, dtype: str, kind: str, *, centered: bool = False) -> None:
+    operands, product, magnitude = draw_quantized(shape, kind, dtype, centered=centered)
+    options = {"bits": BITS[kind] % 8 or 4, "centered": centered}
     with interpret_tpu():
-        out = np.asarray(quantized_matmul(*operands, bits=BITS[kind] % 8 or 4, implementation="tpu"))
+        out = np.asarray(quantized_matmul(*operands, **options, implementation="tpu"))
     assert out.dtype == dtype
     assert_close(out, product, magnitude, dtype)
 
@@ -135,7 +137,7 @@ def test_gradients_are_the_references(kind):
 
 
 @pytest.mark.parametrize("group", [8, 16, 32, 40, 64, 96, 128, 256, 512, 1280, None])
-@pytest.mark.parametrize("packing", [INT8, CODES[4], CODES[2]], ids=["int8", "int4", "int2"])
+@pytest.mark.parametrize("packing", [INT8, CODES[4, False], CODES[3, True], CODES[2, True]])
 def test_blocks_hold_whole_planes_and_groups(packing, group):
     plan = plan_product(packing, 5, 15360, 300, group)
     assert plan.contraction % 128 == 0 and plan.contraction % (8 * plan.planes) == 0

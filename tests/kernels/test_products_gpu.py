@@ -155,6 +155,8 @@ def test_refusals() -> None:
             quantized_matmul(x[:0], words, scale[:1], implementation="gpu")
         with pytest.raises(NotImplementedError, match=r"not x \(0, 64\)"):
             sparse_matmul(jnp.ones((0, 64)), jnp.ones((32, 5)), indices, n=2, m=4, implementation="gpu")
+        with pytest.raises(NotImplementedError, match=r"codes of -8 to 7 .*not 4 bits, centered=True"):
+            quantized_matmul(x, words, scale[:1], centered=True, implementation="gpu")
     with compile_for("cpu"), pytest.raises(NotImplementedError, match="gpu platform only"):
         quantized_matmul(x, words, scale[:1], implementation="gpu")
     with pytest.raises(ValueError, match="units=8 is no block"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai_kernels import dequantize_int4, dequantize_int8, pack_words, quantized_matmul
+from hsai_kernels import count_elements, dequantize_int8, dequantize_words, pack_words, quantized_matmul
 from hsai_kernels.ops.quantized_matmul.api import BACKENDS
 from hsai_kernels.ops.quantized_matmul.shapes import SHAPES, QuantizedShape
 from tests.kernels import oracles
@@ -15,9 +15,24 @@ from tests.kernels.tolerances import assert_close
 
 # Those of accelerators have tests of their own, in their interpreters.
 IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
-BITS = {"int8": 8, "int4": 4, "int2": 2}
-# A word holds 16 codes of 2 bits: a shorter contraction cannot be packed at all.
-CASES = [(kind, shape) for kind in BITS for shape in SHAPES if kind != "int2" or shape.contraction % 16 == 0]
+KINDS = {
+    "int8": {},
+    "int4": {"bits": 4},
+    "int3": {"bits": 3},
+    "int2": {"bits": 2},
+    "centered int4": {"bits": 4, "centered": True},
+    "centered int3": {"bits": 3, "centered": True},
+    "centered int2": {"bits": 2, "centered": True},
+}
+"""How quantized_matmul is told what its values are."""
+
+# Groups of codes fill whole words; others are left to the reference (test_unsupported_groups_fall_back).
+CASES = [
+    (kind, shape)
+    for kind, options in KINDS.items()
+    for shape in SHAPES
+    if shape.group % count_elements(options.get("bits", 4)) == 0
+]
 
 
 def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "float32"):
@@ -26,21 +41,21 @@ def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "floa
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
     scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
     if kind == "int8":
-        codes = rng.integers(-128, 128, (shape.contraction, shape.columns))
-        values = jnp.asarray(codes, jnp.int8)
-        largest = np.full(codes.shape, 128)
+        levels = rng.integers(-128, 128, (shape.contraction, shape.columns))
+        values = jnp.asarray(levels, jnp.int8)
+        largest = np.full(levels.shape, 128)
     else:
-        bits = BITS[kind]
-        zero = 1 << (bits - 1)
-        codes = rng.integers(-zero, zero, (shape.contraction, shape.columns))
-        values = jnp.asarray(oracles.pack(codes + zero, bits))
-        # Offset binary may be summed before the offset is taken off, so that errors follow codes of up to 15.
-        largest = np.full(codes.shape, 2 * zero - 1)
+        bits = KINDS[kind]["bits"]
+        codes = rng.integers(0, 2**bits, (shape.contraction, shape.columns))
+        values = jnp.asarray(oracles.pack(codes, bits))
+        levels = codes - oracles.find_zero(bits, KINDS[kind].get("centered", False))
+        # Codes may be summed before the code of zero is taken off, so that errors follow codes of up to 15.
+        largest = np.full(codes.shape, 2**bits - 1)
     exact = np.asarray(scale, np.float64)
     return (
         (x, values, scale),
         np.asarray(x, np.float64),
-        oracles.scale_rows(codes, exact),
+        oracles.scale_rows(levels, exact),
         oracles.scale_rows(largest, exact),
     )
 
@@ -50,24 +65,23 @@ def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "floa
 def test_products_match_the_oracle(shape, kind, dtype):
     operands, x, weight, largest = _draw(shape, kind, dtype)
     for implementation in IMPLEMENTATIONS:
-        out = quantized_matmul(*operands, bits=BITS[kind] % 8 or 4, implementation=implementation)
+        out = quantized_matmul(*operands, **KINDS[kind], implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_scales(kind):
     operands, x, weight, largest = _draw(SHAPES[4], kind, "float32", "bfloat16")
     for implementation in IMPLEMENTATIONS:
-        assert_close(
-            quantized_matmul(*operands, implementation=implementation), x @ weight, np.abs(x) @ largest, "float32"
-        )
+        out = quantized_matmul(*operands, **KINDS[kind], implementation=implementation)
+        assert_close(out, x @ weight, np.abs(x) @ largest, "float32")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_dequantizing_is_exact(kind):
-    (_, values, scale), _, weight, _ = _draw(SHAPES[2], kind, "float32")
-    dequantize = dequantize_int8 if kind == "int8" else dequantize_int4
+    (_, values, scale), _, weight, _ = _draw(SHAPES[2], kind, "float32", "bfloat16")
+    dequantize = dequantize_int8 if kind == "int8" else partial(dequantize_words, **KINDS[kind])
     np.testing.assert_array_equal(dequantize(values, scale), weight.astype(np.float32))
     stacked = jax.vmap(dequantize)(jnp.stack([values, values]), jnp.stack([scale, scale]))
     np.testing.assert_array_equal(dequantize(jnp.stack([values, values]), jnp.stack([scale, scale])), stacked)
@@ -75,11 +89,12 @@ def test_dequantizing_is_exact(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "centered int3"])
 def test_gradients_match_the_oracle(kind, implementation, dtype):
     (x, values, scale), _, weight, largest = _draw(SHAPES[4], kind, dtype)
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 257)), dtype)
-    pull = jax.vjp(lambda *a: quantized_matmul(*a, implementation=implementation), x, values, scale)[1]
+    multiply = partial(quantized_matmul, **KINDS[kind], implementation=implementation)
+    pull = jax.vjp(multiply, x, values, scale)[1]
     to_x, to_values, to_scale = jax.jit(pull)(cotangent)
     exact = np.asarray(cotangent, np.float64)
     assert to_x.dtype == dtype
@@ -132,7 +147,7 @@ def test_refusals_name_both_values(x, values, scale, message):
         jax.eval_shape(quantized_matmul, x, values, scale)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dynamic_int8(kind, dtype):
     """Against float64 arithmetic on the activations that `round_activations` says; the gradient ignores rounding."""
@@ -142,22 +157,27 @@ def test_dynamic_int8(kind, dtype):
     step = np.abs(split).max(axis=-1, keepdims=True) / 127
     rounded = (np.round(split / step) * step).reshape(exact.shape)
     for implementation in IMPLEMENTATIONS:
-        multiply = partial(quantized_matmul, activation_bits=8, implementation=implementation)
+        multiply = partial(quantized_matmul, **KINDS[kind], activation_bits=8, implementation=implementation)
         out = multiply(x, values, scale)
         assert_close(out, rounded @ weight, np.abs(exact) @ largest, dtype)
         assert np.max(np.abs(np.asarray(out, np.float64) - exact @ weight)) > 1e-3  # it does round
         ones = jnp.ones(out.shape, dtype)
         grad = jax.vjp(lambda x, multiply=multiply: multiply(x, values, scale), x)[1](ones)[0]
-        plain = jax.vjp(lambda x: quantized_matmul(x, values, scale, implementation="reference"), x)[1](ones)[0]
+        plain = partial(quantized_matmul, values=values, scale=scale, **KINDS[kind], implementation="reference")
+        plain = jax.vjp(plain, x)[1](ones)[0]
         np.testing.assert_array_equal(grad, plain)
 
 
 def test_bits_that_no_kernel_has_are_refused():
     x, words, scale = jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3))
-    with pytest.raises(ValueError, match="not of 3 bits"):
+    with pytest.raises(ValueError, match="codes of 2, 3 or 4 bits, not of 5"):
+        quantized_matmul(x, words, scale, bits=5)
+    with pytest.raises(ValueError, match="words of 3 bits come by threes, and values have 8 rows"):
         quantized_matmul(x, words, scale, bits=3)
     with pytest.raises(ValueError, match="activation_bits=4 is not supported: valid are 8 and None"):
         quantized_matmul(x, words, scale, activation_bits=4)
+    with pytest.raises(ValueError, match="centered=True is for words of codes, and values are int8"):
+        quantized_matmul(x, jnp.ones((64, 3), jnp.int8), scale, centered=True)
 
 
 def test_unsupported_groups_fall_back():
@@ -166,3 +186,7 @@ def test_unsupported_groups_fall_back():
     with pytest.raises(NotImplementedError, match="multiples of 8"):
         quantized_matmul(x, words, scale, implementation="cpu")
     np.testing.assert_array_equal(quantized_matmul(x, words, scale), np.full((1, 5), 16.0))
+    threes, scale = pack_words(np.full((32, 5), 5, np.uint8), 3), jnp.full((2, 5), 0.5)
+    with pytest.raises(NotImplementedError, match="multiples of 32 codes of 3 bits"):
+        quantized_matmul(x, threes, scale, bits=3, implementation="cpu")
+    np.testing.assert_array_equal(quantized_matmul(x, threes, scale, bits=3), np.full((1, 5), 16.0))

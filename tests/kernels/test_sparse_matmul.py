@@ -13,7 +13,8 @@ from tests.kernels.tolerances import assert_close
 
 # Those of accelerators have tests of their own, in their interpreters.
 IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
-KINDS = ("float32", "bfloat16", "int4")
+KINDS = ("float32", "bfloat16", "int8", "int4")
+INTEGERS = KINDS[2:]
 
 
 def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32"):
@@ -23,9 +24,10 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
     positions = oracles.draw_positions(rng, shape.contraction * m // shape.pattern, shape.columns, shape.kept, m)
     indices = jnp.asarray(oracles.pack(positions, 2 if m == 4 else 3))
-    if kind == "int4":
-        codes = rng.integers(-8, 8, positions.shape)
-        values = jnp.asarray(oracles.pack(codes + 8, 4))
+    if kind in INTEGERS:
+        zero = 8 if kind == "int4" else 128
+        codes = rng.integers(-zero, zero, positions.shape)
+        values = jnp.asarray(oracles.pack(codes + 8, 4) if kind == "int4" else codes.astype(np.int8))
         scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
         kept = oracles.scale_rows(codes, np.asarray(scale, np.float64))
     else:
@@ -40,9 +42,9 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
 
 
 def _implementations(shape: SparseShape, kind: str):
-    if shape.pattern == 8 and kind != "int4":
+    if shape.pattern == 8 and kind not in INTEGERS:
         return ["reference"]
-    return [name for name in IMPLEMENTATIONS if name != "cpu" or kind == "int4" or np.prod(shape.lead) <= 8]
+    return [name for name in IMPLEMENTATIONS if name != "cpu" or kind in INTEGERS or np.prod(shape.lead) <= 8]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,7 +53,7 @@ def _implementations(shape: SparseShape, kind: str):
 def test_products_match_the_oracle(shape, kind, dtype):
     operands, x, weight = _draw(shape, kind, dtype)
     for implementation in _implementations(shape, kind):
-        if implementation == "cpu" and kind == "int4" and shape.group * shape.kept // shape.pattern % 8:
+        if implementation == "cpu" and kind in INTEGERS and shape.group * shape.kept // shape.pattern % 8:
             continue
         out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
         assert out.dtype == dtype
@@ -59,7 +61,7 @@ def test_products_match_the_oracle(shape, kind, dtype):
 
 
 def _blocked_implementations(kind: str):
-    return IMPLEMENTATIONS if kind == "int4" else ["reference"]
+    return IMPLEMENTATIONS if kind in INTEGERS else ["reference"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,21 +76,23 @@ def test_blocked_products_match_the_oracle(shape, kind, dtype):
 
 
 @pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("shape", BLOCKED_SHAPES[:3], ids=str)
-def test_blocked_products_of_every_instruction_set(shape):
-    operands, x, weight = _draw(shape, "int4", "float32")
+def test_blocked_products_of_every_instruction_set(shape, kind):
+    operands, x, weight = _draw(shape, kind, "float32")
     out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation="cpu")
     assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), "float32")
 
 
+@pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("shape", BLOCKED_SHAPES, ids=str)
-def test_blocked_products_round_activations_as_the_reference_does(shape):
-    operands, *_ = _draw(shape, "int4", "float32")
+def test_blocked_products_round_activations_as_the_reference_does(shape, kind):
+    operands, *_ = _draw(shape, kind, "float32")
     out, expected = (
         sparse_matmul(*operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=name)
         for name in ("cpu", "reference")
     )
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * (1 if kind == "int4" else 16))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,7 +172,7 @@ def test_gradients_match_the_oracle(kind, implementation):
     exact = np.asarray(cotangent, np.float64)
     assert_close(to_x, exact @ weight.T, np.abs(exact) @ np.abs(weight).T, "float32")
     assert to_indices.dtype == jax.dtypes.float0
-    if kind == "int4":
+    if kind in INTEGERS:
         assert to_values.dtype == jax.dtypes.float0
         by_group = (scale.shape[0], -1, scale.shape[1])
         steps = oracles.scale_rows(np.ones_like(weight), np.asarray(scale, np.float64))
@@ -223,7 +227,8 @@ INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
         ((X, DENSE, INDICES[:1]), 2, 4, "indices hold 16 positions of 2 bits a column, values 32"),
         ((X, DENSE, INDICES[:, :2]), 2, 4, "indices have 2 columns, values have 3"),
         ((X, DENSE, INDICES.astype(jnp.int32)), 2, 4, "not int32"),
-        ((X, DENSE.astype(jnp.int8), INDICES), 2, 4, "not of int8"),
+        ((X, DENSE.astype(jnp.int16), INDICES), 2, 4, "not of int16"),
+        ((X, DENSE.astype(jnp.int8), INDICES), 2, 4, "values of int8 need scale"),
         ((X.astype(jnp.float16), DENSE, INDICES), 2, 4, "not of float16"),
         ((X, DENSE[0], INDICES), 2, 4, r"\(3,\) and \(2, 3\)"),
         ((X, DENSE, INDICES, jnp.ones((1, 3))), 2, 4, "values of float32 take no scale"),
@@ -246,12 +251,13 @@ def test_unsupported_groups_fall_back():
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind", "message"), [(0, "float32", "int4 words only"), (1, "int4", "multiple of 16")]
+    ("shape", "kind", "message"),
+    [(0, "float32", "integers only"), (1, "int4", "multiple of 16"), (1, "int8", "multiple of 16")],
 )
 def test_native_blocked_products_say_what_they_need(shape, kind, message):
     shape = BLOCKED_SHAPES[shape]
     (x, values, indices, scale, choices), *_ = _draw(shape, kind, "float32")
-    if kind == "int4":
+    if kind in INTEGERS:
         choices = jnp.repeat(choices, 2, axis=1)  # blocks of 8 columns
     with pytest.raises(NotImplementedError, match=message):
         sparse_matmul(x, values, indices, scale, choices, n=shape.kept, m=8, implementation="cpu")

@@ -20,6 +20,7 @@ from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS
+from hsai_kernels.packing import count_elements
 
 
 def _list_attention() -> Iterator[Case]:
@@ -175,9 +176,10 @@ def _list_quantized() -> Iterator[Case]:
         for kind, bits, values in (
             ("int8", 4, _shape("int8", depth, columns)),
             ("int4", 4, _shape("uint32", depth // 8, columns)),
+            ("int3", 3, _shape("uint32", depth * 3 // 32, columns)),
             ("int2", 2, _shape("uint32", depth // 16, columns)),
         ):
-            if kind == "int2" and depth % 16:
+            if values.dtype == jnp.uint32 and depth % count_elements(bits):
                 continue
             yield Case(
                 kernel=f"quantized_matmul {kind}",

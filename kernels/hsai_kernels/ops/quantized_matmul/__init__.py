@@ -1,1 +1,1 @@
-"""Activations times int8 or int4 weights; see api.py."""
+"""Activations times weights of int8 or of codes of few bits; see api.py."""

@@ -1,4 +1,4 @@
-"""`quantized_matmul`: activations times a weight of int8 values or packed int4 words, with scales.
+"""`quantized_matmul`: activations times a weight of int8 values or words of few-bit codes, with scales.
 
 Dimensions: D contraction, F output, g contraction positions that share a scale.
 """
@@ -11,6 +11,7 @@ from hsai_kernels.ops.quantized_matmul.cpu import quantized_matmul_cpu
 from hsai_kernels.ops.quantized_matmul.gpu import quantized_matmul_gpu
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 from hsai_kernels.ops.quantized_matmul.tpu import quantized_matmul_tpu
+from hsai_kernels.packing import BLOCKS
 
 BACKENDS: dict[str, Backend] = {
     "cpu": quantized_matmul_cpu,
@@ -26,11 +27,15 @@ def quantized_matmul(
     scale: jax.Array,
     *,
     bits: int = 4,
+    centered: bool = False,
     activation_bits: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x @ w, where w = values * scale for int8 values, and w = (code - 2**(bits - 1)) * scale for packed words:
-    4-bit codes stand for -8..7, 2-bit codes for -2..1. Ternary weights are the 2-bit codes 1, 2 and 3 of -1, 0 and 1.
+    """x @ w, where w = values * scale for int8 values, and w = (code - zero) * scale for packed words.
+
+    zero is 2**(bits - 1), so that 4-bit codes stand for -8..7, 3-bit ones for -4..3, 2-bit ones for -2..1; ternary
+    weights are the 2-bit codes 1, 2 and 3 of -1, 0 and 1. Centered, it is (2**bits - 1) / 2: 3-bit codes stand for
+    -7/2, -5/2, ... 7/2, 2-bit ones for -3/2, -1/2, 1/2 and 3/2.
 
     Differentiable in x and scale by reverse mode; the values are integers, and have no gradient.
 
@@ -38,7 +43,8 @@ def quantized_matmul(
       x: (..., D), float32 or bfloat16.
       values: int8 (D, F), or uint32 (D * bits / 32, F) holding codes as packing.py says.
       scale: (D/g, F), float32 or bfloat16; (1, F) is one scale a column.
-      bits: of a code in uint32 words, 4 or 2; int8 values have no choice.
+      bits: of a code in uint32 words, 4, 3 or 2; int8 values have no choice.
+      centered: puts zero in the middle of the codes; int8 values have it there.
       activation_bits: None takes activations as they are. 8 rounds them first, every row's group of positions that
         shares a scale of the weight with a step of its own (`round_activations`): products are then of integers. The
         gradient is that of the product without rounding.
@@ -56,20 +62,24 @@ def quantized_matmul(
     if values.ndim != 2 or scale.ndim != 2:
         raise ValueError(f"quantized_matmul needs values and scale (rows, F), got {values.shape} and {scale.shape}")
     if values.dtype == jnp.int8:
+        if centered:
+            raise ValueError("centered=True is for words of codes, and values are int8")
         contraction = values.shape[0]
     elif values.dtype == jnp.uint32:
-        if bits not in (2, 4):
-            raise ValueError(f"quantized_matmul has words of 4-bit or 2-bit codes, not of {bits} bits")
+        if bits not in BLOCKS:
+            raise ValueError(f"quantized_matmul has words of codes of 2, 3 or 4 bits, not of {bits}")
+        if values.shape[0] * 32 % bits:
+            raise ValueError(f"words of {bits} bits come by threes, and values have {values.shape[0]} rows")
         contraction = values.shape[0] * 32 // bits
     else:
         raise ValueError(
-            f"quantized_matmul has values of int8, or of uint32 (words of 4-bit or 2-bit codes), not of {values.dtype}"
+            f"quantized_matmul has values of int8, or of uint32 (words of 2, 3 or 4 bits), not of {values.dtype}"
         )
     if x.shape[-1] != contraction:
         raise ValueError(f"x contracts over {x.shape[-1]}, the weight over {contraction} ({values.dtype})")
     check_scale(scale, contraction, values.shape[1])
     check_activation_bits(activation_bits)
-    options = {"bits": bits, "activation_bits": activation_bits}
+    options = {"bits": bits, "centered": centered, "activation_bits": activation_bits}
     return run_kernel("quantized_matmul", BACKENDS, implementation, x, values, scale, **options)
 
 

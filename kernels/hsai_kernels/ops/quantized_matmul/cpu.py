@@ -13,10 +13,11 @@ from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.packing import count_elements
 
 
 def quantized_matmul_cpu(
-    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int, activation_bits: int | None
+    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int, centered: bool, activation_bits: int | None
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
@@ -30,14 +31,19 @@ def quantized_matmul_cpu(
     native.check_rows(math.prod(x.shape[:-1]), integer=True)
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
-    if packed and x.shape[-1] // scale.shape[0] % (32 // bits):
-        raise NotImplementedError(f"has groups of whole words (multiples of {32 // bits} codes of {bits} bits)")
+    if packed and x.shape[-1] // scale.shape[0] % count_elements(bits):
+        raise NotImplementedError(
+            f"has groups of whole words (multiples of {count_elements(bits)} codes of {bits} bits)"
+        )
     native.load_library()
-    kernel = functools.partial(_multiply, bits if packed else 8, activation_bits)
-    return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), kernel)(x, values, scale)
+    kernel = functools.partial(_multiply, bits if packed else 8, centered, activation_bits)
+    reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
+    return differentiate_as(reference, kernel)(x, values, scale)
 
 
-def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply(
+    bits: int, centered: bool, activation_bits: int | None, x: jax.Array, values: jax.Array, scale: jax.Array
+) -> jax.Array:
     *lead, contraction = x.shape
     columns = values.shape[1]
     rows = x.reshape(-1, contraction)
@@ -46,5 +52,5 @@ def _multiply(bits: int, activation_bits: int | None, x: jax.Array, values: jax.
         jax.ShapeDtypeStruct((rows.shape[0], columns), x.dtype),
         vmap_method="sequential",
     )
-    result = call(rows, values, scale, bits=bits, activation_bits=activation_bits or 0)
+    result = call(rows, values, scale, bits=bits, centered=centered, activation_bits=activation_bits or 0)
     return result.reshape(*lead, columns)

@@ -28,6 +28,7 @@ def quantized_matmul_gpu(
     scale: jax.Array,
     *,
     bits: int = 4,
+    centered: bool = False,
     activation_bits: int | None = None,
     tile: ProductTile | None = None,
 ) -> jax.Array:
@@ -38,8 +39,10 @@ def quantized_matmul_gpu(
     `tile` is for tests. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
-    if bits != 4 or activation_bits is not None:
-        raise NotImplementedError(f"has 4-bit codes and activations as they are, not {bits} and {activation_bits} bits")
+    if bits != 4 or centered or activation_bits is not None:
+        raise NotImplementedError(
+            f"has 4-bit codes of -8 to 7 and activations as they are, not {bits} bits, {centered=}, {activation_bits=}"
+        )
     if x.size == 0 or values.size == 0:
         raise NotImplementedError(f"multiplies what is not empty, not x {x.shape} and values {values.shape}")
     group = x.shape[-1] // scale.shape[0]

@@ -1,6 +1,6 @@
-"""Products with int8, int4 and int2 weights in plain jax.numpy: rebuild the dense weight, then multiply.
+"""Products with int8 weights and codes of few bits in plain jax.numpy: rebuild the dense weight, then multiply.
 
-`dequantize_int8` and its like define what the packed arrays mean; formats use them to densify.
+`dequantize_int8` and `dequantize_words` define what the packed arrays mean; formats use them to densify.
 
 Dimensions: D contraction, F output, g contraction positions that share a scale.
 """
@@ -22,14 +22,24 @@ def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
     return scale_groups(values.astype(jnp.float32), scale)
 
 
-def dequantize_int4(words: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 (..., D, F) from uint32 words (..., D/8, F), packed as in packing.py, and scale (..., D/g, F)."""
-    return scale_groups(decode_words(words, 4).astype(jnp.float32), scale)
+def dequantize_words(words: jax.Array, scale: jax.Array, bits: int, *, centered: bool = False) -> jax.Array:
+    """float32 (..., D, F): (code - zero) * scale.
+
+    Args:
+      words: uint32 (..., D * bits / 32, F) of codes, packed as in packing.py.
+      scale: (..., D/g, F).
+      bits: of a code.
+      centered: which code is zero, see `find_zero`.
+    """
+    return scale_groups(unpack_words(words, bits).astype(jnp.float32) - find_zero(bits, centered), scale)
 
 
-def dequantize_int2(words: jax.Array, scale: jax.Array) -> jax.Array:
-    """float32 (..., D, F) from uint32 words (..., D/16, F) of 2-bit codes, and scale (..., D/g, F)."""
-    return scale_groups(decode_words(words, 2).astype(jnp.float32), scale)
+def find_zero(bits: int, centered: bool) -> float:
+    """The code that stands for zero: 2**(bits - 1), or, centered, the middle between that and the one below it.
+
+    Centered levels are as many above zero as below, at 1/2, 3/2, ... of the scale, and none is zero itself.
+    """
+    return (2**bits - 1) / 2 if centered else float(2 ** (bits - 1))
 
 
 def decode_words(words: jax.Array, bits: int) -> jax.Array:
@@ -76,23 +86,33 @@ def multiply_codes(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Arra
 
 
 def quantized_matmul_reference(
-    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int = 4, activation_bits: int | None = None
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    bits: int = 4,
+    centered: bool = False,
+    activation_bits: int | None = None,
 ) -> jax.Array:
     """(..., F) = x (..., D) @ dequantized weight; arguments as in api.py, already validated.
 
     The weight is rounded to x's dtype, as a dense model's would be; products are summed in float32.
     """
     if activation_bits is not None:
-        multiply = functools.partial(_multiply_rounded, bits)
-        return differentiate_as(functools.partial(quantized_matmul_reference, bits=bits), multiply)(x, values, scale)
-    weight = scale_groups(_decode(values, bits).astype(jnp.float32), scale).astype(x.dtype)
-    return jnp.matmul(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+        reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
+        return differentiate_as(reference, functools.partial(_multiply_rounded, bits, centered))(x, values, scale)
+    if values.dtype == jnp.int8:
+        weight = dequantize_int8(values, scale)
+    else:
+        weight = dequantize_words(values, scale, bits, centered=centered)
+    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _multiply_rounded(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
-    return multiply_codes(x, _decode(values, bits), scale)
-
-
-def _decode(values: jax.Array, bits: int) -> jax.Array:
-    """int8 (D, F): int8 values as they are, words decoded."""
-    return values if values.dtype == jnp.int8 else decode_words(values, bits)
+def _multiply_rounded(bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+    if values.dtype == jnp.int8:
+        return multiply_codes(x, values, scale)
+    if not centered:
+        return multiply_codes(x, decode_words(values, bits), scale)
+    # Halves of a level are odd integers.
+    halves = 2 * unpack_words(values, bits).astype(jnp.int8) - jnp.int8(2**bits - 1)
+    return multiply_codes(x, halves, scale.astype(jnp.float32) / 2)

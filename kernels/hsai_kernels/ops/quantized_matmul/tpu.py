@@ -1,4 +1,4 @@
-"""TPU backend of quantized_matmul (Pallas, Mosaic): any number of rows by int8 values, int4 or int2 words.
+"""TPU backend of quantized_matmul (Pallas, Mosaic): any number of rows by int8 values or words of codes.
 
 Decoding reads the weight once for up to 512 rows: 1 or 1/2 byte an element, where bfloat16 has 2. Prefill rebuilds each
 block of the weight once for 512 rows. What an element costs the vector unit, counted and not measured: about 3
@@ -17,13 +17,19 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.reference import find_zero, quantized_matmul_reference
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
-from hsai_kernels.packing import count_elements, find_shift
+from hsai_kernels.packing import count_elements, find_halves, find_shift
 
 
 def quantized_matmul_tpu(
-    x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: int = 4, activation_bits: int | None = None
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    bits: int = 4,
+    centered: bool = False,
+    activation_bits: int | None = None,
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
@@ -33,13 +39,13 @@ def quantized_matmul_tpu(
     check_platform("tpu")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
-    reference = functools.partial(quantized_matmul_reference, bits=bits)
-    return differentiate_as(reference, functools.partial(_multiply, bits))(x, values, scale)
+    reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
+    return differentiate_as(reference, functools.partial(_multiply, bits, centered))(x, values, scale)
 
 
-def _multiply(bits: int, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply(bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
     kernel = f"quantized_matmul int{8 if values.dtype == jnp.int8 else bits}"
-    return multiply_packed(kernel, choose_packing(values, bits), x, (values,), scale)
+    return multiply_packed(kernel, choose_packing(values, bits, centered), x, (values,), scale)
 
 
 def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:
@@ -47,20 +53,23 @@ def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:
     return load_strided(packed[0], planes)
 
 
-def _load_codes(bits: int, planes: int, packed: list[Any]) -> list[jax.Array]:
-    """With E elements a word, plane j is element j % E of the words j // E, j // E + J / E, ..."""
+def _load_codes(bits: int, zero: float, planes: int, packed: list[Any]) -> list[jax.Array]:
+    """Plane j is the codes j, j + J, ... of a column."""
+    words = load_strided(packed[0], planes * bits // 32)
+    return [take_element(words, bits, j).astype(jnp.float32) - zero for j in range(planes)]
+
+
+def take_element(words: list[jax.Array], bits: int, element: int) -> jax.Array:
+    """int32: an element of every column, where packing.py puts it; `words` are the rows that it is counted from."""
     count = count_elements(bits)
-    words = load_strided(packed[0], planes // count)
-    zero = 1 << (bits - 1)
-    return [take_element(words[j // count], bits, j % count).astype(jnp.float32) - zero for j in range(planes)]
+    if bits != 3:
+        return _take_bits(words[element // count], bits, find_shift(element % count, bits))
+    three = words[element // count * 3 :]
+    (low, low_shift), (high, high_shift) = find_halves(element % count)
+    return _take_bits(three[low], 2, low_shift) + 4 * _take_bits(three[high], 1, high_shift)
 
 
-def take_element(words: jax.Array, bits: int, element: int) -> jax.Array:
-    """int32: one element of every uint32 word, where packing.py puts it."""
-    return take_bits(words, bits, find_shift(element, bits))
-
-
-def take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
+def _take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
     """int32: `bits` bits of every uint32 word, from bit `shift` on."""
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
     return jax.lax.shift_right_logical(words, jnp.full_like(words, shift)) & (2**bits - 1)
@@ -68,15 +77,16 @@ def take_bits(words: jax.Array, bits: int, shift: int) -> jax.Array:
 
 INT8 = Packing(period=1, load_planes=_load_int8, rows=((1, 1),))
 CODES = {
-    bits: Packing(
+    (bits, centered): Packing(
         period=count_elements(bits),
-        load_planes=functools.partial(_load_codes, bits),
-        rows=((1, count_elements(bits)),),
+        load_planes=functools.partial(_load_codes, bits, find_zero(bits, centered)),
+        rows=((bits, 32),),
     )
-    for bits in (2, 4)
+    for bits in (2, 3, 4)
+    for centered in (False, True)
 }
 
 
-def choose_packing(values: jax.Array | jax.ShapeDtypeStruct, bits: int) -> Packing:
-    """How values of that dtype are packed; `bits` counts for words only."""
-    return INT8 if values.dtype == jnp.int8 else CODES[bits]
+def choose_packing(values: jax.Array | jax.ShapeDtypeStruct, bits: int, centered: bool) -> Packing:
+    """How values of that dtype are packed; `bits` and `centered` count for words only."""
+    return INT8 if values.dtype == jnp.int8 else CODES[bits, centered]

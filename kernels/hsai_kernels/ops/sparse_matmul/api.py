@@ -45,17 +45,17 @@ def sparse_matmul(
 
     Args:
       x: (..., D), float32 or bfloat16.
-      values: float32 or bfloat16 (C, F), or uint32 (C/8, F) holding 4-bit integers in offset binary (value + 8).
+      values: float32, bfloat16 or int8 (C, F), or uint32 (C/8, F) of 4-bit integers in offset binary (value + 8).
         Kept element c of a column belongs to its sparsity group c // n.
       indices: the position of every kept element inside its group, ascending inside a group, packed as in packing.py:
         uint32 (C/16, F) of 2 bits, or for m = 8 without choices (3*C/32, F) of 3 bits.
-      scale: (D/g, F) float32 or bfloat16 for int4 words, where g counts dense positions and is a multiple of m;
+      scale: (D/g, F) float32 or bfloat16 for integers, where g counts dense positions and is a multiple of m;
         None for floating values.
       choices: for V:N:M, uint32 (D/32, F/V): bit i of word j says whether position 32*j + i is one of the 4 of its m
         that the V columns of a block may keep; indices count these 4. None for N:4 and N:8.
       n, m: kept elements and positions a group: n = 1, 2 or 3 of m = 4, n = 1, 2 or 4 of m = 8; with choices n = 1, 2
         or 3 of the 4 that are chosen of m = 8, 16 or 32.
-      activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for int4 words.
+      activation_bits: None takes activations as they are, 8 rounds them first, as in quantized_matmul; for integers.
       implementation: "reference", "cpu" (native), "gpu" (Pallas Triton), "tpu" (Mosaic), or None for the platform's
         best.
 
@@ -74,12 +74,12 @@ def sparse_matmul(
         raise ValueError(f"n={n} of m={m} is not supported: valid are {', '.join(map(str, valid))}")
     if values.ndim != 2 or indices.ndim != 2:
         raise ValueError(f"sparse_matmul needs values and indices (rows, F), got {values.shape} and {indices.shape}")
-    packed = values.dtype == jnp.uint32
-    if not packed and values.dtype not in (jnp.float32, jnp.bfloat16):
+    integer = values.dtype in (jnp.uint32, jnp.int8)
+    if not integer and values.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"sparse_matmul has values of float32 or bfloat16, or of uint32 (int4 words), not of {values.dtype}"
+            f"sparse_matmul has values of float32, bfloat16 or int8, or of uint32 (int4 words), not of {values.dtype}"
         )
-    kept = values.shape[0] * (8 if packed else 1)
+    kept = values.shape[0] * (8 if values.dtype == jnp.uint32 else 1)
     if x.shape[-1] * n != kept * m:
         raise ValueError(f"x contracts over {x.shape[-1]}, but {kept} kept elements ({n}:{m}) make {kept * m / n:g}")
     if indices.dtype != jnp.uint32:
@@ -90,8 +90,8 @@ def sparse_matmul(
         raise ValueError(f"indices hold {held:g} positions of {bits} bits a column, values {kept}")
     if indices.shape[1] != values.shape[1]:
         raise ValueError(f"indices have {indices.shape[1]} columns, values have {values.shape[1]}")
-    if packed != (scale is not None):
-        raise ValueError(f"values of {values.dtype} {'need' if packed else 'take no'} scale")
+    if integer != (scale is not None):
+        raise ValueError(f"values of {values.dtype} {'need' if integer else 'take no'} scale")
     if scale is not None:
         check_scale(scale, x.shape[-1], values.shape[1])
         if x.shape[-1] // scale.shape[0] % m:
@@ -99,8 +99,8 @@ def sparse_matmul(
     if choices is not None:
         _check_choices(choices, x.shape[-1], values.shape[1])
     check_activation_bits(activation_bits)
-    if activation_bits is not None and not packed:
-        raise ValueError(f"activation_bits={activation_bits} is for int4 words, not for values of {values.dtype}")
+    if activation_bits is not None and not integer:
+        raise ValueError(f"activation_bits={activation_bits} is for integers, not for values of {values.dtype}")
     options = {"n": n, "m": m, "activation_bits": activation_bits}
     return run_kernel("sparse_matmul", BACKENDS, implementation, x, values, indices, scale, choices, **options)
 

@@ -31,8 +31,8 @@ def sparse_matmul_cpu(
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Weights are never rounded and sums are float32, also for bfloat16 activations. With int4 words activations are
-    integers, as quantized_matmul's are.
+    Weights are never rounded and sums are float32, also for bfloat16 activations. With integers activations are
+    integers too, as quantized_matmul's are.
     Raises NotImplementedError (or its BackendMissing) for what it does not support.
     """
     check_platform("cpu")
@@ -40,15 +40,15 @@ def sparse_matmul_cpu(
     if values.shape[0] == 0 or values.shape[1] == 0:
         raise NotImplementedError("multiplies weights that are not empty")
     if choices is None and m == 8 and scale is None:
-        raise NotImplementedError("multiplies n:8 weights of int4 words only")
+        raise NotImplementedError("multiplies n:8 weights of integers only")
     if scale is not None and x.shape[-1] // scale.shape[0] * n // m % 8:
-        raise NotImplementedError("has int4 groups of whole words (multiples of 8 kept elements)")
+        raise NotImplementedError("has groups of integers of whole words (multiples of 8 kept elements)")
     if choices is not None and scale is None:
-        raise NotImplementedError("multiplies V:N:M weights of int4 words only")
+        raise NotImplementedError("multiplies V:N:M weights of integers only")
     if choices is not None and values.shape[1] // choices.shape[1] % BLOCK_COLUMNS:
         raise NotImplementedError(f"multiplies V:N:M weights whose V is a multiple of {BLOCK_COLUMNS}")
     if activation_bits is not None and scale is None:
-        raise NotImplementedError("rounds activations for packed codes only")
+        raise NotImplementedError("rounds activations for integers only")
     native.load_library()
     kernel = functools.partial(_multiply, n, m, activation_bits)
     reference = functools.partial(sparse_matmul_reference, n=n, m=m)

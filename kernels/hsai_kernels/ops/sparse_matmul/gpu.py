@@ -48,6 +48,8 @@ def sparse_matmul_gpu(
     check_platform("gpu")
     if choices is not None:
         raise NotImplementedError(f"multiplies n:4 and n:8 weights, not V:{n}:{m}")
+    if values.dtype == jnp.int8:
+        raise NotImplementedError("has floating values and int4 words, not int8 values")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     if x.size == 0 or values.size == 0:

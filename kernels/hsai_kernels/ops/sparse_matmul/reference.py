@@ -31,10 +31,11 @@ def densify_nm(
     """float32 (..., size, F) from the kept elements of an N:M sparse weight; what was pruned is zero.
 
     Args:
-      values: floating (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c belongs to sparsity group c // n.
+      values: floating or int8 (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c belongs to sparsity group
+        c // n.
       indices: the position of each kept element inside its group, packed as in packing.py: uint32 (..., C/16, F) of
         2 bits for m = 4, (..., 3*C/32, F) of 3 bits for m = 8.
-      scale: (..., size/g, F) for int4 words, else None.
+      scale: (..., size/g, F) for integers, else None.
       n, m: kept elements, positions a group; m is 4 or 8 without `choices`.
       size: the dense length D of the contraction.
       choices: for V:N:M, uint32 (..., size/32, F/V): bit i of word j says whether position 32*j + i may be kept in the
@@ -47,12 +48,11 @@ def densify_nm(
         return _spread(densify_nm(values, indices, scale, n, 4, size * 4 // m), choices, m, size)
     if m not in POSITION_BITS:
         raise ValueError(f"m={m} has no positions: valid are {', '.join(map(str, POSITION_BITS))}")
-    packed = values.dtype == jnp.uint32
-    kept = (decode_words(values, 4) if packed else values).astype(jnp.float32)
+    kept = (decode_words(values, 4) if values.dtype == jnp.uint32 else values).astype(jnp.float32)
     *lead, count, columns = kept.shape
     if count * m != size * n:
         raise ValueError(f"{count} kept elements do not make {n}:{m} of {size}")
-    if packed and scale is not None:
+    if scale is not None:
         kept = scale_groups(kept, scale)
     split = kept.reshape(*lead, size // m, n, 1, columns)
     positions = unpack_words(indices, POSITION_BITS[m]).reshape(*lead, size // m, n, 1, columns)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
-from hsai_kernels.ops.quantized_matmul.tpu import take_bits, take_element
+from hsai_kernels.ops.quantized_matmul.tpu import take_element
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, sparse_matmul_reference
-from hsai_kernels.packing import count_elements, find_halves
+from hsai_kernels.packing import count_elements
 
 
 def sparse_matmul_tpu(
@@ -44,6 +44,8 @@ def sparse_matmul_tpu(
     check_platform("tpu")
     if choices is not None:
         raise NotImplementedError(f"multiplies n:4 and n:8 weights, not V:{n}:{m}")
+    if values.dtype == jnp.int8:
+        raise NotImplementedError("has floating values and int4 words, not int8 values")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     reference = functools.partial(sparse_matmul_reference, n=n, m=m)
@@ -76,7 +78,7 @@ def _load_dense(n: int, m: int, planes: int, packed: list[Any]) -> list[jax.Arra
     count = planes * n // m
     words = load_strided(indices, count * POSITION_BITS[m] // 32)
     kept = _load_kept(values, count)
-    places = [_take_place(words, m, c) for c in range(count)]
+    places = [take_element(words, POSITION_BITS[m], c) for c in range(count)]
     dense = []
     for j in range(planes):
         chosen = range(j // m * n, (j // m + 1) * n)
@@ -85,18 +87,9 @@ def _load_dense(n: int, m: int, planes: int, packed: list[Any]) -> list[jax.Arra
     return dense
 
 
-def _take_place(words: list[jax.Array], m: int, element: int) -> jax.Array:
-    """int32: the position of a kept element in its group, of 2 or 3 bits."""
-    if m == 4:
-        return take_element(words[element // 16], 2, element % 16)
-    three = words[element // 32 * 3 :]
-    (low, low_shift), (high, high_shift) = find_halves(element % 32)
-    return take_bits(three[low], 2, low_shift) + 4 * take_bits(three[high], 1, high_shift)
-
-
 def _load_kept(values: Any, count: int) -> list[jax.Array]:
     """float32: for each of the first `count` kept elements of a column, it and every count-th after it."""
     if values.dtype == jnp.uint32:
         words = load_strided(values, count // 8)
-        return [take_element(words[c // 8], 4, c % 8).astype(jnp.float32) - INT4_ZERO for c in range(count)]
+        return [take_element(words, 4, c).astype(jnp.float32) - INT4_ZERO for c in range(count)]
     return load_strided(values, count)

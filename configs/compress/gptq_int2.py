@@ -1,0 +1,18 @@
+"""As int2, with the blocks solved over calibration (GPTQ): 2.25 bits a weight there.
+
+hsai compress runs/quickstart --recipe configs/compress/gptq_int2.py --out runs/quickstart/gptq_int2
+"""
+
+from dataclasses import replace
+
+from configs.compress import int2
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig
+
+
+def get_config() -> RecipeConfig:
+    """The parent with a solver for the blocks."""
+    parent = int2.get_config()
+    blocks, *others = parent.rules
+    return replace(parent, rules=(replace(blocks, solver=FeedbackConfig()), *others), calibration=CalibrationConfig())

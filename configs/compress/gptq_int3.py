@@ -1,0 +1,18 @@
+"""As int3, with the blocks solved over calibration (GPTQ): 3.25 bits a weight there.
+
+hsai compress runs/quickstart --recipe configs/compress/gptq_int3.py --out runs/quickstart/gptq_int3
+"""
+
+from dataclasses import replace
+
+from configs.compress import int3
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig
+
+
+def get_config() -> RecipeConfig:
+    """The parent with a solver for the blocks."""
+    parent = int3.get_config()
+    blocks, *others = parent.rules
+    return replace(parent, rules=(replace(blocks, solver=FeedbackConfig()), *others), calibration=CalibrationConfig())

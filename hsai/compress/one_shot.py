@@ -33,6 +33,7 @@ from hsai.formats import (
     VNMConfig,
     VNMInt4Config,
     Weight,
+    is_packed_as,
     nbytes,
     to_dense,
 )
@@ -49,7 +50,7 @@ def compress(
     """A copy of the model whose weights have the formats of the recipe, and the ledger of all its parameters.
 
     Args:
-      model: with dense weights; it is not changed.
+      model: with dense weights, or packed ones that `match_weights` lets pass; it is not changed.
       recipe: which weights become what.
       calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for one.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
@@ -61,11 +62,18 @@ def compress(
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
+    # What training left in the format that is asked for stays as it is.
+    values: dict[str, Weight] = {
+        name: params[name].get_value()
+        for name, rule in rules.items()
+        if is_packed_as(params[name].get_value(), rule.format)
+    }
     solved = {
-        name: (rule.format, rule.solver) for name, rule in rules.items() if isinstance(rule.solver, FeedbackConfig)
+        name: (rule.format, rule.solver)
+        for name, rule in rules.items()
+        if isinstance(rule.solver, FeedbackConfig) and name not in values
     }
     layers: list[LayerRow] = []
-    values: dict[str, Weight] = {}
     if solved:
         if calibration is None or recipe.calibration is None:
             raise ValueError("this recipe solves with feedback; compress needs the calibration's tokens")
@@ -80,10 +88,10 @@ def compress(
         after, error = before, 0.0
         if name in rules:
             if name not in values:
-                values[name] = pack_weight(before, rules[name].format)
+                values[name] = pack_weight(to_dense(before), rules[name].format)
             after = values[name]
             check_bytes(name, after, rules[name].format)
-            error = float(measure_error(before, after))
+            error = float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
                 progress("compressing", done, len(rules))

@@ -26,9 +26,9 @@ from hsai.progress import ProgressBar, say
 from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
 from hsai.train.checkpoint import LOCK, Checkpointer, is_run
 from hsai.train.evaluate import Quality, make_evaluation
+from hsai.train.formats import FormatRule, match_formats, see_packed
 from hsai.train.metrics import MetricsWriter, Throughput, describe_step
 from hsai.train.optimizer import make_optimizer, make_schedule
-from hsai.train.sparsity import SparsityConfig
 from hsai.train.state import TrainState, abstract_state, init_state
 from hsai.train.step import Metrics, make_train_step
 
@@ -58,8 +58,8 @@ class TrainConfig:
     loss_chunk: int = 256
     """Positions of a row whose logits exist together."""
 
-    sparsity: SparsityConfig | None = None
-    """Trains with N:M sparse matrices from the first step."""
+    formats: tuple[FormatRule, ...] = ()
+    """Trains weights as if they were packed: quantized, sparse or both."""
 
     log_every: int = 10
     """Steps between rows of metrics."""
@@ -121,6 +121,7 @@ def train(run: "RunConfig", directory: Path, data_directory: Path) -> TrainResul
     )
     # What can be refused without writing anything comes first; then the corpus, which has a directory of its own.
     check_batch(run, mesh)
+    match_formats(run.train.formats, run.model)
     agree(lambda: _check_stored(run, directory))
     with use_mesh(mesh):
         corpus = prepare_corpus(run, data_directory)
@@ -171,7 +172,7 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
     # Each process lists the directory for itself; a file system that is late somewhere must not part them.
     require_same("newest checkpoint", str(checkpointer.latest))
     if checkpointer.latest is None:
-        state, start = init_state(run.model, optimizer, mesh, config.seed), 0
+        state, start = init_state(run.model, optimizer, mesh, config.seed, config.formats), 0
     else:
         state, start = _resume(run, mesh, checkpointer, corpus)
         say(f"resuming {directory} at step {start} of {config.steps}")
@@ -180,7 +181,8 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_function = make_train_step(optimizer, make_schedule(run.optim, config.steps), config, shardings)
-    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=config.loss_chunk, sparsity=config.sparsity)
+    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=config.loss_chunk)
+    see = jax.jit(lambda model: see_packed(model, config.formats))
     throughput = Throughput(run.model, run.data.sequence_length, mesh.devices.flat[0], mesh.devices.size)
     record = {
         "config": to_dict(run),
@@ -191,7 +193,7 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
 
     def measure() -> Quality:
         with throughput.paused():
-            return evaluate(state.model, loader.evaluation_batches(config.evaluate_tokens))
+            return evaluate(see(state.model), loader.evaluation_batches(config.evaluate_tokens))
 
     quality = measure() if start == config.steps else None
     with agree(lambda: MetricsWriter(directory, resume_step=start)) as writer, ProgressBar() as progress:
@@ -234,7 +236,7 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
 def _resume(run: "RunConfig", mesh: Mesh, checkpointer: Checkpointer, corpus: Corpus) -> tuple[TrainState, int]:
     """The newest checkpoint, if it was made by a run that would have gone on to the same numbers."""
     optimizer = make_optimizer(run.optim, run.train.steps)
-    like = abstract_state(run.model, optimizer, mesh, run.train.seed)
+    like = abstract_state(run.model, optimizer, mesh, run.train.seed, run.train.formats)
     record = checkpointer.read_record()
     _check_config(run, record, checkpointer.directory.parent)
     if record["corpus"] != corpus.meta["content_sha256"]:

@@ -14,7 +14,7 @@ from hsai.files import sha256
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
 from hsai.train.checkpoint import Checkpointer, is_run
-from hsai.train.sparsity import sparsify
+from hsai.train.formats import begin, pack_trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class TrainedModel:
     """The resolved config it was trained with."""
 
     model: Transformer
-    """Float32 weights on the first device; of a run with N:M sparsity, with the masked weights at zero."""
+    """Float32 weights on the first device; those that were trained as if packed are packed."""
 
     tokenizer: Tokenizer
     """What its text was cut with."""
@@ -45,17 +45,16 @@ def read_run(directory: Path) -> TrainedModel:
         record = checkpointer.read_record()
         run = from_dict(RunConfig, record["config"])
         device = SingleDeviceSharding(jax.devices()[0])
-        shapes = abstract_transformer(run.model)
+        formats = run.train.formats
+        shapes = jax.eval_shape(lambda model: begin(model, formats), abstract_transformer(run.model))
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
         model = checkpointer.restore(like, prefix="model.")
     tokenizer = directory / "tokenizer.json"
     if sha256(tokenizer) != record["tokenizer_sha256"]:
         raise InputError(f"{tokenizer} was altered: its SHA-256 is not the one of the checkpoint's tokenizer")
-    if run.train.sparsity is not None:
-        model = sparsify(model, run.train.sparsity)
     return TrainedModel(
         run=run,
-        model=model,
+        model=pack_trained(model, formats),
         tokenizer=Tokenizer.load(tokenizer),
         step=int(record["next_step"]),
         data_directory=Path(record["data_directory"]),

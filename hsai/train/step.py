@@ -12,8 +12,8 @@ import optax
 
 from hsai.data.packing import Batch
 from hsai.models import Remat, Transformer
+from hsai.train.formats import see_packed
 from hsai.train.loss import cross_entropy_sum
-from hsai.train.sparsity import SparsityConfig, sparsify
 from hsai.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ Sums = tuple[tuple[jax.Array, jax.Array], Transformer]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def batch_loss(
-    model: Transformer, batch: Batch, *, chunk: int, remat: Remat = "none", sparsity: SparsityConfig | None = None
-) -> tuple[jax.Array, jax.Array]:
+def batch_loss(model: Transformer, batch: Batch, *, chunk: int, remat: Remat = "none") -> tuple[jax.Array, jax.Array]:
     """Summed -log p in nats, and the summed weight of the targets it was summed over."""
     count = jnp.sum(batch.weights)
-    if sparsity is not None:
-        model = sparsify(model, sparsity, gradient_scale=count)
     hidden, _ = model(batch.tokens, positions=batch.positions, segments=batch.segments, remat=remat)
     loss = cross_entropy_sum(hidden, model.head.get_value(), batch.targets, batch.weights, chunk=chunk)
     return loss, count
@@ -56,7 +52,7 @@ def make_train_step(
 
     def loss_and_grad(model: Transformer, batch: Batch) -> Sums:
         def loss(model: Transformer) -> tuple[jax.Array, jax.Array]:
-            return batch_loss(model, batch, chunk=config.loss_chunk, remat=config.remat, sparsity=config.sparsity)
+            return batch_loss(model, batch, chunk=config.loss_chunk, remat=config.remat)
 
         return jax.value_and_grad(loss, has_aux=True)(model)
 
@@ -70,8 +66,11 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         compute = loss_and_grad if config.accumulate == 1 else accumulate
-        (loss, count), grads = compute(state.model, batch)
-        grads = jax.tree.map(lambda g: g / count, grads)
+        # Once a step, however the batch is cut; and back by way of the mean's gradient, so that what formats add to it
+        # (the pull on pruned weights) is the same for every batch.
+        seen, pull_back = jax.vjp(lambda model: see_packed(model, config.formats), state.model)
+        (loss, count), grads = compute(seen, batch)
+        (grads,) = pull_back(jax.tree.map(lambda g: g / count, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
         metrics = {
             "loss": loss / count,

@@ -1,0 +1,139 @@
+"""Latent weights: float32 values behind what a format holds of them, and how gradients come back to both.
+
+What is held is a step function of the latent values, whose derivative is of no use; it is replaced:
+
+  - rounding passes the gradient on as it is (straight-through). Where scales are found anew in each step they follow
+    the weights, so that nothing stays clipped, and the same holds for what lies beyond the largest level (BitNet,
+    2402.17764);
+  - a learned scale is LSQ's (1902.08153, eqs. 3 and 5): what is clipped passes nothing to its weight and the level to
+    the scale; what is not passes all to its weight and its rounding error to the scale. The gradient of the scale is
+    divided by sqrt(G * highest level) (section 2.2);
+  - a mask that follows magnitudes passes the gradient to pruned weights as well, and pulls them towards zero (SR-STE,
+    2102.04010, eq. 10), so that the choice settles; a fixed mask passes them nothing.
+
+A scale is learned as its logarithm: a step of an adaptive optimizer has the size of its learning rate, whatever the
+gradient's, and must be a share of the scale (1903.08066, section 3.3 and appendix B).
+
+Which weights a fixed mask keeps needs no memory of its own: the others are exactly zero, and no update moves them.
+
+L layers, D contraction, F outputs, G positions that share a scale.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hsai.compress.grid import Grid, grid_of
+from hsai.compress.held import find_mask, find_scale, hold, split_groups
+from hsai.formats import FormatConfig, Packed, Weight
+from hsai.formats.packed import invert_scale
+
+SMALLEST_SCALE = 1e-30
+"""Of a group of zeros: what has no scale has no logarithm."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latent(Packed):
+    """values float32 (..., D, F); log_scale float32 (..., D / G, F), the natural logarithm of the scale."""
+
+    values: jax.Array
+    log_scale: jax.Array
+
+    @classmethod
+    def from_scale(cls, values: jax.Array, scale: jax.Array) -> "Latent":
+        """With a scale as it is stored, which `find_parts` then gives back."""
+        return cls(values, jnp.log(jnp.maximum(scale.astype(jnp.float32), SMALLEST_SCALE)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def dense(self) -> jax.Array:
+        return self.values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Straight:
+    """How a latent weight is seen."""
+
+    format: FormatConfig
+    """What would hold it."""
+
+    fixed: bool
+    """Whether what is zero stays pruned; otherwise magnitudes decide."""
+
+    decay: float
+    """Pull of pruned weights, where magnitudes decide."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """values float32 (..., D, F); mask bool (..., D, F), None where all is kept; scale (..., D / G, F) as it is stored,
+    None of a format without."""
+
+    values: jax.Array
+    mask: jax.Array | None
+    scale: jax.Array | None
+
+
+def find_parts(latent: Weight, how: Straight) -> Parts:
+    """What `how.format.pack` is given for a latent weight: an array, or a `Latent` with its scale."""
+    values = latent.values if isinstance(latent, Latent) else latent
+    assert isinstance(values, jax.Array)
+    mask = values != 0 if how.fixed else find_mask(values, how.format)
+    if isinstance(latent, Latent):
+        grid = grid_of(how.format)
+        assert grid is not None, f"{how.format} has no scales"
+        return Parts(values, mask, jnp.exp(latent.log_scale).astype(grid.dtype))
+    return Parts(values, mask, find_scale(values, how.format, mask))
+
+
+def see_weight(latent: Weight, how: Straight) -> jax.Array:
+    """What the format holds of a latent weight, float32 (..., D, F); its derivative is the module's."""
+    return _see(how, latent)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _see(how: Straight, latent: Weight) -> jax.Array:
+    parts = find_parts(latent, how)
+    return hold(parts.values, how.format, mask=parts.mask, scale=parts.scale)
+
+
+def _see_forward(how: Straight, latent: Weight) -> tuple[jax.Array, tuple[Weight, Parts]]:
+    parts = find_parts(latent, how)
+    return hold(parts.values, how.format, mask=parts.mask, scale=parts.scale), (latent, parts)
+
+
+def _see_backward(how: Straight, saved: tuple[Weight, Parts], grad: jax.Array) -> tuple[Weight]:
+    latent, parts = saved
+    mask, d_values, d_log_scale = parts.mask, grad, None
+    if isinstance(latent, Latent):
+        grid = grid_of(how.format)
+        assert grid is not None and parts.scale is not None
+        kept = grad if mask is None else jnp.where(mask, grad, 0.0)
+        d_kept, d_log_scale = _pull_back(kept, parts.values, parts.scale, grid)
+        d_values = d_kept if mask is None else jnp.where(mask, d_kept, grad)
+    if mask is not None:
+        pruned = 0.0 if how.fixed else d_values + how.decay * parts.values
+        d_values = jnp.where(mask, d_values, pruned)
+    return (d_values if d_log_scale is None else Latent(d_values, d_log_scale),)
+
+
+_see.defvjp(_see_forward, _see_backward)
+
+
+def _pull_back(grad: jax.Array, values: jax.Array, scale: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    """LSQ: the gradients of the values (..., D, F) and of the logarithm of the scale (..., D / G, F)."""
+    wide = scale.astype(jnp.float32)[..., None, :]
+    groups, by_group = split_groups(values, grid.group), split_groups(grad, grid.group)
+    levels = groups * invert_scale(wide)
+    inside = (levels >= grid.low) & (levels <= grid.high)
+    missed = jnp.where(inside, jnp.round(levels) - levels, jnp.clip(levels, grid.low, grid.high))
+    share = 1.0 / math.sqrt(groups.shape[-2] * grid.high)
+    d_log_scale = share * jnp.sum(by_group * missed * wide, axis=-2)
+    return jnp.where(inside, by_group, 0.0).reshape(values.shape), d_log_scale

@@ -4,7 +4,7 @@ A accumulations, B batch, T query.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 from hsai.data.packing import Batch
 from hsai.models import Remat, Transformer
+from hsai.train.distill import distillation_loss
 from hsai.train.formats import see_packed
 from hsai.train.loss import cross_entropy_sum
 from hsai.train.state import TrainState
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 Metrics = dict[str, jax.Array]
 # Loss and weight of the targets, both summed, and the gradient of the summed loss in the model's own structure.
 Sums = tuple[tuple[jax.Array, jax.Array], Transformer]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""Of a state, a batch and, where there is one, the teacher."""
 
 
 def batch_loss(model: Transformer, batch: Batch, *, chunk: int, remat: Remat = "none") -> tuple[jax.Array, jax.Array]:
@@ -43,6 +45,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step function, compiled at its first call; it takes over the memory of the state that it is given.
 
+    It is called with the state, a batch and, for `config.distill`, the teacher.
+
     `shardings` are those of the state, before the step and after it: were they left to the compiler, the second step
     could meet others than the first, and would be compiled again.
 
@@ -50,26 +54,30 @@ def make_train_step(
     float32 scalars: loss (nats a token), grad_norm before clipping, update_norm, learning_rate, tokens.
     """
 
-    def loss_and_grad(model: Transformer, batch: Batch) -> Sums:
+    def loss_and_grad(model: Transformer, batch: Batch, teacher: Transformer | None) -> Sums:
         def loss(model: Transformer) -> tuple[jax.Array, jax.Array]:
-            return batch_loss(model, batch, chunk=config.loss_chunk, remat=config.remat)
+            how: dict[str, Any] = {"chunk": config.loss_chunk, "remat": config.remat}
+            if config.distill is None:
+                return batch_loss(model, batch, **how)
+            assert teacher is not None
+            return distillation_loss(model, teacher, batch, config.distill, **how)
 
         return jax.value_and_grad(loss, has_aux=True)(model)
 
-    def accumulate(model: Transformer, batch: Batch) -> Sums:
+    def accumulate(model: Transformer, batch: Batch, teacher: Transformer | None) -> Sums:
         def add(total: Sums, part: Batch) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, total, loss_and_grad(model, part)), None
+            return jax.tree.map(jnp.add, total, loss_and_grad(model, part, teacher)), None
 
         zero = jnp.zeros((), jnp.float32)
         start = ((zero, zero), jax.tree.map(jnp.zeros_like, model))
         return jax.lax.scan(add, start, split_batch(batch, config.accumulate))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, teacher: Transformer | None = None) -> tuple[TrainState, Metrics]:
         compute = loss_and_grad if config.accumulate == 1 else accumulate
         # Once a step, however the batch is cut; and back by way of the mean's gradient, so that what formats add to it
         # (the pull on pruned weights) is the same for every batch.
         seen, pull_back = jax.vjp(lambda model: see_packed(model, config.formats), state.model)
-        (loss, count), grads = compute(seen, batch)
+        (loss, count), grads = compute(seen, batch, teacher)
         (grads,) = pull_back(jax.tree.map(lambda g: g / count, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
         metrics = {

@@ -3,7 +3,7 @@
 A rule gives the weights whose names match a format, as in a recipe of `hsai.compress`. Behind each such weight stay
 latent values in float32; the model that computes the loss has in their place what the format holds of them: rounded
 (quantization-aware training; ternary: BitNet b1.58, 2402.17764), masked (SR-STE, 2102.04010), or both. Gradients come
-back to the latent values by the rules of `hsai.train.latent`. What a run leaves is packed by the same arithmetic, so
+back to the latent values by the rules of `hsai.compress.latent`. What a run leaves is packed by the same arithmetic, so
 that the packed model is the trained one (`pack_trained`).
 
 L layers, D contraction, F outputs, G positions that share a scale.
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of
 from hsai.compress.held import find_mask, find_scale
+from hsai.compress.latent import Latent, Parts, Straight, find_parts, see_weight
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Packed, Weight, is_packed_as, to_dense
@@ -25,7 +26,6 @@ from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 from hsai.sharding import constrain
-from hsai.train.latent import Latent, Parts, Straight, find_parts, see_weight
 
 BARELY = 1e-30
 """In the place of a kept latent value of zero, where zeros say what is pruned: it rounds to zero, and can grow."""
@@ -62,7 +62,7 @@ class FormatRule:
 
     @property
     def straight(self) -> Straight:
-        """What a weight under this rule is to `hsai.train.latent`."""
+        """What a weight under this rule is to `hsai.compress.latent`."""
         return Straight(format=self.format, fixed=self.masks == "fixed", decay=self.decay)
 
 

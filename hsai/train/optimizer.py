@@ -7,9 +7,9 @@ import jax
 import optax
 from flax import nnx
 
+from hsai.compress.latent import Latent
 from hsai.errors import InputError
 from hsai.models.layers import is_matrix
-from hsai.train.latent import Latent
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

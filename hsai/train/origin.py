@@ -57,8 +57,8 @@ def open_origin(run: "RunConfig", opener: Opener) -> ModelOnDisk | None:
     changes = [line for line in difference(found.config, run.model) if not line.startswith(_FREE_TO_CHANGE)]
     if changes:
         raise InputError(
-            f"train.initialize_from={str(directory)!r} is another model than the config's "
-            f"({'; '.join(f'model.{change}' for change in changes)})"
+            f"train.initialize_from={str(directory)!r} is another model than the config's; "
+            f"change {', '.join(f'model.{change}' for change in changes)}"
         )
     return found
 

@@ -19,7 +19,7 @@ from hsai.train.formats import Rules, begin
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step int32 (): how many updates were made; model: float32 parameters, `Latent` where scales are learned; optimizer:
+    """step int32 (): how many updates were made; model: float32 parameters, of which some may be `Latent`; optimizer:
     optax's state."""
 
     step: jax.Array

@@ -13,6 +13,7 @@ from flax import nnx
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.grid import grid_of
 from hsai.compress.held import find_mask, find_scale, hold
+from hsai.compress.latent import Latent
 from hsai.compress.one_shot import pack_weight
 from hsai.errors import InputError
 from hsai.formats import (
@@ -34,7 +35,6 @@ from hsai.formats.storage import named_arrays, named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 from hsai.train.formats import FormatRule, Rules, begin, match_formats, pack_trained, see_packed
-from hsai.train.latent import Latent
 from hsai.train.loop import TrainConfig
 from hsai.train.optimizer import OptimizerConfig, make_optimizer, matrix_mask
 from hsai.train.state import TrainState, build_state, init_state

@@ -3,8 +3,9 @@
 python scripts/write_results.py [FILE ...]
 
 Each FILE becomes part of docs/results first: runs/quickstart/results.json as quickstart.json, what bench_kernels.py
-wrote as kernels.json, what bench_perplexity.py wrote as perplexity.json; and what `hsai eval --tasks --json` wrote goes
-into evaluation.json, task by task, in place of what the same model scored there before.
+wrote as kernels.json, bench_perplexity.py's as perplexity.json, bench_frontier.py's as frontier.json (and a picture of
+it); and what `hsai eval --tasks --json` wrote goes into evaluation.json, task by task, in place of what the same model
+scored there before.
 """
 
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 from hsai.files import read_json, write_json_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART, KERNELS, EVALUATION, PERPLEXITY = (
-    ROOT / "docs" / "results" / f"{name}.json" for name in ("quickstart", "kernels", "evaluation", "perplexity")
+QUICKSTART, KERNELS, EVALUATION, PERPLEXITY, FRONTIER = (
+    ROOT / "docs" / "results" / f"{name}.json"
+    for name in ("quickstart", "kernels", "evaluation", "perplexity", "frontier")
 )
+PICTURE = ROOT / "docs" / "results" / "frontier.png"
 BEGIN, END = "<!-- results:quickstart -->", "<!-- end -->"
 
 
@@ -134,6 +137,33 @@ def write_perplexity(results: dict[str, Any]) -> str:
     )
 
 
+def write_frontier(results: dict[str, Any]) -> str:
+    """Compressed models beside llama.cpp's, in Markdown."""
+    rows = results["frontier"]
+    dense = {row["side"]: row["perplexity"] for row in rows if row["model"] in ("dense", "F32")}
+    lines = [
+        "| model | by | all weights | bits a weight | perplexity | ratio to its dense |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows, key=lambda row: -float(row["bytes"])):
+        lines.append(
+            f"| {row['model']} | {row['side']} | {row['bytes'] / 1e6:.2f} MB | {row['bits_per_weight']:.3f} "
+            f"| {row['perplexity']:.3f} ± {row['standard_error']:.3f} | {row['perplexity'] / dense[row['side']]:.3f} |"
+        )
+    machine = results["machine"]
+    return (
+        f"![perplexity against bytes](results/{PICTURE.name})\n\n"
+        + "\n".join(lines)
+        + (
+            f"\n\nPerplexity of {results['text']}, {rows[0]['n']} tokens that calibration "
+            f"({results['calibration']}) did not see;\n"
+            "llama.cpp quantizes with an importance matrix of the same calibration, and measures its own files.\n"
+            f"Machine: {machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}.\n"
+            f"Command: `{machine['command']}`.\n"
+        )
+    )
+
+
 def replace_between(text: str, content: str) -> str:
     """`text` with what stands between the markers replaced."""
     head, _, rest = text.partition(BEGIN)
@@ -149,6 +179,8 @@ def main() -> None:
         if "evaluations" in results:
             kept = read_json(EVALUATION) if EVALUATION.exists() else []
             write_json_atomic(EVALUATION, merge_tasks(kept, results))
+        elif "frontier" in results:
+            write_json_atomic(FRONTIER, results)
         elif "case" not in results["rows"][0]:
             write_json_atomic(QUICKSTART, results)
         else:
@@ -161,6 +193,13 @@ def main() -> None:
         text += f"\n## Benchmarks\n\n{write_evaluation(read_json(EVALUATION))}"
     if PERPLEXITY.exists():
         text += f"\n## Perplexity beside llama.cpp\n\n{write_perplexity(read_json(PERPLEXITY))}"
+    if FRONTIER.exists():
+        from bench.plot_frontier import (
+            plot_frontier,
+        )  # a neighbour when this file is a program, not when it is imported
+
+        plot_frontier(read_json(FRONTIER)["frontier"], PICTURE)
+        text += f"\n## Size and quality\n\n{write_frontier(read_json(FRONTIER))}"
     (ROOT / "docs" / "results.md").write_text(text)
     readme = ROOT / "README.md"
     readme.write_text(replace_between(readme.read_text(), table))

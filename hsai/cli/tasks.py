@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from hsai.cli.parser import Parser
 from hsai.errors import InputError
 from hsai.evaluate import EvaluationConfig, Scorer, evaluate_tasks
+from hsai.evaluate.divergence import Reference
 from hsai.evaluate.fewshot import SEED
 from hsai.evaluate.report import describe_evaluation, describe_result
 from hsai.evaluate.runner import NAMES
@@ -99,16 +100,22 @@ def _make_mesh(text: str) -> Mesh:
     return make_mesh(MeshConfig(data=data, fsdp=fsdp, model=model))
 
 
-def measure_tasks(source: ModelSource, plan: TaskPlan, progress: Progress) -> dict[str, Any]:
-    """One model's results, as JSON."""
+def measure_tasks(
+    source: ModelSource, plan: TaskPlan, reference: Reference | None, progress: Progress
+) -> tuple[dict[str, Any], Reference]:
+    """One model's results, as JSON, compared on texts with `reference`; and the one to compare the next model with, by
+    default this one."""
     if plan.mesh is not None:
         check_mesh(plan.mesh, source.config.axis_sizes)
     model = compute_in(source.model, plan.dtype or source.config.dtype)
     scorer = Scorer(model, batch_tokens=plan.batch_tokens, mesh=plan.mesh)
     name = source.directory.name
     about = describe_evaluation(name, model, source.tokenizer, batch_tokens=plan.batch_tokens, mesh=plan.mesh)
-    results = evaluate_tasks(scorer, source.tokenizer, plan.config, cache=plan.cache, progress=progress)
-    return {**about, "tasks": [describe_result(result, plan.config) for result in results]}
+    reference = reference or Reference(scorer.model, source.tokenizer)
+    results = evaluate_tasks(
+        scorer, source.tokenizer, plan.config, cache=plan.cache, reference=reference, progress=progress
+    )
+    return {**about, "tasks": [describe_result(result, plan.config) for result in results]}, reference
 
 
 def compute_in(model: Transformer, dtype: Dtype) -> Transformer:

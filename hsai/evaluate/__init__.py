@@ -6,7 +6,8 @@ that is worth, `perplexity.py` the same for plain text, and `report.py` a table 
 it for one model. `harness.py` lets the harness itself drive our models.
 """
 
+from hsai.evaluate.batches import Pair
 from hsai.evaluate.runner import EvaluationConfig, TaskResult, evaluate_tasks
-from hsai.evaluate.scorer import Pair, Score, Scorer
+from hsai.evaluate.scorer import Score, Scorer
 
 __all__ = ["EvaluationConfig", "Pair", "Score", "Scorer", "TaskResult", "evaluate_tasks"]

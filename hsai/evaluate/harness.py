@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
+from hsai.evaluate.batches import Pair
 from hsai.evaluate.pairs import begin_text, encode_pairs
 from hsai.evaluate.perplexity import cut_windows
-from hsai.evaluate.scorer import Pair, Scorer
+from hsai.evaluate.scorer import Scorer
 from hsai.export.source import open_model
 from hsai.infer import Engine, SamplingConfig
 from hsai.models import Transformer

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hsai.data.tokenizer import Tokenizer
-from hsai.evaluate.scorer import Pair
+from hsai.evaluate.batches import Pair
 
 
 def encode_pairs(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[Pair]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hsai.errors import InputError
-from hsai.evaluate.scorer import Pair
+from hsai.evaluate.batches import Pair
 
 
 def read_text(path: Path) -> str:

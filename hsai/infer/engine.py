@@ -225,6 +225,26 @@ class Engine:
                 speeds.append(tokens / (time.perf_counter() - start))
         return sorted(speeds)
 
+    def prefill_speeds(self, tokens: int, repeats: int = 5) -> list[float]:
+        """Tokens a second of reading a prompt of `tokens`, up to the next token, `repeats` times after a warm-up,
+        slowest first.
+
+        Raises:
+          InputError: tokens or repeats below 1, or more tokens than the context holds.
+        """
+        if tokens < 1 or repeats < 1:
+            raise InputError(f"tokens={tokens} and repeats={repeats} must be at least 1")
+        sampler = Sampler(SamplingConfig(), self.tokenizer.vocab_size)
+        prompt = self._check_prompt(np.arange(tokens) % self.tokenizer.vocab_size)
+        self._prepare(tokens, sampler)
+        speeds = []
+        for repeat in range(repeats + 1):
+            start = time.perf_counter()
+            next(self._continue(prompt, sampler))
+            if repeat > 0:
+                speeds.append(tokens / (time.perf_counter() - start))
+        return sorted(speeds)
+
     def _continue(self, prompt: np.ndarray, sampler: Sampler) -> Iterator[int]:
         """New tokens until the cache is full; the last one is made from a full cache and never read."""
         logits, cache = self.runtime.prefill(prompt, self.runtime.make_cache())

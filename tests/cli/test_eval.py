@@ -29,8 +29,10 @@ def test_rows(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str
         dense["bits_per_weight"] == 32 and 16 < bf16["bits_per_weight"] < 16.1 and 4.2 < int4["bits_per_weight"] < 4.4
     )
     for row in written["rows"]:
-        slowest, fastest = row["decode_spread"]
-        assert 0 < slowest <= row["decode_tokens_per_second"] <= fastest
+        for kind in ("decode", "prefill"):
+            slowest, fastest = row[f"{kind}_spread"]
+            assert 0 < slowest <= row[f"{kind}_tokens_per_second"] <= fastest
+        assert row["bytes"] < row["peak_memory"] < 2**35
     assert written["machine"]["cores"] >= 1 and written["machine"]["jax"]
 
 

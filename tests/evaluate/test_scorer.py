@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from hsai.errors import InputError
-from hsai.evaluate.scorer import Pair, Score, Scorer, pad_length
+from hsai.evaluate.batches import Pair, pad_length
+from hsai.evaluate.scorer import Score, Scorer
 from hsai.models import Transformer
 from hsai.sharding import MeshConfig, make_mesh
 from tests.export.tiny_models import full_logits

@@ -141,10 +141,18 @@ def _list_quantized_matmul() -> Iterator[Case]:
 
 
 def _list_sparse_matmul() -> Iterator[Case]:
-    shapes = (*PRODUCTS, ("ragged, one scale a column", (37, 704, 1001, 704)))
+    shapes = (
+        *PRODUCTS,
+        ("ragged, one scale a column", (37, 704, 1001, 704)),
+        ("ragged, groups of 64", (37, 768, 1001, 64)),
+    )
     kinds = ((2, 4, False), (1, 4, True), (2, 4, True), (3, 4, True), (4, 8, False), (4, 8, True))
-    for (name, (rows, contraction, columns, group)), dtype, (n, m, packed) in itertools.product(shapes, DTYPES, kinds):
-        if (n, m) != (2, 4) and not name.startswith("ragged"):
+    deep = ((1, 8, True), (2, 8, True))
+    """Their positions fill whole words of 32 bits in contractions of a multiple of 256 and 128 only."""
+    for (name, (rows, contraction, columns, group)), dtype, (n, m, packed) in itertools.product(
+        shapes, DTYPES, (*kinds, *deep)
+    ):
+        if ((n, m, packed) in deep) != (contraction == 768) or ((n, m) != (2, 4) and not name.startswith("ragged")):
             continue
         kept = contraction * n // m
         indices = ((kept * POSITION_BITS[m] // 32, columns), jnp.uint32)

@@ -19,6 +19,7 @@ from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS
 
 
 def _list_attention() -> Iterator[Case]:
@@ -189,28 +190,33 @@ def _list_quantized() -> Iterator[Case]:
 
 
 def _list_sparse() -> Iterator[Case]:
-    # n, R, D, F, g
-    shapes: tuple[tuple[str, tuple[int, int, int, int, int]], ...] = (
-        ("2:4, ragged, groups of 16", (2, 5, 96, 65, 16)),
-        ("3:4, ragged columns, two deep", (3, 3, 1280, 200, 64)),
-        ("1:4, decoding, groups of 32", (1, 1, 2048, 5632, 32)),
-        ("2:4, decoding, groups of 32", (2, 1, 2048, 5632, 32)),
-        ("2:4, decoding, groups of 128", (2, 8, 4096, 4096, 128)),
-        ("2:4, prefill, groups of 32", (2, 700, 2048, 1000, 32)),
-        ("2:4, prefill, a scale a column", (2, 512, 2048, 2048, 2048)),
+    # n, m, R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int, int, int]], ...] = (
+        ("2:4, ragged, groups of 16", (2, 4, 5, 96, 65, 16)),
+        ("3:4, ragged columns, two deep", (3, 4, 3, 1280, 200, 64)),
+        ("1:4, decoding, groups of 32", (1, 4, 1, 2048, 5632, 32)),
+        ("2:4, decoding, groups of 32", (2, 4, 1, 2048, 5632, 32)),
+        ("2:4, decoding, groups of 128", (2, 4, 8, 4096, 4096, 128)),
+        ("2:4, prefill, groups of 32", (2, 4, 700, 2048, 1000, 32)),
+        ("2:4, prefill, a scale a column", (2, 4, 512, 2048, 2048, 2048)),
+        ("4:8, ragged, groups of 64", (4, 8, 5, 192, 65, 64)),
+        ("2:8, ragged columns, two deep", (2, 8, 3, 1280, 200, 128)),
+        ("1:8, decoding, groups of 64", (1, 8, 1, 2048, 5632, 64)),
+        ("4:8, decoding, groups of 64", (4, 8, 1, 2048, 5632, 64)),
+        ("4:8, prefill, groups of 64", (4, 8, 700, 2048, 1000, 64)),
     )
-    for (name, (n, rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
-        kept = depth * n // 4
-        x, indices = _shape(dtype, rows, depth), _shape("uint32", kept // 16, columns)
+    for (name, (n, m, rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
+        kept = depth * n // m
+        x, indices = _shape(dtype, rows, depth), _shape("uint32", kept * POSITION_BITS[m] // 32, columns)
         for kind, values, scale in (
             (dtype, _shape(dtype, kept, columns), None),
             ("int4", _shape("uint32", kept // 8, columns), _shape("float32", depth // group, columns)),
         ):
             yield Case(
-                kernel=f"sparse_matmul {n}:4 {kind}",
+                kernel=f"sparse_matmul {n}:{m} {kind}",
                 name=name,
                 dtype=dtype,
-                function=functools.partial(sparse_matmul, n=n, m=4, implementation="tpu"),
+                function=functools.partial(sparse_matmul, n=n, m=m, implementation="tpu"),
                 operands=(x, values, indices) if scale is None else (x, values, indices, scale),
                 quick=rows < 8 and columns < 300,
             )

@@ -1,0 +1,64 @@
+"""llama.cpp's own quantization through llama-cpp-python, with an importance matrix of our calibration text.
+
+llama-imatrix gathers, for every product of a block, the mean square of each input over a text. The same numbers are the
+diagonals of the Gram matrices that our solvers see, so both sides calibrate on the same tokens; the embedding and the
+head have none on either side.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from hsai.compress.stream import Grams, stream_blocks
+from hsai.interop.gguf_names import ARCHITECTURES, list_entries
+from hsai.models import Transformer
+from hsai.models.transformer import Block
+
+KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
+
+
+def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) -> dict[str, np.ndarray]:
+    """The mean square of each input of each block's products, float32 (D,) by the tensor's name in GGUF.
+
+    Args:
+      model: dense.
+      tokens: int32 (N, T), the calibration.
+      batch: sequences at a time.
+    """
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def keep(layer: int, block: Block, grams: Grams) -> Block:
+        for name, gram in grams.items():
+            found[f"layers.{name}", layer] = np.asarray(jnp.diagonal(gram) / tokens.size, np.float32)
+        return block
+
+    stream_blocks(model, tokens, batch=batch, solve=keep)
+    entries = list_entries(ARCHITECTURES["llama"], model.config)
+    return {
+        entry.name: found[entry.leaf, entry.index[0]]
+        for entry in entries
+        if entry.index and (entry.leaf, entry.index[0]) in found
+    }
+
+
+def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray]) -> None:
+    """Writes `target`, the GGUF file `source` in one of KINDS, as `llama-quantize --imatrix` does.
+
+    Raises:
+      RuntimeError: llama.cpp does not do it.
+    """
+    import llama_cpp
+
+    rows = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # the last one, without a name, ends it
+    for row, (name, values) in zip(rows, importance.items(), strict=False):
+        row.name, row.size = name.encode(), values.size
+        row.data = np.ascontiguousarray(values, np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.imatrix = ctypes.cast(rows, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+    if status:
+        raise RuntimeError(f"llama.cpp could not write {target} as {kind}: status {status}")

@@ -1,0 +1,116 @@
+#!/usr/bin/env python
+"""Perplexity against bytes: bundles that `hsai compress` made beside llama.cpp's quantizations of the same model.
+
+    python scripts/bench_frontier.py MODEL BUNDLE ... --calibration TEXT --text HELDOUT [--kinds Q4_K_M IQ2_XS ...]
+        [--chunks 32] [--window 512] [--json FILE] [--quick]
+
+MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
+matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
+chunks of the held-out text. Bytes are those of all weights, norm gains included; --quick takes 4 chunks and one kind.
+Needs llama-cpp-python: pip install '.[peers]'.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench.llama_quantize import KINDS, measure_importance, quantize
+from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
+
+from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.evaluate.metrics import Metric
+from hsai.evaluate.perplexity import read_text
+from hsai.export.gguf import export_gguf
+from hsai.export.source import ModelSource, open_model
+from hsai.files import write_json_atomic
+from hsai.formats import nbytes
+from hsai.formats.storage import named_weights
+from hsai.machine import describe_machine
+from hsai.progress import ProgressBar, say
+
+
+def main() -> None:
+    """Measures all, and prints a line for each as it comes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="*")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    kinds = arguments.kinds[:1] if arguments.quick else arguments.kinds
+    source = open_model(arguments.model)
+    size = sum(param.get_value().size for param in named_weights(source.model).values())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch, ProgressBar() as progress:
+        dense = Path(scratch) / "dense.gguf"
+        export_gguf(dense, source, dtype="f32")
+        llama = open_llama(dense, arguments.window)
+        pairs = cut_text(llama, source.tokenizer, read_text(arguments.text), arguments.window)
+        pairs = pairs[: 4 if arguments.quick else arguments.chunks]
+
+        def note(name: str, side: str, held: int, found: Metric) -> None:
+            rows.append(
+                {
+                    "model": name,
+                    "side": side,
+                    "bytes": held,
+                    "bits_per_weight": 8 * held / size,
+                    "perplexity": found.value,
+                    "standard_error": found.standard_error,
+                    "n": found.n,
+                }
+            )
+            say(f"{side:9} {name:24} {held / 1e6:8.2f} MB {8 * held / size:6.3f} bits {found.value:10.4f}")
+
+        note("F32", "llama.cpp", _count_bytes(dense), measure_llama(llama, pairs, progress, "llama.cpp F32"))
+        del llama
+        note("dense", "hsai", _count_weights(source), measure_ours(source.model, pairs, progress, "dense"))
+        for path in arguments.bundles:
+            bundle = open_model(path)
+            note(path.name, "hsai", _count_weights(bundle), measure_ours(bundle.model, pairs, progress, path.name))
+        for kind, path in _quantize_all(source, dense, kinds, arguments.calibration, Path(scratch)):
+            found = measure_llama(open_llama(path, arguments.window), pairs, progress, kind)
+            note(kind, "llama.cpp", _count_bytes(path), found)
+            path.unlink()
+    if arguments.json is not None:
+        machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
+        texts = {"calibration": arguments.calibration.name, "text": arguments.text.name}
+        write_json_atomic(arguments.json, {"machine": machine, **texts, "frontier": rows})
+
+
+def _quantize_all(
+    source: ModelSource, dense: Path, kinds: Sequence[str], calibration: Path, scratch: Path
+) -> Iterator[tuple[str, Path]]:
+    """Each kind's file, for as long as the next one is not asked for."""
+    config = CalibrationConfig()
+    stream = np.asarray(source.tokenizer.encode(read_text(calibration)), np.int32)
+    importance = measure_importance(source.model, draw_windows(stream, config), batch=config.batch)
+    for kind in kinds:
+        path = scratch / f"{kind}.gguf"
+        quantize(dense, path, kind, importance)
+        yield kind, path
+
+
+def _count_weights(source: ModelSource) -> int:
+    return sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
+
+
+def _count_bytes(path: Path) -> int:
+    """Of all tensors of a GGUF file."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+
+
+if __name__ == "__main__":
+    main()

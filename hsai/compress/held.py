@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of, search_scale
-from hsai.formats import FormatConfig, Int8Config, TernaryConfig
+from hsai.formats import FormatConfig, TernaryConfig
 
 
 def find_mask(w: jax.Array, format: FormatConfig) -> jax.Array | None:
@@ -21,20 +21,20 @@ def find_mask(w: jax.Array, format: FormatConfig) -> jax.Array | None:
 def find_scale(w: jax.Array, format: FormatConfig, mask: jax.Array | None = None) -> jax.Array | None:
     """The scales (..., D / G, F) that the weight alone suggests, as they are stored; None of a format without.
 
-    Of int8 the largest weight's, of ternary the mean magnitude, of others the best of a search: as `pack_weight`.
+    Of 8 bits the largest weight's, of ternary the mean magnitude, of others the best of a search: as `pack_weight`.
     """
     grid = grid_of(format)
     if grid is None:
         return None
     wide = w.astype(jnp.float32)
     wide = wide if mask is None else jnp.where(mask, wide, 0.0)
-    match format:
-        case Int8Config():
-            scale = format.absmax_scale(wide)
-        case TernaryConfig():
-            scale = format.absmean_scale(wide)
-        case _:
-            scale = search_scale(split_groups(wide, grid.group), 1.0, grid)[..., 0, :]
+    groups = split_groups(wide, grid.group)
+    if isinstance(format, TernaryConfig):
+        scale = format.absmean_scale(wide)
+    elif grid.high >= 127:  # a search would end there as well
+        scale = jnp.max(jnp.abs(groups), axis=-2) / grid.high
+    else:
+        scale = search_scale(groups, 1.0, grid)[..., 0, :]
     return scale.astype(grid.dtype)
 
 

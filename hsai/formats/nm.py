@@ -40,9 +40,6 @@ class NM(Packed):
     def dense(self) -> jax.Array:
         return densify_nm(self.values, self.indices, None, self.n, self.m, self.shape[-2])
 
-    def kept(self) -> jax.Array:
-        return dataclasses.replace(self, values=jnp.ones_like(self.values)).dense() != 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NMConfig:

@@ -37,11 +37,6 @@ class NMInt4(Packed):
     def dense(self) -> jax.Array:
         return densify_nm(self.words, self.indices, self.scale, self.n, self.m, self.shape[-2])
 
-    def kept(self) -> jax.Array:
-        # Every code the largest, every scale one.
-        words, scale = jnp.full_like(self.words, 0xFFFFFFFF), jnp.ones_like(self.scale)
-        return dataclasses.replace(self, words=words, scale=scale).dense() != 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NMInt4Config:

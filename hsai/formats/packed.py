@@ -33,7 +33,13 @@ class Packed(abc.ABC):
 
     def kept(self) -> jax.Array | None:
         """Where the format keeps a weight, be it of the value 0: bool (..., D, F); None of one that keeps all."""
-        return None
+        if not hasattr(self, "indices"):
+            return None
+        # Every value the largest, in the places that it has.
+        largest = {"values": 1, "words": 0xFFFFFFFF, "scale": 1}
+        present = {name: getattr(self, name) for name in largest if hasattr(self, name)}
+        filled = {name: jnp.full_like(array, largest[name]) for name, array in present.items()}
+        return dataclasses.replace(self, **filled).dense() != 0
 
     def take(self, ids: jax.Array) -> "Packed":
         """The columns that `ids` (N,) int32 name, of an array for each field with F columns."""

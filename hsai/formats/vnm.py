@@ -58,9 +58,6 @@ class VNM(_Blocked):
     def dense(self) -> jax.Array:
         return densify_nm(self.values, self.indices, None, self.n, self.m, self.shape[-2], self.choices)
 
-    def kept(self) -> jax.Array:
-        return dataclasses.replace(self, values=jnp.ones_like(self.values)).dense() != 0
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +78,6 @@ class VNMInt4(_Blocked):
 
     def dense(self) -> jax.Array:
         return densify_nm(self.words, self.indices, self.scale, self.n, self.m, self.shape[-2], self.choices)
-
-    def kept(self) -> jax.Array:
-        words, scale = jnp.full_like(self.words, 0xFFFFFFFF), jnp.ones_like(self.scale)  # as in NMInt4
-        return dataclasses.replace(self, words=words, scale=scale).dense() != 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,11 @@ import jax.numpy as jnp
 
 from hsai.compress.grid import Grid, grid_of
 from hsai.compress.held import find_mask, find_scale, hold, split_groups
-from hsai.formats import FormatConfig, Packed, Weight
+from hsai.formats import FormatConfig, Packed, Weight, is_packed_as, to_dense
 from hsai.formats.packed import invert_scale
+
+BARELY = 1e-30
+"""In the place of a kept latent value of zero, where zeros say what is pruned: it rounds to zero, and can grow."""
 
 SMALLEST_SCALE = 1e-30
 """Of a group of zeros: what has no scale has no logarithm."""
@@ -63,6 +66,9 @@ class Straight:
     format: FormatConfig
     """What would hold it."""
 
+    learned: bool
+    """Whether scales are learned; otherwise they are found anew in every step."""
+
     fixed: bool
     """Whether what is zero stays pruned; otherwise magnitudes decide."""
 
@@ -81,16 +87,56 @@ class Parts:
     scale: jax.Array | None
 
 
+def begin_latent(value: Weight, how: Straight) -> Weight:
+    """A latent weight, float32 (..., D, F) or `Latent`, from a dense or packed one.
+
+    What is packed in the format already hands on its scales where they are learned, and its mask where that is fixed:
+    what is seen first is then what was packed. Otherwise they are found.
+    """
+    values = to_dense(value).astype(jnp.float32)
+    solved = is_packed_as(value, how.format)
+    if how.fixed:
+        mask = value.kept() if solved and isinstance(value, Packed) else find_mask(values, how.format)
+        assert mask is not None, f"{how.format} prunes nothing"
+        values = jnp.where(mask, jnp.where(values == 0, BARELY, values), 0.0)
+    if not how.learned:
+        return values
+    if solved:
+        return Latent.from_scale(values, getattr(value, "scale"))  # noqa: B009 (of which class is not known here)
+    scale = find_scale(values, how.format, _find_mask(values, how))
+    assert scale is not None, f"{how.format} has no scales"
+    return Latent.from_scale(values, scale)
+
+
 def find_parts(latent: Weight, how: Straight) -> Parts:
     """What `how.format.pack` is given for a latent weight: an array, or a `Latent` with its scale."""
     values = latent.values if isinstance(latent, Latent) else latent
     assert isinstance(values, jax.Array)
-    mask = values != 0 if how.fixed else find_mask(values, how.format)
+    mask = _find_mask(values, how)
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None, f"{how.format} has no scales"
         return Parts(values, mask, jnp.exp(latent.log_scale).astype(grid.dtype))
     return Parts(values, mask, find_scale(values, how.format, mask))
+
+
+def _find_mask(values: jax.Array, how: Straight) -> jax.Array | None:
+    return values != 0 if how.fixed else find_mask(values, how.format)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def pack_latent(latent: Weight, how: Straight) -> Weight:
+    """The weight packed: of what `see_weight` gives, not a number changes."""
+
+    def pack(parts: Parts) -> Weight:
+        if parts.values.ndim > 2:  # layer by layer, as temporaries are larger than what is packed
+            stacked: Weight = jax.lax.map(pack, parts)
+            return stacked
+        given = {"mask": parts.mask, "scale": parts.scale}
+        packed: Weight = how.format.pack(parts.values, **{key: x for key, x in given.items() if x is not None})
+        return packed
+
+    return pack(find_parts(latent, how))
 
 
 def see_weight(latent: Weight, how: Straight) -> jax.Array:

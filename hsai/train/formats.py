@@ -10,25 +10,19 @@ L layers, D contraction, F outputs, G positions that share a scale.
 """
 
 import dataclasses
-import functools
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of
-from hsai.compress.held import find_mask, find_scale
-from hsai.compress.latent import Latent, Parts, Straight, find_parts, see_weight
+from hsai.compress.latent import Straight, begin_latent, pack_latent, see_weight
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, Packed, Weight, is_packed_as, to_dense
+from hsai.formats import FormatConfig, Weight, to_dense
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 from hsai.sharding import constrain
-
-BARELY = 1e-30
-"""In the place of a kept latent value of zero, where zeros say what is pruned: it rounds to zero, and can grow."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +57,8 @@ class FormatRule:
     @property
     def straight(self) -> Straight:
         """What a weight under this rule is to `hsai.compress.latent`."""
-        return Straight(format=self.format, fixed=self.masks == "fixed", decay=self.decay)
+        learned, fixed = self.scales == "learned", self.masks == "fixed"
+        return Straight(format=self.format, learned=learned, fixed=fixed, decay=self.decay)
 
 
 Rules = tuple[FormatRule, ...]
@@ -81,28 +76,17 @@ def match_formats(rules: Rules, config: TransformerConfig) -> dict[str, FormatRu
 def begin(model: Transformer, rules: Rules) -> Transformer:
     """The model as training begins: latent values, float32 (L, D, F), with what the rules keep beside them.
 
-    Of a weight that is packed in its rule's format already, mask and scales are taken over, so that the first forward
-    pass sees what was packed; everything else is made dense, and masks and scales are found.
+    Of a weight that is packed in its rule's format already, a fixed mask and learned scales are taken over; everything
+    else is made dense, and masks and scales are found.
     """
     matched = match_formats(rules, model.config)
     values: dict[str, Weight] = {}
     for name, param in named_weights(model).items():
         value = param.get_value()
-        values[name] = _begin_weight(value, matched[name]) if name in matched else to_dense(value).astype(jnp.float32)
+        values[name] = (
+            begin_latent(value, matched[name].straight) if name in matched else to_dense(value).astype(jnp.float32)
+        )
     return replace_weights(model, values)
-
-
-def _begin_weight(value: Weight, rule: FormatRule) -> Weight:
-    w = to_dense(value).astype(jnp.float32)
-    solved = is_packed_as(value, rule.format)
-    if rule.masks == "fixed":
-        mask = value.kept() if solved and isinstance(value, Packed) else find_mask(w, rule.format)
-        w = jnp.where(mask, jnp.where(w == 0, BARELY, w), 0.0)
-    if rule.scales == "derived":
-        return w
-    mask = w != 0 if rule.masks == "fixed" else find_mask(w, rule.format)
-    scale: Any = getattr(value, "scale", None) if solved else find_scale(w, rule.format, mask)
-    return Latent.from_scale(w, scale)
 
 
 def see_packed(model: Transformer, rules: Rules) -> Transformer:
@@ -128,18 +112,5 @@ def pack_trained(model: Transformer, rules: Rules) -> Transformer:
     params = named_weights(model)
     values: dict[str, Weight] = {}
     for name, rule in match_formats(rules, model.config).items():
-        values[name] = _pack_weight(params[name].get_value(), rule.straight)
+        values[name] = pack_latent(params[name].get_value(), rule.straight)
     return replace_weights(model, values)
-
-
-@functools.partial(jax.jit, static_argnames="how")
-def _pack_weight(latent: Weight, how: Straight) -> Weight:
-    def pack(parts: Parts) -> Weight:
-        if parts.values.ndim > 2:  # layer by layer, as temporaries are larger than what is packed
-            stacked: Weight = jax.lax.map(pack, parts)
-            return stacked
-        given = {"mask": parts.mask, "scale": parts.scale}
-        packed: Weight = how.format.pack(parts.values, **{key: x for key, x in given.items() if x is not None})
-        return packed
-
-    return pack(find_parts(latent, how))

@@ -11,8 +11,10 @@ What is held is a step function of the latent values, whose derivative is of no 
   - a mask that follows magnitudes passes the gradient to pruned weights as well, and pulls them towards zero (SR-STE,
     2102.04010, eq. 10), so that the choice settles; a fixed mask passes them nothing.
 
-A scale is learned as its logarithm: a step of an adaptive optimizer has the size of its learning rate, whatever the
-gradient's, and must be a share of the scale (1903.08066, section 3.3 and appendix B).
+A scale is learned as its exponent, a logarithm: a step of an adaptive optimizer has the size of its learning rate,
+whatever the gradient's, and must be a share of the scale (1903.08066, section 3.3 and appendix B). Between powers of
+two it is taken as linear, which every program and every machine computes to the same bit; so the scale that is packed
+is the one that was trained.
 
 Which weights a fixed mask keeps needs no memory of its own: the others are exactly zero, and no update moves them.
 
@@ -35,21 +37,21 @@ BARELY = 1e-30
 """In the place of a kept latent value of zero, where zeros say what is pruned: it rounds to zero, and can grow."""
 
 SMALLEST_SCALE = 1e-30
-"""Of a group of zeros: what has no scale has no logarithm."""
+"""Of a group of zeros: what has no scale has no exponent."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Latent(Packed):
-    """values float32 (..., D, F); log_scale float32 (..., D / G, F), the natural logarithm of the scale."""
+    """values float32 (..., D, F); exponent float32 (..., D / G, F), of the scale (`to_scale`)."""
 
     values: jax.Array
-    log_scale: jax.Array
+    exponent: jax.Array
 
     @classmethod
     def from_scale(cls, values: jax.Array, scale: jax.Array) -> "Latent":
         """With a scale as it is stored, which `find_parts` then gives back."""
-        return cls(values, jnp.log(jnp.maximum(scale.astype(jnp.float32), SMALLEST_SCALE)))
+        return cls(values, to_exponent(scale))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -57,6 +59,23 @@ class Latent(Packed):
 
     def dense(self) -> jax.Array:
         return self.values
+
+
+def to_scale(exponent: jax.Array) -> jax.Array:
+    """2^floor(e) * (1 + e - floor(e)), float32: a power of two where e is whole, and linear in between."""
+    whole = jnp.floor(exponent)
+    return (1.0 + (exponent - whole)) * _power_of_two(whole)
+
+
+def to_exponent(scale: jax.Array) -> jax.Array:
+    """The inverse, exact for a scale of bfloat16."""
+    mantissa, above = jnp.frexp(jnp.maximum(scale.astype(jnp.float32), SMALLEST_SCALE))
+    return (above - 1).astype(jnp.float32) + (2.0 * mantissa - 1.0)
+
+
+def _power_of_two(whole: jax.Array) -> jax.Array:
+    bits = (jnp.clip(whole, -126, 127).astype(jnp.int32) + 127) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +135,7 @@ def find_parts(latent: Weight, how: Straight) -> Parts:
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None, f"{how.format} has no scales"
-        return Parts(values, mask, jnp.exp(latent.log_scale).astype(grid.dtype))
+        return Parts(values, mask, to_scale(latent.exponent).astype(grid.dtype))
     return Parts(values, mask, find_scale(values, how.format, mask))
 
 
@@ -157,29 +176,30 @@ def _see_forward(how: Straight, latent: Weight) -> tuple[jax.Array, tuple[Weight
 
 def _see_backward(how: Straight, saved: tuple[Weight, Parts], grad: jax.Array) -> tuple[Weight]:
     latent, parts = saved
-    mask, d_values, d_log_scale = parts.mask, grad, None
+    mask, d_values, d_exponent = parts.mask, grad, None
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None and parts.scale is not None
         kept = grad if mask is None else jnp.where(mask, grad, 0.0)
-        d_kept, d_log_scale = _pull_back(kept, parts.values, parts.scale, grid)
+        d_kept, d_scale = _pull_back(kept, parts.values, parts.scale, grid)
+        d_exponent = d_scale * _power_of_two(jnp.floor(latent.exponent))
         d_values = d_kept if mask is None else jnp.where(mask, d_kept, grad)
     if mask is not None:
         pruned = 0.0 if how.fixed else d_values + how.decay * parts.values
         d_values = jnp.where(mask, d_values, pruned)
-    return (d_values if d_log_scale is None else Latent(d_values, d_log_scale),)
+    return (d_values if d_exponent is None else Latent(d_values, d_exponent),)
 
 
 _see.defvjp(_see_forward, _see_backward)
 
 
 def _pull_back(grad: jax.Array, values: jax.Array, scale: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """LSQ: the gradients of the values (..., D, F) and of the logarithm of the scale (..., D / G, F)."""
+    """LSQ: the gradients of the values (..., D, F) and of the scale (..., D / G, F)."""
     wide = scale.astype(jnp.float32)[..., None, :]
     groups, by_group = split_groups(values, grid.group), split_groups(grad, grid.group)
     levels = groups * invert_scale(wide)
     inside = (levels >= grid.low) & (levels <= grid.high)
-    held = grid.round(groups, wide)
+    level = grid.round(groups, wide) * invert_scale(wide)
     share = 1.0 / math.sqrt(groups.shape[-2] * grid.high)
-    d_log_scale = share * jnp.sum(by_group * jnp.where(inside, held - groups, held), axis=-2)
-    return jnp.where(inside, by_group, 0.0).reshape(values.shape), d_log_scale
+    d_scale = share * jnp.sum(by_group * (level - jnp.where(inside, levels, 0.0)), axis=-2)
+    return jnp.where(inside, by_group, 0.0).reshape(values.shape), d_scale

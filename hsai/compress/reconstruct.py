@@ -149,7 +149,7 @@ def _make_how(value: Weight, format: FormatConfig) -> Straight:
 
 def _find_unit(latent: Weight) -> Weight:
     """What a learning rate of one would add: the root mean square of the values that are not pruned, and to the
-    logarithm of a scale one."""
+    exponent of a scale one."""
     values = to_dense(latent)
     kept = jnp.maximum(jnp.sum(values != 0), 1)
     unit = jnp.sqrt(jnp.sum(jnp.square(values)) / kept)

@@ -80,7 +80,7 @@ def matrix_mask(params: Any) -> Any:
     def mark(param: nnx.Variable) -> nnx.Variable:
         marks = jax.tree.map(lambda _: is_matrix(param), param)
         value = marks.get_value()
-        return marks.replace(dataclasses.replace(value, log_scale=False)) if isinstance(value, Latent) else marks
+        return marks.replace(dataclasses.replace(value, exponent=False)) if isinstance(value, Latent) else marks
 
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -13,7 +13,7 @@ from flax import nnx
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.grid import grid_of
 from hsai.compress.held import find_mask, find_scale, hold
-from hsai.compress.latent import Latent
+from hsai.compress.latent import Latent, to_exponent, to_scale
 from hsai.compress.one_shot import pack_weight
 from hsai.errors import InputError
 from hsai.formats import (
@@ -95,7 +95,7 @@ def draw_weight(kind: str) -> jax.Array:
     if kind == "ties":
         w = draw.integers(-3, 4, w.shape) * 0.25
     if kind == "tiny":
-        w *= 1e-36
+        w *= 1e-34  # beyond 1e-38 processors take numbers for zero
     return jnp.asarray(w, jnp.float32)
 
 
@@ -159,11 +159,11 @@ def see_plainly(latent: Latent, format: FormatConfig, mask: jax.Array | None) ->
     assert grid is not None
     layers, size, outputs = latent.shape
     groups = latent.values.reshape(layers, -1, grid.group or size, outputs)
-    # The gradient of a scale is that of LSQ divided by sqrt(number of its weights * highest level).
+    # The gradient of a scale is divided by sqrt(number of its weights * highest level); its rounding has none.
     share = 1 / np.sqrt(groups.shape[-2] * grid.high)
-    log = latent.log_scale * share + jax.lax.stop_gradient(latent.log_scale * (1 - share))
-    exact = jnp.exp(log)
-    scale = (exact + jax.lax.stop_gradient(exact.astype(grid.dtype).astype(jnp.float32) - exact))[..., None, :]
+    exact = to_scale(latent.exponent)
+    stored = jax.lax.stop_gradient(exact.astype(grid.dtype).astype(jnp.float32))
+    scale = (stored + share * (exact - jax.lax.stop_gradient(exact)))[..., None, :]
     level = groups / scale
     inside = (level >= grid.low) & (level <= grid.high)
     rounded = level + jax.lax.stop_gradient(jnp.round(level) - level)
@@ -183,14 +183,13 @@ def test_learned_scales_and_clipped_weights_have_the_gradients_of_lsq(format: Fo
     config = TransformerConfig(**SMALL)
     start = begin(jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(1)))(), rules)
     # Scales of half the size, so that there is much to clip.
-    halved = jax.tree.map(lambda x: x, start)
     values = {
-        name: dataclasses.replace(param.get_value(), log_scale=param.get_value().log_scale - 0.7)
+        name: dataclasses.replace(param.get_value(), exponent=param.get_value().exponent - 0.9)
         for name, param in named_weights(start).items()
         if name in match_formats(rules, config)
     }
     assert len(values) == 7
-    halved = replace_weights(halved, values)
+    halved = replace_weights(start, values)
     factors = draw_factors(halved)
     grads = named_weights(jax.jit(jax.grad(lambda model: weigh(see_packed(model, rules), factors)))(halved))
     for name, latent in values.items():
@@ -203,8 +202,18 @@ def test_learned_scales_and_clipped_weights_have_the_gradients_of_lsq(format: Fo
         assert isinstance(found, Latent)
         kept = wanted.values if mask is None else jnp.where(mask, wanted.values, factors[name])
         np.testing.assert_allclose(found.values, kept, rtol=1e-5, atol=1e-6, err_msg=name)
-        np.testing.assert_allclose(found.log_scale, wanted.log_scale, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found.exponent, wanted.exponent, rtol=1e-4, atol=1e-6, err_msg=name)
         assert 0.02 < np.mean(np.asarray(found.values) == 0) < 0.9  # something was clipped, and not everything
+
+
+def test_a_scale_is_its_exponent_and_back() -> None:
+    draw = np.random.default_rng(0)
+    scale = jnp.asarray(np.exp(draw.uniform(-60, 20, 10_000)), jnp.bfloat16)
+    assert jnp.array_equal(to_scale(to_exponent(scale)).astype(jnp.bfloat16), scale)
+    assert jnp.array_equal(to_scale(jnp.asarray([-3.0, 0.0, 0.5, 2.25])), jnp.asarray([0.125, 1.0, 1.5, 5.0]))
+    steps = to_scale(jnp.linspace(-9, 3, 5001))
+    assert jnp.all(jnp.diff(steps) > 0) and float(jnp.max(steps[1:] / steps[:-1])) < 1.003
+    assert jnp.isfinite(to_exponent(jnp.zeros(3))).all()
 
 
 def descend(model: Transformer, accumulate: int, rules: Rules) -> dict[str, np.ndarray]:
@@ -326,12 +335,12 @@ def test_scales_are_learned_and_not_decayed(model: Transformer) -> None:
     rules = one(Int4Config(group=32), scales="learned")
     start = begin(model, rules)
     marks = named_arrays(matrix_mask(start))
-    assert marks["layers.mlp.up.values"] is True and marks["layers.mlp.up.log_scale"] is False
+    assert marks["layers.mlp.up.values"] is True and marks["layers.mlp.up.exponent"] is False
     assert marks["embed"] is True and marks["layers.mlp_norm.gain"] is False
     optimizer = optax.adam(3e-3)
     state, _ = walk(TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, start), optimizer.init(start)), rules)
     for name, array in named_arrays(state.model).items():
-        if name.endswith("log_scale"):
+        if name.endswith("exponent"):
             moved = np.abs(array - named_arrays(start)[name])
             assert 0.002 < moved.mean() < 0.02, name  # about the learning rate a step: a share of the scale
 

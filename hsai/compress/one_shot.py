@@ -62,12 +62,9 @@ def compress(
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
-    # What training left in the format that is asked for stays as it is.
-    values: dict[str, Weight] = {
-        name: params[name].get_value()
-        for name, rule in rules.items()
-        if is_packed_as(params[name].get_value(), rule.format)
-    }
+    # What is in the format that is asked for, as training leaves it, stays as it is.
+    held = {name: params[name].get_value() for name in rules}
+    values: dict[str, Weight] = {name: held[name] for name in rules if is_packed_as(held[name], rules[name].format)}
     solved = {
         name: (rule.format, rule.solver)
         for name, rule in rules.items()
@@ -91,7 +88,7 @@ def compress(
                 values[name] = pack_weight(to_dense(before), rules[name].format)
             after = values[name]
             check_bytes(name, after, rules[name].format)
-            error = float(measure_error(to_dense(before), after))
+            error = 0.0 if after is before else float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
                 progress("compressing", done, len(rules))

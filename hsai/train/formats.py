@@ -107,7 +107,8 @@ def see_packed(model: Transformer, rules: Rules) -> Transformer:
 def pack_trained(model: Transformer, rules: Rules) -> Transformer:
     """The trained model with its weights packed: of `see_packed`, not a number changes.
 
-    What no rule matches stays dense, float32.
+    What no rule matches stays dense, float32. (Derived scales are searched once more, by another program; of two whose
+    errors differ by less than the rounding of their sums it may take the other. Learned ones are the same bits.)
     """
     params = named_weights(model)
     values: dict[str, Weight] = {}

@@ -7,6 +7,7 @@ B batch, T query, D embed, L layers.
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ class DistillConfig:
             raise InputError("train.distill has share=0 and hidden=0: nothing would be learned from the teacher")
 
 
-def make_teacher(model: Transformer, dtype: str) -> Transformer:
+def make_teacher(model: Transformer, dtype: Literal["bfloat16", "float32"]) -> Transformer:
     """The model with activations and dense weights in `dtype`, that of the student; packed weights are made dense."""
     config = dataclasses.replace(model.config, dtype=dtype)
     values = {name: to_dense(param.get_value()).astype(dtype) for name, param in named_weights(model).items()}
@@ -63,9 +64,10 @@ def distillation_loss(
     if config.hidden:
         hidden, teachers, distance = _run_together(model, teacher, batch, remat)
     else:
-        places = {"positions": batch.positions, "segments": batch.segments}
-        hidden, _ = model(batch.tokens, **places, remat=remat)
-        teachers, distance = teacher(batch.tokens, **places)[0], jnp.zeros(())
+        tokens, positions, segments = batch.tokens, batch.positions, batch.segments
+        hidden, _ = model(tokens, positions=positions, segments=segments, remat=remat)
+        teachers, _ = teacher(tokens, positions=positions, segments=segments)
+        distance = jnp.zeros(())
     loss = distillation_sum(
         hidden,
         model.head.get_value(),

@@ -306,8 +306,9 @@ def _resume(
     kept = record.get("sources", {})
     for name, found in sources.items():
         if kept.get(name, {}).get("sha256") != found["sha256"]:
-            where = checkpointer.directory.parent
-            raise InputError(f"{where} was trained with another {name} than {found['directory']} holds now")
+            raise InputError(
+                f"{checkpointer.directory.parent} was trained with another {name} than {found['directory']} holds now"
+            )
     return checkpointer.restore(like), int(record["next_step"]), kept
 
 

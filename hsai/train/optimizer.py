@@ -78,9 +78,11 @@ def matrix_mask(params: Any) -> Any:
     """True for the values of every matrix, False for its learned scales and for gains, in the tree's own structure."""
 
     def mark(param: nnx.Variable) -> nnx.Variable:
-        marks = jax.tree.map(lambda _: is_matrix(param), param)
-        value = marks.get_value()
-        return marks.replace(dataclasses.replace(value, exponent=False)) if isinstance(value, Latent) else marks
+        marks: nnx.Variable = jax.tree.map(lambda _: is_matrix(param), param)
+        if not isinstance(param.get_value(), Latent):
+            return marks
+        mark: Any = marks.get_value()
+        return marks.replace(dataclasses.replace(mark, exponent=False))
 
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -65,6 +65,7 @@ def compress(
     # What is in the format that is asked for, as training leaves it, stays as it is.
     held = {name: params[name].get_value() for name in rules}
     values: dict[str, Weight] = {name: held[name] for name in rules if is_packed_as(held[name], rules[name].format)}
+    kept = frozenset(values)
     solved = {
         name: (rule.format, rule.solver)
         for name, rule in rules.items()
@@ -88,7 +89,7 @@ def compress(
                 values[name] = pack_weight(to_dense(before), rules[name].format)
             after = values[name]
             check_bytes(name, after, rules[name].format)
-            error = 0.0 if after is before else float(measure_error(to_dense(before), after))
+            error = 0.0 if name in kept else float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
                 progress("compressing", done, len(rules))

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from configs import quickstart
 from hsai.config import RunConfig
-from hsai.train.sparsity import SparsityConfig
+from hsai.formats import NMConfig
+from hsai.train.formats import FormatRule
 
 
 def get_config() -> RunConfig:
     """The parent with one field changed."""
     parent = quickstart.get_config()
-    return replace(parent, train=replace(parent.train, sparsity=SparsityConfig(n=2, m=4)))
+    rule = FormatRule(pattern="layers.*", format=NMConfig(n=2, m=4))
+    return replace(parent, train=replace(parent.train, formats=(rule,)))

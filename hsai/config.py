@@ -34,7 +34,14 @@ class RunConfig:
     """What is saved when."""
 
     def __post_init__(self) -> None:
-        if self.data.vocab_size > self.model.vocab:
+        if self.train.initialize_from is None and self.data.vocab_size is None:
+            raise InputError("data.vocab_size=None takes the tokenizer of train.initialize_from, which is None")
+        if self.train.initialize_from is not None and self.data.vocab_size is not None:
+            raise InputError(
+                f"data.vocab_size={self.data.vocab_size} would learn another vocabulary than that of "
+                f"train.initialize_from={str(self.train.initialize_from)!r}; set it to None"
+            )
+        if self.data.vocab_size is not None and self.data.vocab_size > self.model.vocab:
             raise InputError(
                 f"data.vocab_size={self.data.vocab_size} exceeds model.vocab={self.model.vocab}; "
                 "the embedding table must hold every token"

@@ -16,10 +16,11 @@ from hsai.cli.places import check_place, no_empty_directories
 from hsai.config import RunConfig
 from hsai.config_file import Loaded, load_config
 from hsai.configuration import difference, to_dict
-from hsai.data.corpus import DataConfig, content_fields
+from hsai.data.corpus import content_fields
 from hsai.data.corpus_files import META, open_corpus
 from hsai.devices import prepare_devices
 from hsai.errors import InputError
+from hsai.export.source import open_model
 from hsai.files import write_json_atomic
 from hsai.overrides import list_options, parse_overrides
 from hsai.processes import agree
@@ -60,7 +61,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     _check_own(parser, rest, loaded.config)
     config = parse_overrides(loaded.config, rest, prog=f"hsai train {arguments.config}", description=HELP)
     directory = arguments.directory or Path("runs") / Path(arguments.config).stem
-    data_directory = arguments.data_directory or default_data_directory(config.data)
+    data_directory = arguments.data_directory or default_data_directory(config)
     _check_directory(directory, data_directory)
     with no_empty_directories((directory, data_directory)):
         _train(loaded, config, arguments.config, directory, data_directory)
@@ -101,7 +102,7 @@ def _train(loaded: Loaded[RunConfig], config: RunConfig, path: str, directory: P
         say(f"  {change}")
     first = jax.process_index() == 0
     agree(lambda: _verify_corpus(data_directory) if first else None)
-    result = train(config, directory, data_directory)
+    result = train(config, directory, data_directory, open_model)
     if result.started_at == config.train.steps and (directory / "result.json").exists():
         say(f"{directory} was trained to its last step before; nothing to do")
     elif first:
@@ -128,8 +129,11 @@ def _verify_corpus(directory: Path) -> None:
         open_corpus(directory, verify=True)
 
 
-def default_data_directory(config: DataConfig) -> Path:
-    """runs/data/<source>-<hash of what decides its content>: configs with the same text share a corpus."""
-    digest = hashlib.sha256(json.dumps(content_fields(config)).encode()).hexdigest()[:8]
-    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(config.source).name) or "text"
+def default_data_directory(config: RunConfig) -> Path:
+    """runs/data/<source>-<hash of what decides its content>: configs with the same text and words share a corpus."""
+    content = content_fields(config.data)
+    if config.data.vocab_size is None:
+        content["tokenizer"] = str(config.train.initialize_from)
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
+    name = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(config.data.source).name) or "text"
     return Path("runs") / "data" / f"{name}-{digest}"

@@ -39,6 +39,7 @@ from hsai.formats import (
     VNMConfig,
     VNMInt4Config,
     Weight,
+    is_packed_as,
     nbytes,
     stack_layers,
     to_dense,
@@ -61,7 +62,7 @@ def compress(
     """A copy of the model whose weights have the formats of the recipe, and the ledger of all its parameters.
 
     Args:
-      model: with dense weights; it is not changed.
+      model: with dense weights, or packed ones that `match_weights` lets pass; it is not changed.
       recipe: which weights become what.
       calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them.
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
@@ -75,14 +76,22 @@ def compress(
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
+    # What is in the format that is asked for, as training leaves it, stays as it is.
+    held = {name: params[name].get_value() for name in rules}
+    values: dict[str, Weight] = {
+        name: held[name]
+        for name, rule in rules.items()
+        if not rule.is_open and is_packed_as(held[name], rule.formats[0])
+    }
+    kept = frozenset(values)
     fixed = {name: rule.formats for name, rule in rules.items() if not rule.is_open}
     formats = {
         name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
     }
     allocation: Allocation | None = None
     layers: list[LayerRow] = []
-    values: dict[str, Weight] = {}
-    if recipe.calibration is not None:
+    solving = any(isinstance(rule.solver, FeedbackConfig) and name not in kept for name, rule in rules.items())
+    if recipe.calibration is not None and (solving or recipe.allocation is not None):
         if calibration is None:
             raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
         assert isinstance(model, Transformer)
@@ -105,13 +114,14 @@ def compress(
         solved = {
             name: (formats[name], rule.solver)
             for name, rule in rules.items()
-            if isinstance(rule.solver, FeedbackConfig)
+            if isinstance(rule.solver, FeedbackConfig) and name not in kept
         }
         if solved:
             batch = recipe.calibration.batch
-            values, layers = solve_layers(
+            found, layers = solve_layers(
                 model, solved, calibration, batch=batch, plain=pack_weight, workbench=workbench, progress=progress
             )
+            values |= found
     rows: list[LedgerRow] = []
     done = 0
     for name, param in params.items():
@@ -119,10 +129,10 @@ def compress(
         after, error = before, 0.0
         if name in rules:
             if name not in values:
-                values[name] = pack_layers(before, formats[name])
+                values[name] = pack_layers(to_dense(before), formats[name])
             after = values[name]
             check_bytes(name, after, formats[name])
-            error = float(measure_error(before, after))
+            error = 0.0 if name in kept else float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
                 progress("compressing", done, len(rules))

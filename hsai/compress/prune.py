@@ -1,8 +1,7 @@
 """Pruning by magnitude: of every m weights along the contraction the n largest stay (N:M, or V:N:M).
 
-Magnitude needs no data and is exact for a model that was trained with this sparsity (`hsai.train.sparsity`): its masked
-weights were not seen in training either. For a densely trained one it is the baseline that better masks are held
-against.
+Magnitude needs no data. For a densely trained model it is the baseline that better masks are held against; one that was
+trained with this sparsity (`hsai.train.formats`) comes with its masks.
 
 D contraction, F outputs.
 """

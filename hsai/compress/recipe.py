@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hsai.compress.allocate import AllocationConfig, check_budget
 from hsai.compress.budget import count_least
@@ -18,7 +19,7 @@ from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import name_format
 from hsai.errors import InputError
-from hsai.formats import DenseConfig, FormatConfig, Packed
+from hsai.formats import NM, VNM, DenseConfig, FormatConfig, Packed, is_packed_as
 from hsai.formats.storage import NAMES, named_weights
 from hsai.models.layers import is_matrix
 
@@ -112,8 +113,8 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
     """The rule of each weight that the recipe changes, in the order of the model. Arrays are not touched.
 
     Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
-    format does not divide a weight, if a weight is packed already, if candidates are for weights whose sensitivity
-    nobody can measure, or if they cannot meet the budget.
+    format does not divide a weight, if a weight is quantized already, and not in the format of its rule, if candidates
+    are for weights whose sensitivity nobody can measure, or if they cannot meet the budget.
     """
     every = named_weights(model)
     params = {name: param for name, param in every.items() if is_matrix(param)}
@@ -160,9 +161,11 @@ def _explain_idle(rule: Rule, earlier: tuple[Rule, ...], names: list[str]) -> st
 
 def _check_fits(name: str, value: Any, format: FormatConfig) -> None:
     """Raises `InputError`, naming the weight, unless the format can hold it; nothing is computed."""
-    if isinstance(value, Packed):
+    if is_packed_as(value, format):
+        return
+    if isinstance(value, Packed) and not isinstance(value, NM | VNM):  # whose values are numbers as they were
         raise InputError(f"{name} is {NAMES[type(value)]} already; compress the dense checkpoint instead")
     try:
-        jax.eval_shape(format.pack, jax.ShapeDtypeStruct(value.shape, value.dtype))
+        jax.eval_shape(format.pack, jax.ShapeDtypeStruct(value.shape, jnp.float32))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

@@ -58,8 +58,9 @@ class DataConfig:
     source: str = PYTHON_STDLIB
     """python_stdlib (the sources of this machine's Python), or a directory, file or glob of UTF-8 text."""
 
-    vocab_size: int = 4096
-    """Tokens in the vocabulary that is learned from the text: 256 bytes, end-of-text, and merges."""
+    vocab_size: int | None = 4096
+    """Tokens in the vocabulary that is learned from the text: 256 bytes, end-of-text, and merges. None learns none: the
+    tokenizer is that of the model which the run begins from."""
 
     max_bytes: int | None = None
     """Take at most this much text, whole files drawn at random; none takes all."""
@@ -71,7 +72,7 @@ class DataConfig:
     """Draws which files are taken and which are held out; the order of training is drawn by the run's own seed."""
 
     tokenizer_bytes: int = 8_000_000
-    """The vocabulary is learned from about this much of the training text."""
+    """A vocabulary is learned from about this much of the training text."""
 
     sequence_length: int = 512
     """Tokens a row."""
@@ -82,7 +83,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise InputError("data.source is empty; give python_stdlib, or a directory, file or glob of text")
-        if self.vocab_size < SMALLEST_VOCABULARY:
+        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
             raise InputError(
                 f"data.vocab_size={self.vocab_size} must be at least {SMALLEST_VOCABULARY} (256 bytes and end-of-text)"
             )
@@ -103,7 +104,13 @@ def content_fields(config: DataConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _CONTENT_FIELDS}
 
 
-def build_corpus(config: DataConfig, directory: str | os.PathLike[str], progress: Progress | None = None) -> Corpus:
+def build_corpus(
+    config: DataConfig,
+    directory: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> Corpus:
     """Makes the corpus of `config` in `directory`, or opens the one that is there (`Corpus.reused` tells).
 
     Of several processes with one file system, let one build and the others wait: racing is harmless but wasteful.
@@ -112,16 +119,19 @@ def build_corpus(config: DataConfig, directory: str | os.PathLike[str], progress
       config: what to build. An existing corpus must have been built with the same values.
       directory: of the corpus alone; made if need be.
       progress: is told how far each step is.
+      tokenizer: cuts the text, where the config learns no vocabulary from it.
 
     Raises:
       InputError: the source or the directory cannot be used, there is too little text, the corpus that is there was
-        built with another config or from other text, or its files are damaged. The directory is then left as it was,
-        or without a corpus if a build had begun.
+        built with another config or tokenizer, or from other text, or its files are damaged. The directory is then left
+        as it was, or without a corpus if a build had begun.
     """
+    if (tokenizer is None) == (config.vocab_size is None):
+        raise ValueError(f"data.vocab_size={config.vocab_size} needs {'a' if tokenizer is None else 'no'} tokenizer")
     directory = Path(directory)
     if (directory / META).exists():
         corpus = open_corpus(directory)
-        _check_same(corpus, config)
+        _check_same(corpus, config, tokenizer)
         _check_length(len(corpus.train), config)
         _log.info("reusing the corpus in %s", directory)
         return corpus
@@ -130,7 +140,9 @@ def build_corpus(config: DataConfig, directory: str | os.PathLike[str], progress
     source = find_source(config.source)
     chosen = choose_files(source.files, config.max_bytes, config.split_seed)
     train, heldout = split_files(chosen, config.heldout_fraction, config.split_seed)
-    tokenizer = Tokenizer.train(_read_sample(train, config.tokenizer_bytes, report), config.vocab_size)
+    if config.vocab_size is not None:
+        tokenizer = Tokenizer.train(_read_sample(train, config.tokenizer_bytes, report), config.vocab_size)
+    assert tokenizer is not None
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_corpus(config, source, {"train": train, "heldout": heldout}, tokenizer, directory, report)
@@ -184,6 +196,7 @@ def _write_corpus(
         "format": FORMAT,
         "version": VERSION,
         "config": content_fields(config),
+        "tokenizer": tokenizer.roles,
         "source": {"description": source.description, "fingerprint": source.fingerprint},
         # One name for all of it: two corpora with the same value hold the same tokens, whatever they came from.
         "content_sha256": hashlib.sha256("".join(checksums.values()).encode()).hexdigest(),
@@ -237,13 +250,15 @@ def _check_vacant(directory: Path) -> None:
             raise InputError(f"{directory} holds {strangers[0]!r} and no corpus; give a new or an empty directory")
 
 
-def _check_same(corpus: Corpus, config: DataConfig) -> None:
-    """Refuses a corpus that was built with other settings, or from text that has changed since."""
+def _check_same(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer | None) -> None:
+    """Refuses a corpus that was built with other settings or another tokenizer, or from text that has changed since."""
     built = corpus.meta["config"]
     for name in _CONTENT_FIELDS:
         old, new = built.get(name), getattr(config, name)
         if old != new:
             raise InputError(f"{corpus.directory} was built with data.{name}={old!r}, not {new!r}; {REMEDY}")
+    if tokenizer is not None and not tokenizer.equals(corpus.tokenizer):
+        raise InputError(f"{corpus.directory} was built with the tokenizer of another model; {REMEDY}")
     # A corpus outlives the Python it was taken from, and is also read on machines where the text is not; but text of
     # the user's own that is there and different is a mistake.
     if config.source == PYTHON_STDLIB:

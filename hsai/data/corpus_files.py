@@ -66,7 +66,7 @@ def open_corpus(directory: str | os.PathLike[str], *, verify: bool = False) -> C
     meta = _read_meta(directory / META)
     for name in FILES:
         _check_file(directory / name, meta["files"][name], verify)
-    tokenizer = Tokenizer.load(directory / TOKENIZER)
+    tokenizer = Tokenizer.reload(directory / TOKENIZER, meta.get("tokenizer", {}))
     dtype = token_dtype(tokenizer.vocab_size)
     train, heldout = (_map_tokens(directory / f"{split}.tokens", dtype) for split in SPLITS)
     return Corpus(directory=directory, tokenizer=tokenizer, train=train, heldout=heldout, meta=meta, reused=True)

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -155,6 +156,30 @@ class Tokenizer:
             return cls(backend, end_of_text=roles.end_of_text, prefix=roles.prefix, stops=roles.stops)
         except InputError as error:
             raise InputError(f"{directory}: {error}") from error
+
+    @classmethod
+    def reload(cls, path: str | os.PathLike[str], roles: Any) -> "Tokenizer":
+        """Reads what `save` wrote; `roles` are those of the tokenizer that was saved, as JSON gave them back.
+
+        Raises:
+          InputError: as `load`; or `roles` are none.
+        """
+        if not isinstance(roles, dict) or not roles.keys() <= {"end_of_text", "prefix", "stops"}:
+            raise InputError(f"what is said of the tokenizer {path} was altered")
+        return cls.load(path, **roles)
+
+    def equals(self, other: "Tokenizer") -> bool:
+        """Whether both cut every text alike, and have the same tokens for the same roles."""
+        return self.to_json() == other.to_json() and self.roles == other.roles
+
+    @property
+    def roles(self) -> dict[str, Any]:
+        """Which tokens end a document, stand before a text and end an answer, by name: what no tokenizer.json says."""
+        return {
+            "end_of_text": self.name(self.eot),
+            "prefix": [self.name(token) for token in self.prefix],
+            "stops": [self.name(token) for token in sorted(self.stops - {self.eot})],
+        }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes tokenizer.json (Hugging Face's format), whole or not at all."""

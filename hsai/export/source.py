@@ -85,7 +85,9 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
         with Checkpointer(directory / "checkpoints", None) as checkpointer:
             record = checkpointer.read_record()
         run = from_dict(RunConfig, record["config"])
-        return _record_run(directory, run, int(record["next_step"]), record["data_directory"])
+        return _record_run(
+            directory, run, int(record["next_step"]), record["data_directory"], record.get("sources", {})
+        )
     if is_gguf(directory):
         return _record_gguf(open_gguf_checkpoint(directory))
     if is_huggingface(directory):
@@ -135,8 +137,9 @@ def open_model(directory: str | os.PathLike[str], *, mesh: Mesh | None = None) -
     directory = Path(directory)
     if is_run(directory):
         trained = read_run(directory)
-        record = _record_run(directory, trained.run, trained.step, str(trained.data_directory))
-        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets={})
+        record = _record_run(directory, trained.run, trained.step, str(trained.data_directory), trained.sources)
+        assets = read_assets(directory)
+        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets=assets)
     if is_gguf(directory) or is_huggingface(directory):
         foreign = open_foreign(directory)
         shardings = None if mesh is None else tree_shardings(abstract_transformer(foreign.config), mesh)
@@ -154,7 +157,9 @@ def _check_is_bundle(directory: Path) -> None:
         raise InputError(f"{directory} {what}; give a training run, a bundle, a checkpoint or a .gguf file")
 
 
-def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str) -> ModelRecord:
+def _record_run(
+    directory: Path, run: RunConfig, step: int, data_directory: str, sources: dict[str, Any]
+) -> ModelRecord:
     origin = {
         "run": directory.name,
         "step": step,
@@ -162,8 +167,9 @@ def _record_run(directory: Path, run: RunConfig, step: int, data_directory: str)
         "sequence_length": run.data.sequence_length,
         "training": to_dict(run),
     }
-    seal, tokenizer = directory / "checkpoints" / str(step) / SEAL, directory / "tokenizer.json"
-    digest = _join(sha256(seal), sha256(tokenizer))
+    origin |= {"sources": sources} if sources else {}
+    parts = (directory / "checkpoints" / str(step) / SEAL, directory / "tokenizer.json", *_list_assets(directory))
+    digest = _join(*(sha256(part) for part in parts))
     return ModelRecord(directory=directory, config=run.model, origin=origin, sha256=digest)
 
 
@@ -181,7 +187,7 @@ def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
         "special_tokens": tokens,
     }
     parts = (checkpoint.path / CONFIG, *checkpoint.files, checkpoint.path / TOKENIZER)
-    parts += tuple(path for name in ASSET_FILES if (path := checkpoint.path / name).is_file())
+    parts += _list_assets(checkpoint.path)
     digest = _join(*(sha256(part) for part in parts))
     return ModelRecord(directory=checkpoint.path, config=checkpoint.config, origin=origin, sha256=digest)
 
@@ -194,6 +200,10 @@ def _record_gguf(checkpoint: GgufCheckpoint) -> ModelRecord:
         "about": {name: value for name, value in about.items() if isinstance(value, str)},
     }
     return ModelRecord(directory=path, config=checkpoint.config, origin=origin, sha256=sha256(path))
+
+
+def _list_assets(directory: Path) -> tuple[Path, ...]:
+    return tuple(path for name in ASSET_FILES if (path := directory / name).is_file())
 
 
 def _join(*digests: str) -> str:

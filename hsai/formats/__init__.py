@@ -9,7 +9,7 @@ from hsai.formats.int8 import Int8, Int8Config
 from hsai.formats.nm import NM, NMConfig, nm_mask
 from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.nm_int8 import NMInt8, NMInt8Config
-from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, nbytes, to_dense
+from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, is_packed_as, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
 from hsai.formats.runs import Runs, scan_layers, stack_layers, take_layer
 from hsai.formats.ternary import Ternary, TernaryConfig
@@ -58,6 +58,7 @@ __all__ = [
     "Weight",
     "bits_per_weight",
     "dense_operands",
+    "is_packed_as",
     "lookup",
     "nbytes",
     "nm_mask",

@@ -31,6 +31,16 @@ class Packed(abc.ABC):
     def dense(self) -> jax.Array:
         """The dense weight (..., D, F), float32."""
 
+    def kept(self) -> jax.Array | None:
+        """Where the format keeps a weight, be it of the value 0: bool (..., D, F); None of one that keeps all."""
+        if not hasattr(self, "indices"):
+            return None
+        # Every value the largest, in the places that it has.
+        largest = {"values": 1, "words": 0xFFFFFFFF, "scale": 1}
+        present = {name: getattr(self, name) for name in largest if hasattr(self, name)}
+        filled = {name: jnp.full_like(array, largest[name]) for name, array in present.items()}
+        return dataclasses.replace(self, **filled).dense() != 0
+
     def take(self, ids: jax.Array) -> "Packed":
         """The columns that `ids` (N,) int32 name, of an array for each field with F columns."""
         return jax.tree.map(lambda leaf: jnp.take(leaf, ids, axis=-1, mode="clip"), self)
@@ -73,6 +83,22 @@ class DenseConfig:
 def to_dense(w: Weight) -> jax.Array:
     """The dense array of any weight value; a dense one is returned as it is."""
     return w.dense() if isinstance(w, Packed) else w
+
+
+def is_packed_as(w: Weight, format: Any) -> bool:
+    """Whether a value is what `format.pack` gives for a weight of its shape: the same arrays, group and pattern."""
+    if not isinstance(w, Packed):
+        return False
+    try:
+        wanted = jax.eval_shape(format.pack, jax.ShapeDtypeStruct(w.shape, jnp.float32))
+    except InputError:
+        return False
+
+    def signature(value: Any) -> Any:
+        leaves, structure = jax.tree.flatten(value)
+        return structure, [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for leaf in leaves]
+
+    return bool(signature(w) == signature(wanted))
 
 
 def nbytes(w: Weight) -> int:

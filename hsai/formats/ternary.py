@@ -51,11 +51,17 @@ class TernaryConfig:
         check_divides(what, block, size, w.shape)
         check_finite("the weight", w)
         groups = w.astype(jnp.float32).reshape(*stack, -1, self.group or size, outputs)
-        scale = (jnp.mean(jnp.abs(groups), axis=-2) if scale is None else scale).astype(jnp.bfloat16)
+        scale = (self.absmean_scale(w) if scale is None else scale).astype(jnp.bfloat16)
         check_finite("the scale", scale, is_scale=True)
         # For the scale as it is stored; one of zero has an inverse of zero.
         codes = jnp.clip(jnp.round(groups * invert_scale(scale)[..., None, :]), -1, 1) + 2.0
         return Ternary(pack_words(codes.reshape(w.shape).astype(jnp.uint8), 2), scale)
+
+    def absmean_scale(self, w: jax.Array) -> jax.Array:
+        """The mean magnitude of each group (eq. 3), float32 (..., D / group, F)."""
+        *stack, size, outputs = w.shape
+        groups = jnp.abs(w.astype(jnp.float32)).reshape(*stack, -1, self.group or size, outputs)
+        return jnp.mean(groups, axis=-2)
 
     def invariant_bits(self, contraction: int) -> float:
         """Stored bits for each logical weight of a (contraction, F) matrix."""

@@ -10,7 +10,6 @@ import numpy as np
 
 from hsai.data.packing import Batch
 from hsai.models import Transformer
-from hsai.train.sparsity import SparsityConfig
 from hsai.train.step import batch_loss
 
 
@@ -41,21 +40,18 @@ class Quality:
 Sums = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def make_evaluation(
-    token_bytes: np.ndarray, *, chunk: int, sparsity: SparsityConfig | None = None
-) -> Callable[[Transformer, Iterable[Batch]], Quality]:
+def make_evaluation(token_bytes: np.ndarray, *, chunk: int) -> Callable[[Transformer, Iterable[Batch]], Quality]:
     """A function (model, batches) -> Quality that is compiled once for all its calls.
 
     Args:
       token_bytes: int32 (V,), the bytes that each token stands for.
       chunk: positions of a row whose logits exist together.
-      sparsity: what the model is trained with, if its matrices are to be seen through their masks.
     """
     sizes = jnp.asarray(token_bytes, jnp.float32)
 
     @jax.jit
     def sums(model: Transformer, batch: Batch) -> Sums:
-        _, found = batch_loss(model, batch, chunk=chunk, sparsity=sparsity)
+        _, found = batch_loss(model, batch, chunk=chunk)
         return found.loss, found.targets, jnp.sum(batch.weights * sizes[batch.targets])
 
     def evaluate(model: Transformer, batches: Iterable[Batch]) -> Quality:

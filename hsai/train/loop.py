@@ -19,17 +19,29 @@ from jax.sharding import Mesh
 from hsai.configuration import difference, from_dict, to_dict, to_json
 from hsai.data.corpus import Corpus, build_corpus
 from hsai.data.loader import Loader
+from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.models import Remat
 from hsai.processes import agree, require_same
 from hsai.progress import ProgressBar, say
 from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
 from hsai.train.checkpoint import LOCK, Checkpointer, is_run
+from hsai.train.distill import DistillConfig, make_teacher
 from hsai.train.evaluate import Quality, make_evaluation
+from hsai.train.formats import FormatRule, match_formats, see_packed
 from hsai.train.metrics import MetricsWriter, Throughput, describe_step
 from hsai.train.optimizer import make_optimizer, make_schedule
-from hsai.train.sparsity import SparsityConfig
-from hsai.train.state import TrainState, abstract_state, init_state
+from hsai.train.origin import (
+    ModelOnDisk,
+    Opener,
+    check_words,
+    describe_origin,
+    open_origin,
+    open_teacher,
+    read_tokenizer,
+    write_assets,
+)
+from hsai.train.state import TrainState, abstract_state, adopt_state, init_state, place_model
 from hsai.train.step import Metrics, make_train_step
 
 if TYPE_CHECKING:
@@ -58,8 +70,15 @@ class TrainConfig:
     loss_chunk: int = 256
     """Positions of a row whose logits exist together."""
 
-    sparsity: SparsityConfig | None = None
-    """Trains with N:M sparse matrices from the first step."""
+    initialize_from: Path | None = None
+    """The model whose weights and tokenizer the run begins from: a run, a bundle, a checkpoint of transformers, or a
+    GGUF file. None draws the weights."""
+
+    distill: DistillConfig | None = None
+    """Learns from a teacher's predictions as well."""
+
+    formats: tuple[FormatRule, ...] = ()
+    """Trains weights as if they were packed: quantized, sparse or both."""
 
     expert_balance: float = 0.0
     """Weight of the loss that balances the experts of each layer (2101.03961, eq. 4, has 0.01); 0 leaves it out."""
@@ -103,16 +122,28 @@ class TrainResult:
 
 
 # What may differ when a run is resumed: it changes where and how often, not which numbers come out.
-_FREE_TO_CHANGE = ("mesh.", "checkpoint.", "data.prefetch", "train.log_every", "train.evaluate_", "train.remat")
+# (Of the teacher not the place but the contents are compared.)
+_FREE_TO_CHANGE = (
+    "mesh.",
+    "checkpoint.",
+    "data.prefetch",
+    "train.log_every",
+    "train.evaluate_",
+    "train.remat",
+    "train.distill.teacher",
+)
 
 
-def train(run: "RunConfig", directory: Path, data_directory: Path) -> TrainResult:
+def train(run: "RunConfig", directory: Path, data_directory: Path, opener: Opener) -> TrainResult:
     """Trains `run` to its last step, from the newest checkpoint in `directory` if there is one.
+
+    A run that is resumed needs its teacher, and no longer the model that it began from.
 
     Args:
       run: the experiment.
       directory: of the run: checkpoints, metrics, TensorBoard events, tokenizer.
       data_directory: of the corpus, which is built if it is not there.
+      opener: reads the models that the config names (`hsai.export.source.open_model`).
 
     Raises:
       InputError: anything in the config, the data or the directory that cannot be used; a loss that is not finite.
@@ -126,11 +157,20 @@ def train(run: "RunConfig", directory: Path, data_directory: Path) -> TrainResul
     )
     # What can be refused without writing anything comes first; then the corpus, which has a directory of its own.
     check_batch(run, mesh)
-    agree(lambda: _check_stored(run, directory))
+    match_formats(run.train.formats, run.model)
+    stored = agree(lambda: _check_stored(run, directory))
+    origin = agree(lambda: open_origin(run, opener) if stored is None else None)
+    teacher = agree(lambda: open_teacher(run, opener))
+    tokenizer = origin.tokenizer if origin is not None else None
+    if stored is not None and run.train.initialize_from is not None:
+        record = stored
+        tokenizer = agree(lambda: read_tokenizer(directory, record))
     with use_mesh(mesh):
-        corpus = prepare_corpus(run, data_directory)
+        corpus = prepare_corpus(run, data_directory, tokenizer)
+        if teacher is not None:
+            check_words(teacher, corpus.tokenizer)
         with _exclusive(directory), Checkpointer(directory / "checkpoints", run.checkpoint) as checkpointer:
-            return _train(run, directory, mesh, corpus, checkpointer)
+            return _train(run, directory, mesh, corpus, checkpointer, origin, teacher)
 
 
 def check_batch(run: "RunConfig", mesh: Mesh) -> None:
@@ -143,12 +183,13 @@ def check_batch(run: "RunConfig", mesh: Mesh) -> None:
         )
 
 
-def prepare_corpus(run: "RunConfig", data_directory: Path) -> Corpus:
-    """The run's corpus; the first process builds it if need be, and the others wait."""
+def prepare_corpus(run: "RunConfig", data_directory: Path, tokenizer: Tokenizer | None) -> Corpus:
+    """The run's corpus, cut by `tokenizer` or by one of its own; the first process builds it if need be, and the others
+    wait."""
 
     def build() -> Corpus:
         with ProgressBar() as progress:
-            return build_corpus(run.data, data_directory, progress)
+            return build_corpus(run.data, data_directory, progress, tokenizer=tokenizer)
 
     first = jax.process_index() == 0
     built = agree(lambda: build() if first else None)
@@ -169,34 +210,53 @@ def make_loader(run: "RunConfig", corpus: Corpus, mesh: Mesh) -> Loader:
     return Loader(corpus, run.data, batch_size=shape[0], sharding=sharding, seed=run.train.seed)
 
 
-def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkpointer: Checkpointer) -> TrainResult:
+def _train(
+    run: "RunConfig",
+    directory: Path,
+    mesh: Mesh,
+    corpus: Corpus,
+    checkpointer: Checkpointer,
+    origin: ModelOnDisk | None,
+    teacher: ModelOnDisk | None,
+) -> TrainResult:
     config = run.train
     loader = make_loader(run, corpus, mesh)
     optimizer = make_optimizer(run.optim, config.steps)
     # Each process lists the directory for itself; a file system that is late somewhere must not part them.
     require_same("newest checkpoint", str(checkpointer.latest))
-    if checkpointer.latest is None:
-        state, start = init_state(run.model, optimizer, mesh, config.seed), 0
-    else:
-        state, start = _resume(run, mesh, checkpointer, corpus)
-        say(f"resuming {directory} at step {start} of {config.steps}")
     first = jax.process_index() == 0
+    sources = {} if teacher is None else {"teacher": describe_origin(teacher)}
+    if checkpointer.latest is not None:
+        state, start, kept = _resume(run, mesh, checkpointer, corpus, sources)
+        sources |= kept
+        say(f"resuming {directory} at step {start} of {config.steps}")
+    elif origin is not None:
+        state, start = adopt_state(run.model, origin.model, optimizer, mesh, config.formats), 0
+        sources["initialize_from"] = describe_origin(origin)
+        agree(lambda: write_assets(origin, directory) if first else None)
+        say(f"beginning from {origin.directory}")
+    else:
+        state, start = init_state(run.model, optimizer, mesh, config.seed, config.formats), 0
     agree(lambda: corpus.tokenizer.save(directory / "tokenizer.json") if first else None)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_function = make_train_step(optimizer, make_schedule(run.optim, config.steps), config, shardings)
-    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=config.loss_chunk, sparsity=config.sparsity)
+    evaluate = make_evaluation(corpus.tokenizer.token_bytes, chunk=config.loss_chunk)
+    see = jax.jit(lambda model: see_packed(model, config.formats))
+    tutor = None if teacher is None else place_model(make_teacher(teacher.model, run.model.dtype), mesh)
     throughput = Throughput(run.model, run.data.sequence_length, mesh.devices.flat[0], mesh.devices.size)
     record = {
         "config": to_dict(run),
         "tokenizer_sha256": hashlib.sha256(corpus.tokenizer.to_json().encode()).hexdigest(),
+        "tokenizer": corpus.tokenizer.roles,
+        "sources": sources,
         "corpus": corpus.meta["content_sha256"],
         "data_directory": str(corpus.directory.resolve()),
     }
 
     def measure() -> Quality:
         with throughput.paused():
-            return evaluate(state.model, loader.evaluation_batches(config.evaluate_tokens))
+            return evaluate(see(state.model), loader.evaluation_batches(config.evaluate_tokens))
 
     quality = measure() if start == config.steps else None
     with agree(lambda: MetricsWriter(directory, resume_step=start)) as writer, ProgressBar() as progress:
@@ -219,7 +279,7 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
 
         running: tuple[int, Metrics] | None = None
         for step, batch in enumerate(loader.iterate(start, config.steps), start + 1):
-            state, metrics = step_function(state, batch)
+            state, metrics = step_function(state, batch, tutor)
             # The step before is logged while the devices work on this one; but a state that is measured or saved is
             # that of a step which is known to have gone well.
             if running is not None:
@@ -236,25 +296,40 @@ def _train(run: "RunConfig", directory: Path, mesh: Mesh, corpus: Corpus, checkp
     return TrainResult(state=state, quality=quality, started_at=start)
 
 
-def _resume(run: "RunConfig", mesh: Mesh, checkpointer: Checkpointer, corpus: Corpus) -> tuple[TrainState, int]:
-    """The newest checkpoint, if it was made by a run that would have gone on to the same numbers."""
+def _resume(
+    run: "RunConfig", mesh: Mesh, checkpointer: Checkpointer, corpus: Corpus, sources: dict[str, Any]
+) -> tuple[TrainState, int, dict[str, Any]]:
+    """The newest checkpoint, if it was made by a run that would have gone on to the same numbers; its step, and what it
+    says of the models that went into it."""
     optimizer = make_optimizer(run.optim, run.train.steps)
-    like = abstract_state(run.model, optimizer, mesh, run.train.seed)
+    like = abstract_state(run.model, optimizer, mesh, run.train.seed, run.train.formats)
     record = checkpointer.read_record()
     _check_config(run, record, checkpointer.directory.parent)
     if record["corpus"] != corpus.meta["content_sha256"]:
         where = f"{checkpointer.directory.parent} holds a run of another config"
         raise InputError(f"{where}: its corpus had other text; give another --directory")
-    return checkpointer.restore(like), int(record["next_step"])
+    kept = record.get("sources", {})
+    for name, found in sources.items():
+        if kept.get(name, {}).get("sha256") != found["sha256"]:
+            raise InputError(
+                f"{checkpointer.directory.parent} was trained with another {name} than {found['directory']} holds now"
+            )
+    return checkpointer.restore(like), int(record["next_step"]), kept
 
 
-def _check_stored(run: "RunConfig", directory: Path) -> None:
-    """Refuses a directory with a run of another config before any work is done; `_resume` looks at all of it again."""
+def _check_stored(run: "RunConfig", directory: Path) -> dict[str, Any] | None:
+    """Refuses a directory with a run of another config before any work is done; `_resume` looks at all of it again.
+
+    Returns: the record of the newest checkpoint, None where there is none.
+    """
     if not is_run(directory):
-        return
+        return None
     with Checkpointer(directory / "checkpoints", None) as checkpointer:
-        if checkpointer.latest is not None:
-            _check_config(run, checkpointer.read_record(verify=False), directory)
+        if checkpointer.latest is None:
+            return None
+        record = checkpointer.read_record(verify=False)
+    _check_config(run, record, directory)
+    return record
 
 
 def _check_config(run: "RunConfig", record: dict[str, Any], directory: Path) -> None:

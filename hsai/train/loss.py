@@ -8,6 +8,7 @@ B batch, T query, D embed, V vocabulary, C positions in a chunk.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,29 @@ ROWS: Axes = ("batch", "seq")
 HEAD: Axes = ("embed", "vocab")
 Gradients = tuple[jax.Array, jax.Array, jax.Array]
 """Of hidden, head and weights."""
+
+
+class BatchSums(NamedTuple):
+    """What a batch amounts to, float32 (), to be added up over batches and divided by the number of targets."""
+
+    loss: jax.Array
+    """-log p of the targets, in nats."""
+
+    targets: jax.Array
+    """Their weight."""
+
+    imbalance: jax.Array
+    """`MoE.imbalance`, the mean over layers, times `targets`; 0 without experts."""
+
+
+def finish_loss(
+    loss: jax.Array, count: jax.Array, imbalances: jax.Array | None, expert_balance: float
+) -> tuple[jax.Array, BatchSums]:
+    """The summed loss with the imbalance of each layer's experts, float32 (L,) or None, by its weight; and the sums."""
+    if imbalances is None:
+        return loss, BatchSums(loss, count, jnp.zeros((), jnp.float32))
+    sums = BatchSums(loss, count, count * jnp.mean(imbalances))
+    return loss + expert_balance * count * jnp.sum(imbalances), sums
 
 
 def cross_entropy_sum(
@@ -46,10 +70,10 @@ def cross_entropy_sum(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum(chunk: int, hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    splits = _split(hidden, head)
+    splits = split_loss(hidden, head)
 
     def compute(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        whole = _collect(head, hidden.dtype, splits["embed"])
+        whole = collect_head(head, hidden.dtype, splits["embed"])
         loss = sum_losses(hidden, whole, targets, weights, chunk=chunk, split=splits["vocab"])
         return add_parts(loss, splits["batch"] + splits["seq"])
 
@@ -65,7 +89,7 @@ def _sum_forward(
     They are made where the parts are, so that each is added up once, over just the devices that have parts of it, in
     float32: jax's transposition of the sum would round that of bfloat16 operands first.
     """
-    splits = _split(hidden, head)
+    splits = split_loss(hidden, head)
     rows = splits["batch"] + splits["seq"]
 
     def compute(
@@ -74,9 +98,9 @@ def _sum_forward(
         def lose(hidden: jax.Array, whole: jax.Array, weights: jax.Array) -> jax.Array:
             return sum_losses(hidden, whole, targets, weights, chunk=chunk, split=splits["vocab"])
 
-        loss, pull = jax.vjp(lose, hidden, _collect(head, hidden.dtype, splits["embed"]), weights)
+        loss, pull = jax.vjp(lose, hidden, collect_head(head, hidden.dtype, splits["embed"]), weights)
         d_hidden, d_whole, d_weights = pull(jnp.ones((), jnp.float32))
-        d_head = _scatter(d_whole, splits["embed"])
+        d_head = scatter_head(d_whole, splits["embed"])
         d_head = add_parts(d_head, [name for name in rows if name not in splits["embed"]])
         return add_parts(loss, rows), d_hidden, d_head.astype(head.dtype), d_weights
 
@@ -93,7 +117,7 @@ def _sum_backward(chunk: int, saved: Gradients, grad: jax.Array) -> tuple[jax.Ar
 _sum.defvjp(_sum_forward, _sum_backward)
 
 
-def _split(hidden: jax.Array, head: jax.Array) -> Splits:
+def split_loss(hidden: jax.Array, head: jax.Array) -> Splits:
     """How the mesh splits batch, seq and vocab; and embed, of the head alone, over devices that have other rows.
 
     They store it in parts, which are collected to be multiplied by; of the gradient, too, each keeps its part.
@@ -103,7 +127,7 @@ def _split(hidden: jax.Array, head: jax.Array) -> Splits:
     return {**splits, "embed": tuple(name for name in stored if name in splits["batch"] + splits["seq"])}
 
 
-def _collect(head: jax.Array, dtype: jnp.dtype, names: tuple[str, ...]) -> jax.Array:
+def collect_head(head: jax.Array, dtype: jnp.dtype, names: tuple[str, ...]) -> jax.Array:
     """(D / devices, V) -> (D, V) over mesh axes `names`: rounded to the products' dtype before it is sent, then in the
     head's own again, so that its gradient is float32; nothing is computed twice, for the product's rounding is none."""
     if not names:
@@ -111,7 +135,7 @@ def _collect(head: jax.Array, dtype: jnp.dtype, names: tuple[str, ...]) -> jax.A
     return jax.lax.all_gather(head.astype(dtype), names, axis=0, tiled=True).astype(head.dtype)
 
 
-def _scatter(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def scatter_head(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """(D, V) -> (D / devices, V) over mesh axes `names`: the sum over the devices, of which each keeps its part."""
     if not names:
         return gradient

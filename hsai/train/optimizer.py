@@ -7,6 +7,7 @@ import jax
 import optax
 from flax import nnx
 
+from hsai.compress.latent import Latent
 from hsai.errors import InputError
 from hsai.models.layers import is_matrix
 
@@ -37,7 +38,7 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
 
     weight_decay: float = 0.1
-    """Pull of matrices towards zero, times the learning rate; gains of normalizations are left out."""
+    """Pull of matrices towards zero, times the learning rate; gains of normalizations and scales are left out."""
 
     clip_norm: float = 1.0
     """Gradients whose global norm exceeds this are scaled down to it."""
@@ -74,12 +75,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def matrix_mask(params: Any) -> Any:
-    """True for every array of a matrix, False for gains, in the tree's own structure."""
-    return jax.tree.map(
-        lambda param: jax.tree.map(lambda _: is_matrix(param), param),
-        params,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-    )
+    """True for the values of every matrix, False for its learned scales and for gains, in the tree's own structure."""
+
+    def mark(param: nnx.Variable) -> nnx.Variable:
+        marks: nnx.Variable = jax.tree.map(lambda _: is_matrix(param), param)
+        if not isinstance(param.get_value(), Latent):
+            return marks
+        mark: Any = marks.get_value()
+        return marks.replace(dataclasses.replace(mark, exponent=False))
+
+    return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -10,11 +11,11 @@ from hsai.config import RunConfig
 from hsai.configuration import from_dict
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.files import sha256
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
 from hsai.train.checkpoint import Checkpointer, is_run
-from hsai.train.sparsity import sparsify
+from hsai.train.formats import begin, pack_trained
+from hsai.train.origin import read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class TrainedModel:
     """The resolved config it was trained with."""
 
     model: Transformer
-    """Float32 weights on the first device; of a run with N:M sparsity, with the masked weights at zero."""
+    """Float32 weights on the first device; those that were trained as if packed are packed."""
 
     tokenizer: Tokenizer
     """What its text was cut with."""
@@ -36,6 +37,9 @@ class TrainedModel:
     data_directory: Path
     """The corpus it was trained on."""
 
+    sources: dict[str, Any]
+    """The models that went into it, as `describe_origin` says: `initialize_from`, `teacher`."""
+
 
 def read_run(directory: Path) -> TrainedModel:
     """The newest checkpoint in the directory of a run; raises `InputError` if there is none or it cannot be read."""
@@ -45,18 +49,16 @@ def read_run(directory: Path) -> TrainedModel:
         record = checkpointer.read_record()
         run = from_dict(RunConfig, record["config"])
         device = SingleDeviceSharding(jax.devices()[0])
-        shapes = abstract_transformer(run.model)
+        formats = run.train.formats
+        shapes = jax.eval_shape(lambda model: begin(model, formats), abstract_transformer(run.model))
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
         model = checkpointer.restore(like, prefix="model.")
-    tokenizer = directory / "tokenizer.json"
-    if sha256(tokenizer) != record["tokenizer_sha256"]:
-        raise InputError(f"{tokenizer} was altered: its SHA-256 is not the one of the checkpoint's tokenizer")
-    if run.train.sparsity is not None:
-        model = sparsify(model, run.train.sparsity)
+    tokenizer = read_tokenizer(directory, record)
     return TrainedModel(
         run=run,
-        model=model,
-        tokenizer=Tokenizer.load(tokenizer),
+        model=pack_trained(model, formats),
+        tokenizer=tokenizer,
         step=int(record["next_step"]),
         data_directory=Path(record["data_directory"]),
+        sources=record.get("sources", {}),
     )

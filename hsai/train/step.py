@@ -4,7 +4,7 @@ A accumulations, B batch, T query.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ import optax
 
 from hsai.data.packing import Batch
 from hsai.models import Remat, Transformer
-from hsai.train.loss import cross_entropy_sum
-from hsai.train.sparsity import SparsityConfig, sparsify
+from hsai.train.distill import distillation_loss
+from hsai.train.formats import see_packed
+from hsai.train.loss import BatchSums, cross_entropy_sum, finish_loss
 from hsai.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -21,23 +22,10 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, jax.Array]
 
-
-class BatchSums(NamedTuple):
-    """What a batch amounts to, float32 (), to be added up over batches and divided by the number of targets."""
-
-    loss: jax.Array
-    """-log p of the targets, in nats."""
-
-    targets: jax.Array
-    """Their weight."""
-
-    imbalance: jax.Array
-    """`MoE.imbalance`, the mean over layers, times `targets`; 0 without experts."""
-
-
 # What is minimized, summed; what it comes from; and its gradient in the model's own structure.
 Sums = tuple[tuple[jax.Array, BatchSums], Transformer]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+"""Of a state, a batch and, where there is one, the teacher."""
 
 
 def batch_loss(
@@ -46,21 +34,15 @@ def batch_loss(
     *,
     chunk: int,
     remat: Remat = "none",
-    sparsity: SparsityConfig | None = None,
     expert_balance: float = 0.0,
 ) -> tuple[jax.Array, BatchSums]:
     """What training minimizes, summed over the targets: -log p, and the imbalance of each layer's experts by weight."""
     count = jnp.sum(batch.weights)
-    if sparsity is not None:
-        model = sparsify(model, sparsity, gradient_scale=count)
     hidden, imbalances = model.read_counted(
         batch.tokens, batch.weights, positions=batch.positions, segments=batch.segments, remat=remat
     )
     loss = cross_entropy_sum(hidden, model.head.get_value(), batch.targets, batch.weights, chunk=chunk)
-    if imbalances is None:
-        return loss, BatchSums(loss, count, jnp.zeros((), jnp.float32))
-    sums = BatchSums(loss, count, count * jnp.mean(imbalances))
-    return loss + expert_balance * count * jnp.sum(imbalances), sums
+    return finish_loss(loss, count, imbalances, expert_balance)
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
@@ -73,6 +55,8 @@ def make_train_step(
 ) -> TrainStep:
     """The step function, compiled at its first call; it takes over the memory of the state that it is given.
 
+    It is called with the state, a batch and, for `config.distill`, the teacher.
+
     `shardings` are those of the state, before the step and after it: were they left to the compiler, the second step
     could meet others than the first, and would be compiled again.
 
@@ -81,31 +65,35 @@ def make_train_step(
     before clipping, update_norm, learning_rate, tokens; and of a model with experts expert_imbalance.
     """
 
-    def loss_and_grad(model: Transformer, batch: Batch) -> Sums:
+    def loss_and_grad(model: Transformer, batch: Batch, teacher: Transformer | None) -> Sums:
         def loss(model: Transformer) -> tuple[jax.Array, BatchSums]:
-            return batch_loss(
-                model,
-                batch,
-                chunk=config.loss_chunk,
-                remat=config.remat,
-                sparsity=config.sparsity,
-                expert_balance=config.expert_balance,
-            )
+            how: dict[str, Any] = {
+                "chunk": config.loss_chunk,
+                "remat": config.remat,
+                "expert_balance": config.expert_balance,
+            }
+            if config.distill is None:
+                return batch_loss(model, batch, **how)
+            assert teacher is not None
+            return distillation_loss(model, teacher, batch, config.distill, **how)
 
         return jax.value_and_grad(loss, has_aux=True)(model)
 
-    def accumulate(model: Transformer, batch: Batch) -> Sums:
+    def accumulate(model: Transformer, batch: Batch, teacher: Transformer | None) -> Sums:
         def add(total: Sums, part: Batch) -> tuple[Sums, None]:
-            return jax.tree.map(jnp.add, total, loss_and_grad(model, part)), None
+            return jax.tree.map(jnp.add, total, loss_and_grad(model, part, teacher)), None
 
         zero = jnp.zeros((), jnp.float32)
         start = ((zero, BatchSums(zero, zero, zero)), jax.tree.map(jnp.zeros_like, model))
         return jax.lax.scan(add, start, split_batch(batch, config.accumulate))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, teacher: Transformer | None = None) -> tuple[TrainState, Metrics]:
         compute = loss_and_grad if config.accumulate == 1 else accumulate
-        (_, sums), grads = compute(state.model, batch)
-        grads = jax.tree.map(lambda g: g / sums.targets, grads)
+        # Once a step, however the batch is cut; and back by way of the mean's gradient, so that what formats add to it
+        # (the pull on pruned weights) is the same for every batch.
+        seen, pull_back = jax.vjp(lambda model: see_packed(model, config.formats), state.model)
+        (_, sums), grads = compute(seen, batch, teacher)
+        (grads,) = pull_back(jax.tree.map(lambda g: g / sums.targets, grads))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
         metrics = {
             "loss": sums.loss / sums.targets,

@@ -64,7 +64,7 @@ def test_config_files_that_cannot_be(text: str | None, names: tuple[str, ...], p
         ("--train.steps", ("--train.steps", "int", "nothing")),
         ("--optim.warmup-steps 20", ("optim.warmup_steps=20", "train.steps=20")),
         ("--optim.schedule steep", ("--optim.schedule", "'steep'", "'cosine'")),
-        ("--train.sparsity.n 2", ("--train.sparsity.n", "train.sparsity")),
+        ("--train.formats.0.decay 1", ("--train.formats.0.decay", "train.formats")),
         ("--mesh.model 3", ("mesh.data", "8 devices", "3")),
         ("--mesh.data 1 --mesh.model 8", ("mesh.model=8", "model.heads=2", "1, 2")),
         ("--mesh.cpu-devices 100000", ("mesh.cpu_devices=100000", "1024")),

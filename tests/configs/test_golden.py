@@ -28,7 +28,7 @@ def test_no_golden_is_left_over() -> None:
 def test_fork_changes_one_field_by_one_line() -> None:
     loaded = load_config(ROOT / "configs" / "quickstart_nm24.py", RunConfig)
     assert loaded.parent_name == "quickstart"
-    assert [line.split(":")[0] for line in difference(loaded.config, loaded.parent)] == ["train.sparsity"]
+    assert [line.split(":")[0] for line in difference(loaded.config, loaded.parent)] == ["train.formats.0"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

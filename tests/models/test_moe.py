@@ -18,7 +18,7 @@ from hsai.models.layers import is_matrix
 from hsai.models.moe import MoE
 from hsai.sharding import MeshConfig, array_sharding, check_mesh, make_mesh, tree_shardings, use_mesh
 from hsai.train.flops import matmul_parameter_count, parameter_count
-from hsai.train.sparsity import SparsityConfig, sparsify
+from hsai.train.formats import FormatRule, see_packed
 from tests.models.conftest import SMALL, MakeModel
 
 MODEL = TransformerConfig(**SMALL | {"mlp": 16, "vocab": 64, "moe": MoEConfig(experts=8, active=3)})
@@ -141,7 +141,8 @@ def test_packed_experts_are_the_numbers_that_they_stand_for() -> None:
 
 
 def test_sparse_training_masks_experts_too(make_model: MakeModel) -> None:
-    model = sparsify(Transformer(change(mlp=32), rngs=nnx.Rngs(0)), SparsityConfig(n=2, m=4))
+    rule = FormatRule(pattern="layers.mlp.[gud]*", format=NMConfig(n=2, m=4))
+    model = see_packed(Transformer(change(mlp=32), rngs=nnx.Rngs(0)), (rule,))
     for name in ("gate", "up", "down"):
         w = np.asarray(getattr(model.layers.mlp, name)[...])
         assert ((w.reshape(2, 8, -1, 4, w.shape[-1]) != 0).sum(axis=3) <= 2).all(), name

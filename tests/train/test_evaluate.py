@@ -9,7 +9,6 @@ from flax import nnx
 
 from hsai.models import Transformer
 from hsai.train.evaluate import Quality, make_evaluation
-from hsai.train.sparsity import SparsityConfig, sparsify
 from tests.train.batches import MODEL, draw_batch
 
 TOKEN_BYTES = np.arange(96, dtype=np.int32) % 5
@@ -41,11 +40,3 @@ def test_quality_is_the_sum_over_all_targets_that_count(model: Transformer) -> N
     assert (found.tokens, found.bytes) == (tokens, size)
     assert found.nats == pytest.approx(nats, rel=1e-5)
     assert tokens < 3 * batches[0].weights.size  # there was padding to leave out
-
-
-def test_a_sparse_model_is_seen_through_its_masks(model: Transformer) -> None:
-    batch, config = [draw_batch(0)], SparsityConfig()
-    dense = make_evaluation(TOKEN_BYTES, chunk=16)
-    masked = make_evaluation(TOKEN_BYTES, chunk=16, sparsity=config)(model, batch)
-    assert masked.nats == pytest.approx(dense(sparsify(model, config), batch).nats, rel=1e-6)
-    assert abs(masked.nats - dense(model, batch).nats) > 0.01

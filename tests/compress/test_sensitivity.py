@@ -149,13 +149,14 @@ def test_forecasts_are_near_the_measured_divergence() -> None:
             measured.append(float(divergence(model, replace_weights(model, {item.weight: changed}), tokens)))
             forecasts.append(option.loss)
     ratios = np.log(np.array(forecasts) / np.array(measured))
-    print(np.round(np.exp(ratios), 2), np.array(measured))
+    by_format = ratios.reshape(-1, len(FORMATS))
+    print(f"\nforecast / measured, a row a weight, int8, int4, 2:4 and ternary\n{np.round(np.exp(by_format), 2)}")
     ranks = [np.argsort(np.argsort(values)) for values in (forecasts, measured)]
     assert len(ratios) == 4 * (2 * 4 + 1)
     assert np.corrcoef(*ranks)[0, 1] > 0.95
-    assert np.abs(np.median(ratios)) < np.log(1.5)
-    # Half of them within a factor of 1.5, and none beyond 4, over five orders of magnitude.
-    assert np.quantile(np.abs(ratios), 0.5) < np.log(1.5) and np.abs(ratios).max() < np.log(4)
+    assert np.abs(np.median(ratios)) < np.log(1.5) and np.quantile(np.abs(ratios), 0.5) < np.log(1.5)
+    # Over five orders of magnitude. The forecast is a second derivative, and pruning and three levels are no small step.
+    assert np.abs(by_format[:, :2]).max() < np.log(2) and np.abs(ratios).max() < np.log(6)
 
 
 def test_solved_candidates_cost_less_than_rounded_ones() -> None:

@@ -155,7 +155,7 @@ def test_forecasts_are_near_the_measured_divergence() -> None:
     assert len(ratios) == 4 * (2 * 4 + 1)
     assert np.corrcoef(*ranks)[0, 1] > 0.95
     assert np.abs(np.median(ratios)) < np.log(1.5) and np.quantile(np.abs(ratios), 0.5) < np.log(1.5)
-    # Over five orders of magnitude. The forecast is a second derivative, and pruning and three levels are no small step.
+    # Over five orders of magnitude. The forecast is a second derivative; pruning and three levels are no small step.
     assert np.abs(by_format[:, :2]).max() < np.log(2) and np.abs(ratios).max() < np.log(6)
 
 

@@ -8,7 +8,7 @@ With --tasks, held-out text is measured only where --corpus names it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def run(parser: Parser, argv: list[str]) -> None:
             if arguments.speed:
                 row |= measure_speed(path)
             progress("evaluate", index + 1, len(arguments.model), str(path))
-    console.print(make_table(rows))
+    for table in make_tables(rows):
+        console.print(table)
     if reports:
         console.print(make_task_table(reports))
     results = {"machine": describe_machine(), "rows": rows}
@@ -168,15 +169,17 @@ def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> dict[st
     }
 
 
-def make_table(rows: list[dict[str, Any]]) -> Table:
-    """The rows as a table, with the columns that were measured; ratios are to the first."""
-    table, first = Table(), rows[0]
-    table.add_column("model", no_wrap=True)
-    for columns, key, _ in COLUMNS:
-        if key in first:
-            for name in columns:
+def make_tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
+    """The rows with the columns that were measured, size and quality apart from speed: each fits a console; ratios are
+    to the first."""
+    first = rows[0]
+    for group in (COLUMNS[:2], COLUMNS[2:]):
+        found = [(names, write) for names, key, write in group if key in first]
+        if found:
+            table = Table()
+            table.add_column("model", no_wrap=True)
+            for name in (name for names, _ in found for name in names):
                 table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [cell for _, key, write in COLUMNS if key in first for cell in write(row, first)]
-        table.add_row(row["model"], *cells)
-    return table
+            for row in rows:
+                table.add_row(row["model"], *(cell for _, write in found for cell in write(row, first)))
+            yield table

@@ -59,7 +59,8 @@ def test_models_that_are_none(workshop: Workshop, place: Path, refuse: Refuse) -
     refuse("compress", "file", *words, names=("file", "not a GGUF file"))
     refuse("compress", "started", *words, names=("started/checkpoints", "no checkpoint"))
     packed = workshop.compressed / "int4"
-    refuse("compress", packed, *words, names=("int4 already", "dense"), beside=(packed,))
+    other = ("--recipe", recipe("int8"), "--out", "out")
+    refuse("compress", packed, *other, names=("int4 already", "dense"), beside=(packed,))
 
 
 def test_a_damaged_checkpoint(workshop: Workshop, place: Path, refuse: Refuse) -> None:

@@ -34,8 +34,10 @@ def test_a_bad_config(place: Path) -> None:
 
 
 def test_a_bad_bundle(workshop: Workshop, place: Path) -> None:
-    done = run("generate", workshop.run, "x")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"error: {workshop.run}")
+    (place / "empty").mkdir()
+    done = run("generate", place / "empty", "x")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert "empty" in done.stderr
 
 
 def test_a_reader_that_has_enough(workshop: Workshop) -> None:

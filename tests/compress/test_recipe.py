@@ -35,12 +35,13 @@ MODEL = abstract_transformer(CONFIG)
 MATRICES = ["embed", *(f"layers.attention.{w}" for w in "koqv"), *(f"layers.mlp.{w}" for w in ("down", "gate", "up"))]
 
 
-BUDGET_TABLES = (Int8Config(), Int4Config(group=32), Int4Config(group=64))
+BUDGET_TABLES = (Int8Config(), Int4Config(group=32), Int4Config(group=64), Int3Config(group=64))
 BUDGET_BLOCKS = (
-    *BUDGET_TABLES,
+    *BUDGET_TABLES[:3],
     NMInt4Config(n=4, m=8, group=64),
+    Int3Config(group=64),
     NMInt4Config(n=2, m=4, group=64),
-    TernaryConfig(group=64),
+    Int2Config(group=64),
 )
 
 

@@ -237,7 +237,7 @@ class Engine:
         if tokens < 1 or repeats < 1:
             raise InputError(f"tokens={tokens} and repeats={repeats} must be at least 1")
         sampler = Sampler(SamplingConfig(), self.tokenizer.vocab_size)
-        prompt = self._check_prompt(np.arange(tokens) % self.tokenizer.vocab_size)
+        prompt = self._check_prompt([index % self.tokenizer.vocab_size for index in range(tokens)])
         self._prepare(tokens, sampler)
         speeds = []
         for repeat in range(repeats + 1):

@@ -41,7 +41,7 @@ def list_states(model: Transformer, batch: object) -> list[jax.Array]:
     rotations = model.make_rotations(batch.positions)
     for layer in range(model.config.layers):
         block: Block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.layers)
-        x, _ = model.apply_block(block, jnp.int32(layer), x, batch.positions, rotations, batch.segments)
+        x, *_ = model.apply_block(block, jnp.int32(layer), x, batch.positions, rotations, batch.segments)
         states.append(x)
     return states
 

@@ -241,8 +241,8 @@ def test_weights_that_are_no_safetensors_are_refused(copy: Path) -> None:
 
 
 def test_record_of_another_format_is_refused(copy: Path) -> None:
-    edit(copy / "manifest.json", lambda content: content["weights"]["embed"].update(format="int3"))
-    assert "'embed' has the unknown format 'int3'; known: dense, int8" in refusal(copy)
+    edit(copy / "manifest.json", lambda content: content["weights"]["embed"].update(format="int5"))
+    assert "'embed' has the unknown format 'int5'; known: dense, int8" in refusal(copy)
     edit(copy / "manifest.json", lambda content: content["weights"].pop("embed"))
     assert "'embed' is missing" in refusal(copy)
 

@@ -117,7 +117,7 @@ def run(sizes: Sizes, accumulate: int = 1) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("sizes", "accumulate"), [((1, 8, 1), 1), ((2, 2, 2), 1), ((2, 1, 2), 2)], ids=str)
+@pytest.mark.parametrize(("sizes", "accumulate"), [((2, 2, 2), 1), ((2, 1, 2), 2)], ids=str)
 def test_losses_are_the_same_however_the_batch_is_cut(sizes: Sizes, accumulate: int) -> None:
     np.testing.assert_allclose(run(sizes, accumulate), run((1, 1, 1)), rtol=5e-5)
 

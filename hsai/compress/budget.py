@@ -1,13 +1,13 @@
 """A model's bytes against a budget: what it has at least, and how an allocation spends it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import AllocationConfig, choose
-from hsai.compress.calibrated import Compress, NearestConfig
+from hsai.compress.calibrated import Compress, NearestConfig, Progress
 from hsai.compress.ledger import Allocation
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
 from hsai.formats import FormatConfig, Weight, nbytes
@@ -35,7 +35,7 @@ def spend_budget(
     batch: int,
     seed: int,
     plain: Compress,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Allocation:
     """Chooses a format for each layer of the weights that have candidates.
 

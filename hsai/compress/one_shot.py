@@ -77,11 +77,10 @@ def compress(
     for name, param in params.items():
         _check_finite(name, param.get_value())
     # What is in the format that is asked for, as training leaves it, stays as it is.
-    held = {name: params[name].get_value() for name in rules}
     values: dict[str, Weight] = {
-        name: held[name]
+        name: params[name].get_value()
         for name, rule in rules.items()
-        if not rule.is_open and is_packed_as(held[name], rule.formats[0])
+        if not rule.is_open and is_packed_as(params[name].get_value(), rule.formats[0])
     }
     kept = frozenset(values)
     fixed = {name: rule.formats for name, rule in rules.items() if not rule.is_open}
@@ -97,19 +96,20 @@ def compress(
         assert isinstance(model, Transformer)
         if recipe.allocation is not None:
             allocation = None if workbench is None else workbench.load_allocation()
-            allocation = allocation or spend_budget(
-                model,
-                recipe.allocation,
-                {name: (rule.formats, rule.solver) for name, rule in rules.items() if rule.is_open},
-                fixed,
-                calibration,
-                batch=recipe.calibration.batch,
-                seed=recipe.calibration.seed,
-                plain=pack_weight,
-                progress=progress,
-            )
-            if workbench is not None:
-                workbench.save_allocation(allocation)
+            if allocation is None:
+                allocation = spend_budget(
+                    model,
+                    recipe.allocation,
+                    {name: (rule.formats, rule.solver) for name, rule in rules.items() if rule.is_open},
+                    fixed,
+                    calibration,
+                    batch=recipe.calibration.batch,
+                    seed=recipe.calibration.seed,
+                    plain=pack_weight,
+                    progress=progress,
+                )
+                if workbench is not None:
+                    workbench.save_allocation(allocation)
             formats |= allocation.formats
         solved = {
             name: (formats[name], rule.solver)

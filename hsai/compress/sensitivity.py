@@ -16,18 +16,18 @@ E[g_f^2] = p_f (1 - p_f).
 B batch, T query, D contraction, F outputs, V vocabulary, C positions in a chunk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import Item, Option
-from hsai.compress.calibrated import BlockSolver, Compress, SolverConfig, check_observed
+from hsai.compress.calibrated import BlockSolver, Compress, Progress, SolverConfig, check_observed
 from hsai.compress.stream import Grams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense
-from hsai.formats.observed import Tapped
+from hsai.formats.observed import Tapped, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
@@ -36,7 +36,6 @@ CHUNK = 128
 """Positions of a row whose logits exist together."""
 
 Candidates = Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]]
-Progress = Callable[[str, int, int], None]
 Moments = Mapping[str, jax.Array]
 """sum g^2 over all tokens at the outputs of each weight, float32 (L, F), or (F,) of a table; and of the head, besides
 sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs."""
@@ -162,8 +161,7 @@ def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[
         p = jax.nn.softmax(logits, axis=-1)
         label = jax.random.categorical(jax.random.fold_in(key, start), logits)
         (d_x,) = back(jnp.where(there, p - jax.nn.one_hot(label, p.shape[-1]), 0.0))
-        wide = jnp.where(there, x.astype(jnp.float32), 0.0).reshape(-1, width)
-        inputs = sums[1] + jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+        inputs = sums[1] + sum_squares(jnp.where(there, x, 0))
         return (sums[0] + jnp.sum(jnp.where(there, p * (1.0 - p), 0.0), axis=(0, 1)), inputs), d_x
 
     zeros = (jnp.zeros(model.config.vocab, jnp.float32), jnp.zeros((width, width), jnp.float32))

@@ -100,11 +100,7 @@ class Scorer:
         for rows, hidden in self._read_all(groups, report):
             results.update(self._collect(rows, hidden))
             picked = np.concatenate(jax.device_get([self._pick(hidden, part) for part in _list_targets(rows)]))
-            start = 0
-            for row in rows:
-                stop = start + len(row.targets)
-                kept[row.place] = picked[start:stop]
-                start = stop
+            kept |= {row.place: picked[part] for row, part in _cut_rows(rows)}
         return _regroup(results, groups), [kept[place] for place in range(len(kept))]
 
     def _read_all(
@@ -138,14 +134,10 @@ class Scorer:
         """Scores every target of `rows` from hidden (R, S, D)."""
         parts = [self._score(self.model, hidden, part) for part in _list_targets(rows)]
         found = [np.concatenate(column) for column in zip(*jax.device_get(parts), strict=True)]
-        scores, start = {}, 0
-        for row in rows:
-            stop = start + len(row.targets)
-            scores[row.place] = Score(
-                token_log_likelihoods=tuple(found[0][start:stop].tolist()), is_greedy=bool(found[1][start:stop].all())
-            )
-            start = stop
-        return scores
+        return {
+            row.place: Score(token_log_likelihoods=tuple(found[0][part].tolist()), is_greedy=bool(found[1][part].all()))
+            for row, part in _cut_rows(rows)
+        }
 
 
 def _regroup(results: Mapping[int, Score], groups: Sequence[Sequence[Pair]]) -> list[list[Score]]:
@@ -183,6 +175,15 @@ def _list_targets(rows: Sequence[Row]) -> list[np.ndarray]:
     flat = np.zeros((-(-len(places) // CHUNK) * CHUNK, 3), np.int32)
     flat[: len(places)] = places
     return np.split(flat, len(flat) // CHUNK)
+
+
+def _cut_rows(rows: Sequence[Row]) -> Iterator[tuple[Row, slice]]:
+    """Which of the targets of `_list_targets`, its parts joined, are a row's."""
+    start = 0
+    for row in rows:
+        stop = start + len(row.targets)
+        yield row, slice(start, stop)
+        start = stop
 
 
 def _pick(hidden: jax.Array, places: jax.Array) -> jax.Array:

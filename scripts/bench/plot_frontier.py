@@ -8,9 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hsai.files import atomic_write
+from hsai.train.plot import GRID, MUTED
 
 COLORS = {"hsai": "#2563eb", "llama.cpp": "#d9480f"}
-MUTED, GRID = "#616e7c", "#e4e7eb"
 
 
 def plot_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -28,8 +28,8 @@ from hsai.compress.latent import Latent, Straight, begin_latent, pack_latent, se
 from hsai.compress.ledger import BlockRow
 from hsai.compress.stream import Streams, apply_block
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, Weight
-from hsai.formats.storage import replace_weights
+from hsai.formats import FormatConfig, Weight, to_dense
+from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
 
@@ -44,10 +44,11 @@ class ReconstructionConfig:
     steps: int = 128
     """Updates of each block, one batch of the calibration each."""
 
-    learning_rate: float = 0.01
-    """Of Adam at the start, as a share of the root mean square of each weight; falls to zero along a cosine."""
+    learning_rate: float = 0.03
+    """Of Adam at the start, as a share of what packing changed of each weight (the root mean square of it); falls to
+    zero along a cosine. So few bits take the larger steps that they need."""
 
-    scale_rate: float = 0.005
+    scale_rate: float = 0.003
     """The same for the exponents of scales: 0.01 is a step of 0.7 %."""
 
     held_share: float = 0.125
@@ -127,7 +128,8 @@ class Reconstructor:
             for name, format in formats.items()
         )
         latents = {name: begin_latent(packed[name], how) for name, how in ways}
-        units = {name: self._find_unit(latent) for name, latent in latents.items()}
+        dense = named_weights(block)
+        units = {name: self._find_unit(latent, dense[name].get_value()) for name, latent in latents.items()}
         batches = np.arange(len(data.inputs)).reshape(-1, self._batch)
         held = self._config.count_held(len(batches))
         order = np.random.default_rng((self._seed, layer)).permutation(len(batches))
@@ -153,14 +155,8 @@ class Reconstructor:
             return dict(packed), row
         return {name: pack_latent(latents[name], how) for name, how in ways}, row
 
-    def _find_unit(self, latent: Weight) -> Weight:
+    def _find_unit(self, latent: Weight, dense: jax.Array) -> Weight:
         """How large a step is at the start, in the tree of the latent weight."""
-
-        def size(values: jax.Array) -> jax.Array:
-            kept = jnp.maximum(jnp.sum(values != 0), 1)
-            return self._config.learning_rate * jnp.sqrt(jnp.sum(jnp.square(values)) / kept)
-
-        if isinstance(latent, Latent):
-            return Latent(size(latent.values), jnp.float32(self._config.scale_rate))
-        assert isinstance(latent, jax.Array)
-        return size(latent)
+        changed = jnp.square(to_dense(latent) - dense.astype(jnp.float32))
+        size = self._config.learning_rate * jnp.sqrt(jnp.mean(changed))
+        return Latent(size, jnp.float32(self._config.scale_rate)) if isinstance(latent, Latent) else size

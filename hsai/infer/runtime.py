@@ -6,6 +6,7 @@ bundle ships. Both have the calling convention of `hsai.export.steps`, so everyt
 T query, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ from hsai.export.bundle import Bundle
 from hsai.export.manifest import GraphRecord
 from hsai.export.stablehlo import GraphConfig, load_graph
 from hsai.export.steps import CACHE_NAMES, DECODE_INPUTS, PREFILL_INPUTS, cache_shapes, make_decode, make_prefill
+from hsai.export.targets import find_target
 from hsai.formats.storage import describe, named_arrays
 from hsai.models import KVCache, Transformer
+from hsai_kernels.dispatch import BackendMissing
+from hsai_kernels.native import load_library
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -114,12 +120,12 @@ def trace_runtime(model: Transformer, graphs: GraphConfig) -> Runtime:
 
 
 def load_runtime(bundle: Bundle) -> Runtime:
-    """Takes the graphs that the bundle ships.
+    """Takes the graphs that the bundle ships; see `choose_graphs`.
 
     Raises:
       InputError: it ships none, or they are for several rows at a time, or this jax cannot read them.
     """
-    graphs = bundle.manifest.graphs
+    graphs = choose_graphs(bundle.manifest.graphs)
     if not graphs:
         raise InputError(f"{bundle.directory} holds no graphs: export it with graphs, or run the model without them")
     steps: dict[str, dict[int, Wrapped]] = {"prefill": {}, "decode": {}}
@@ -132,6 +138,21 @@ def load_runtime(bundle: Bundle) -> Runtime:
             raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
     cache = _read_cache(bundle.directory, graphs)
     return Runtime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
+
+
+def choose_graphs(graphs: Sequence[GraphRecord]) -> tuple[GraphRecord, ...]:
+    """Those with the kernels of the device here, if there are any that it can run; else the portable ones."""
+    here = find_target()
+    chosen = tuple(graph for graph in graphs if graph.kernels == here)
+    if here is None or not chosen:
+        return tuple(graph for graph in graphs if graph.kernels is None)
+    if here == "cpu":
+        try:
+            load_library()  # and tells XLA of its custom calls
+        except BackendMissing as error:
+            logger.warning("the portable graphs run in the place of those with kernels: %s", error)
+            return tuple(graph for graph in graphs if graph.kernels is None)
+    return chosen
 
 
 def _read_cache(directory: Path, graphs: Sequence[GraphRecord]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.factor import factorize
-from hsai.compress.grid import grid_of, pattern_of
+from hsai.compress.grid import Pattern, grid_of, pattern_of
 from hsai.compress.ledger import LayerRow, name_format
 from hsai.compress.resume import Workbench
-from hsai.compress.solver import solve
+from hsai.compress.solver import order_positions, solve
 from hsai.compress.stream import Grams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import (
@@ -63,12 +63,30 @@ class FeedbackConfig:
     damping: float = 0.01
     """Share of the mean of H's diagonal that is added to it; raised where that does not do."""
 
+    order: Literal["natural", "activations"] = "natural"
+    """In which positions are solved: as they stand, or those with the largest activations first (GPTQ's act-order), so
+    that the others make up for them. The second takes scales that were searched beforehand."""
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise InputError(f"solver damping={self.damping} must be above 0 and at most 1")
 
 
 SolverConfig = NearestConfig | FeedbackConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factor:
+    """What error feedback runs on."""
+
+    upper: jax.Array
+    """U (D, D) float32, of `factorize`; of the Gram matrix in `order`."""
+
+    damping: float
+    """What it took."""
+
+    order: jax.Array | None
+    """In which positions are solved, int32 (D,); None as they stand."""
 
 
 class BlockSolver:
@@ -81,7 +99,7 @@ class BlockSolver:
         """
         self._grams = grams
         self._plain = plain
-        self._factors: dict[tuple[int, float], tuple[jax.Array, float] | str] = {}
+        self._factors: dict[tuple[int, float, Pattern | None, str], Factor | str] = {}
 
     def pack(
         self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig
@@ -93,13 +111,14 @@ class BlockSolver:
         if isinstance(config, NearestConfig) or isinstance(format, DenseConfig):
             return self._plain(w, format), None, ""
         gram = self._grams[name]
-        key = (id(gram), config.damping)
+        # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
+        key = (id(gram), config.damping, pattern_of(format) if config.order != "natural" else None, config.order)
         if key not in self._factors:
-            self._factors[key] = _try_factorize(gram, config.damping)
+            self._factors[key] = find_factor(gram, format, config)
         found = self._factors[key]
         if isinstance(found, str):
             return self._plain(w, format), None, found
-        return pack_solved(w, gram, found[0], format, config), found[1], ""
+        return pack_solved(w, gram, found, format, config), found.damping, ""
 
 
 def solve_layers(
@@ -192,13 +211,11 @@ def check_observed(names: Iterable[str], grams: Grams) -> None:
             raise InputError(f"{name} cannot be calibrated: it is no plain product; give it the nearest solver")
 
 
-def pack_solved(
-    w: jax.Array, gram: jax.Array, upper: jax.Array, format: FormatConfig, config: FeedbackConfig
-) -> Weight:
-    """One weight (D, F) in its format, solved over the activations with X^T X = gram and the factor `upper`."""
+def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig) -> Weight:
+    """One weight (D, F) in its format, solved over the activations with X^T X = gram."""
     if w.shape[-1] > COLUMNS:  # outputs are solved each for itself; a head's are too many for one program's memory
         parts = [
-            pack_solved(part, gram, upper, format, config)
+            pack_solved(part, gram, factor, format, config)
             for part in jnp.split(w, list(range(COLUMNS, w.shape[-1], COLUMNS)), axis=-1)
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
@@ -210,18 +227,21 @@ def pack_solved(
     ):
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if config.mask == "wanda" else 1.0
         mask = format.mask(w * norms)
-    solved = solve(w, upper, grid=grid_of(format), pattern=pattern, mask=mask)
+    solved = solve(w, factor.upper, grid=grid_of(format), pattern=pattern, mask=mask, order=factor.order)
     words = {} if pattern is None else {"mask": solved.mask}
     words |= {} if solved.scale is None else {"scale": solved.scale}
     packed: Weight = format.pack(solved.values, **words)
     return packed
 
 
-def _try_factorize(gram: jax.Array, damping: float) -> tuple[jax.Array, float] | str:
+def find_factor(gram: jax.Array, format: FormatConfig, config: FeedbackConfig) -> Factor | str:
+    """The factor of a Gram matrix (D, D) in the order of the solver, or why there is none."""
+    order = order_positions(gram, pattern_of(format)) if config.order == "activations" else None
     try:
-        return factorize(gram, damping)
+        upper, damping = factorize(gram if order is None else gram[order][:, order], config.damping)
     except FloatingPointError as error:
         return str(error)
+    return Factor(upper=upper, damping=damping, order=order)
 
 
 @jax.jit

@@ -185,7 +185,7 @@ def solve_layers(
                 weight=full,
                 layer=layer,
                 format=name_format(formats[full][0][layer or 0]),
-                output_error=float(_measure(w, held, gram)),
+                output_error=float(measure_output(w, held, gram)),
                 damping=pack.damping,
                 note=pack.note,
             )
@@ -293,11 +293,12 @@ def find_factor(gram: jax.Array, format: FormatConfig, config: FeedbackConfig) -
 
 
 @jax.jit
-def _measure(w: jax.Array, held: jax.Array, gram: jax.Array) -> jax.Array:
-    """||X (w - held)|| / ||X w||, from X^T X."""
+def measure_output(w: jax.Array, held: jax.Array, gram: jax.Array) -> jax.Array:
+    """||X (w - held)|| / ||X w|| over all experts, float32 (), from X^T X (..., D, D) of each."""
 
     def square(v: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.sum(v * jnp.matmul(gram, v, precision=jax.lax.Precision.HIGHEST)), 0.0)
 
-    whole = square(w)
-    return jnp.sqrt(jnp.where(whole > 0, square(w - held) / whole, 0.0))
+    wide = w.astype(jnp.float32)
+    whole = square(wide)
+    return jnp.sqrt(jnp.where(whole > 0, square(wide - held.astype(jnp.float32)) / whole, 0.0))

@@ -24,6 +24,7 @@ from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
+from hsai.compress.transforms import transform_model
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -69,14 +70,25 @@ def compress(
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
-      InputError: see `match_weights`, `solve_layers` and `measure_sensitivities`; or a weight holds a NaN or an
-        infinity.
+      InputError: see `match_weights`, `transform_model`, `solve_layers` and `measure_sensitivities`; or a weight holds
+        a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
     rules = match_weights(recipe, model)
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
+    model, scales = transform_model(
+        model,
+        recipe.transforms,
+        {name: rule.formats for name, rule in rules.items()},
+        calibration=recipe.calibration,
+        tokens=calibration,
+        plain=pack_weight,
+        workbench=workbench,
+        progress=progress,
+    )
+    params = named_weights(model)
     # What is in the format that is asked for, as training leaves it, stays as it is.
     values: dict[str, Weight] = {
         name: params[name].get_value()
@@ -159,7 +171,7 @@ def compress(
             )
         )
     return replace_weights(model, values), Ledger(
-        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation
+        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation, scales=scales
     )
 
 

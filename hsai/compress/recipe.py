@@ -19,6 +19,8 @@ from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
+from hsai.compress.scaling import ScalingConfig
+from hsai.compress.transforms import TransformConfig, check_order, outline
 from hsai.errors import InputError
 from hsai.formats import NM, VNM, DenseConfig, FormatConfig, Packed, is_packed_as
 from hsai.formats.storage import NAMES, named_weights
@@ -76,7 +78,7 @@ class RecipeConfig:
     """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
 
     calibration: CalibrationConfig | None = None
-    """The text that solvers with feedback see, and an allocation; none where there is neither."""
+    """The text that solvers with feedback see, an allocation, and scaling; none where there is neither."""
 
     allocation: AllocationConfig | None = None
     """The budget by which candidates are chosen; none where each rule has one format."""
@@ -84,13 +86,20 @@ class RecipeConfig:
     reconstruction: ReconstructionConfig | None = None
     """How the layers are tuned once their weights are packed; none leaves them as the solver made them."""
 
+    transforms: tuple[TransformConfig, ...] = ()
+    """What is moved between weights before any is compressed: rotations, scales of channels."""
+
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
         solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
         if solved and self.calibration is None:
             raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
-        if self.calibration is not None and not solved and self.allocation is None:
+        check_order(self.transforms)
+        scaled = any(isinstance(transform, ScalingConfig) for transform in self.transforms)
+        if scaled and self.calibration is None:
+            raise InputError("transforms: scaling measures activations, which needs a calibration")
+        if self.calibration is not None and not solved and not scaled and self.allocation is None:
             raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
         if self.reconstruction is not None:
             self._check_reconstruction()
@@ -129,13 +138,15 @@ class RecipeConfig:
 
 
 def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
-    """The rule of each weight that the recipe changes, in the order of the model. Arrays are not touched.
+    """The rule of each weight that the recipe changes, in the order of the model, weights that its transforms add among
+    them. Arrays are not touched.
 
-    Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
-    format does not divide a weight, if a weight is quantized already, and not in the format of its rule, if candidates
-    are for weights whose sensitivity nobody can measure, or if they cannot meet the budget.
+    Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
+    or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
+    format of its rule, if candidates are for weights whose sensitivity nobody can measure, or if they cannot meet the
+    budget.
     """
-    every = named_weights(model)
+    every = named_weights(outline(recipe.transforms, model))
     params = {name: param for name, param in every.items() if is_matrix(param)}
     deciding: dict[str, int] = {}
     for name in params:

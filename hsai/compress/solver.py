@@ -128,8 +128,9 @@ def _solve(
     block = -(-min(BLOCK, size) // unit) * unit
     padded = -size % block
     # Positions that are not there: no weight, and no part in the feedback.
-    w, given, fixed = (None if x is None else jnp.pad(x, ((0, padded), (0, 0))) for x in (w, mask, fixed))
-    assert w is not None
+    rows = ((0, padded), (0, 0))
+    w = jnp.pad(w, rows)
+    given, fixed = (None if x is None else jnp.pad(x, rows) for x in (mask, fixed))
     upper = jnp.pad(upper, ((0, padded), (0, padded))) + jnp.diag(
         jnp.pad(jnp.zeros(size), (0, padded), constant_values=1)
     )

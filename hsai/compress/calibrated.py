@@ -15,6 +15,7 @@ import numpy as np
 
 from hsai.compress.factor import factorize
 from hsai.compress.grid import Pattern, grid_of, pattern_of
+from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import BlockRow, LayerRow, name_format
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
@@ -41,7 +42,6 @@ COLUMNS = 16384
 """Outputs that are solved at a time; a multiple of what V:N:M lets share a choice."""
 
 Progress = Callable[[str, int, int], None]
-Compress = Callable[[jax.Array, FormatConfig], Weight]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,11 @@ class FeedbackConfig:
             raise InputError(f"solver damping={self.damping} must be above 0 and at most 1")
 
 
-SolverConfig = NearestConfig | FeedbackConfig
+PlainConfig = NearestConfig | HalfQuadraticConfig
+"""Solvers that look at nothing but the weight."""
+
+SolverConfig = PlainConfig | FeedbackConfig
+Compress = Callable[[jax.Array, FormatConfig, PlainConfig], Weight]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +137,10 @@ class BlockSolver:
     def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
         """The weight (D, F) called `name` within its block. One whose factorization fails is packed by itself, as are
         those that are not to be solved, or stay dense."""
-        if isinstance(config, NearestConfig) or isinstance(format, DenseConfig):
-            return Packing(weight=self._plain(w, format))
+        if not isinstance(config, FeedbackConfig):
+            return Packing(weight=self._plain(w, format, config))
+        if isinstance(format, DenseConfig):
+            return Packing(weight=self._plain(w, format, NearestConfig()))
         gram = self._grams[name]
         # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
         key = (id(gram), config.damping, pattern_of(format) if config.order != "natural" else None, config.order)
@@ -142,7 +148,7 @@ class BlockSolver:
             self._factors[key] = find_factor(gram, format, config)
         found = self._factors[key]
         if isinstance(found, str):
-            return Packing(weight=self._plain(w, format), note=found)
+            return Packing(weight=self._plain(w, format, NearestConfig()), note=found)
         return Packing(weight=pack_solved(w, gram, found, format, config), damping=found.damping)
 
 
@@ -165,7 +171,7 @@ def solve_layers(
         The head may be among them, with one format; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time.
-      plain: packs a weight whose solve fails.
+      plain: packs a weight by itself: one that is solved so, or whose factorization fails.
       reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.

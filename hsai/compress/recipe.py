@@ -17,6 +17,8 @@ from hsai.compress.allocate import AllocationConfig, check_budget
 from hsai.compress.budget import count_least
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.grid import grid_of
+from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.compress.scaling import ScalingConfig
@@ -47,6 +49,11 @@ class Rule:
             raise InputError(
                 f"rule {self.pattern!r}: candidates ({', '.join(map(name_format, self.format))}) leave nothing to "
                 "choose; give two or more that differ, or one format by itself"
+            )
+        if isinstance(self.solver, HalfQuadraticConfig) and not any(map(grid_of, self.formats)):
+            raise InputError(
+                f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} has no scales, and the "
+                "half-quadratic solver finds nothing else; leave it nearest"
             )
         if isinstance(self.solver, FeedbackConfig):
             if all(isinstance(format, DenseConfig) for format in self.formats):

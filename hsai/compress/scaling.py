@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.calibrated import Compress, Progress, check_observed, measure_output
+from hsai.compress.calibrated import Compress, NearestConfig, Progress, check_observed, measure_output
 from hsai.compress.folds import (
     Fold,
     channel_folds,
@@ -194,5 +194,5 @@ def _raise(rates: jax.Array, exponent: float) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("format", "plain"))
 def _try_scale(w: jax.Array, gram: jax.Array, factor: jax.Array, format: FormatConfig, plain: Compress) -> jax.Array:
     """The squared error of the output, as a share of it, if w (..., D, F) is rounded in these scales."""
-    held = scale_rows(to_dense(plain(scale_rows(w, factor), format)), 1.0 / factor)
+    held = scale_rows(to_dense(plain(scale_rows(w, factor), format, NearestConfig())), 1.0 / factor)
     return jnp.square(measure_output(w, held, gram))

@@ -31,7 +31,7 @@ from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 ONLY = {
-    "bundle": ("prefill_buckets", "cache", "reuse"),
+    "bundle": ("prefill_buckets", "cache", "stablehlo_version", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
     "gguf": ("gguf_type", "dequantize"),
 }
@@ -50,6 +50,9 @@ def add_arguments(parser: Parser) -> None:
         "--cache",
         choices=get_args(CacheFormat),
         help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+    )
+    parser.add_argument(
+        "--stablehlo-version", help="bundle: of the portable graphs, such as 1.0.0 for older runtimes (default: jax's)"
     )
     parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
     parser.add_argument(
@@ -83,7 +86,7 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig(cache=arguments.cache or "activations")
+    graphs = GraphConfig(cache=arguments.cache or "activations", stablehlo_version=arguments.stablehlo_version)
     if buckets is not None:
         graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)

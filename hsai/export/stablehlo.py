@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 
 import hsai_kernels
 from hsai.errors import InputError
@@ -56,6 +58,10 @@ class GraphConfig:
     cache: CacheFormat = "activations"
     """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 with scales."""
 
+    stablehlo_version: str | None = None
+    """Of the portable bytecode, such as "1.0.0", for runtimes older than this jax; none takes the one that jax takes
+    for other machines, which StableHLO promises to read for five years."""
+
     def __post_init__(self) -> None:
         if not self.prefill_buckets:
             raise InputError("prefill_buckets=() is empty; give at least one size, such as 128")
@@ -67,6 +73,8 @@ class GraphConfig:
         if self.context is not None and self.context < 1:
             raise InputError(f"context={self.context} must be at least 1, or none for the model's max_length")
         check_cache_format(self.cache)
+        if self.stablehlo_version is not None:
+            _check_version(self.stablehlo_version)
 
     def slots(self, model: TransformerConfig) -> int:
         """Tokens that a row of the cache holds; `InputError` if that is more than the model was made for."""
@@ -105,14 +113,16 @@ def export_graphs(
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     slots = config.slots(model)
     cache = cache_shapes(model, config.batch, slots, config.cache)
+    version = config.stablehlo_version
     records = []
     for length in config.buckets(model):
         count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
         arguments = (shapes, jax.ShapeDtypeStruct((config.batch, length), jnp.int32), count, *cache)
         step = make_prefill(model, formats)
-        records.append(_write_graph(directory, f"prefill_{length}", step, PREFILL_INPUTS, arguments, slots))
+        records.append(_write_graph(directory, f"prefill_{length}", step, PREFILL_INPUTS, arguments, slots, version))
     arguments = (shapes, jax.ShapeDtypeStruct((config.batch, 1), jnp.int32), *cache)
-    records.append(_write_graph(directory, "decode", make_decode(model, formats), DECODE_INPUTS, arguments, slots))
+    step = make_decode(model, formats)
+    records.append(_write_graph(directory, "decode", step, DECODE_INPUTS, arguments, slots, version))
     return tuple(records)
 
 
@@ -142,13 +152,15 @@ def _write_graph(
     inputs: tuple[str, ...],
     arguments: tuple[Any, ...],
     slots: int,
+    version: str | None,
 ) -> GraphRecord:
     portable, exported = (export_step(step, arguments, platforms) for platforms in (PLATFORMS[:1], PLATFORMS))
     described = _describe_inputs(inputs, arguments)
     if len(portable.module_kept_var_idx) != len(described):
         dropped = sorted(set(range(len(described))) - set(portable.module_kept_var_idx))
         raise RuntimeError(f"graph {name} does not read its input {described[dropped[0]].name!r}")
-    files = {"jax": bytes(exported.serialize()), "stablehlo": portable.mlir_module_serialized}
+    module = portable.mlir_module_serialized if version is None else _convert(portable.mlir_module_serialized, version)
+    files = {"jax": bytes(exported.serialize()), "stablehlo": module}
     for suffix, content in files.items():
         with atomic_write(directory / GRAPHS / f"{name}.{suffix}") as temporary:
             temporary.write_bytes(content)
@@ -162,7 +174,7 @@ def _write_graph(
         jax_file=f"{GRAPHS}/{name}.jax",
         stablehlo_file=f"{GRAPHS}/{name}.stablehlo",
         platforms=exported.platforms,
-        stablehlo_version=_read_version(portable.mlir_module_serialized),
+        stablehlo_version=_read_version(module),
         inputs=described,
         outputs=tuple(_describe(n, aval) for n, aval in zip(OUTPUTS, portable.out_avals, strict=False)),
         donated=tuple(index for index, record in enumerate(described) if record.name in CACHE_NAMES),
@@ -185,6 +197,30 @@ def _describe_inputs(inputs: tuple[str, ...], arguments: tuple[Any, ...]) -> tup
 
 def _describe(name: str, shape: Any) -> ArrayRecord:
     return ArrayRecord(name=name, shape=tuple(shape.shape), dtype=str(shape.dtype))
+
+
+def _check_version(version: str) -> None:
+    """Raises `InputError` unless this jax can write that version."""
+    oldest, newest = stablehlo.get_minimum_version(), stablehlo.get_current_version()
+    found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or not _split(oldest) <= _split(version) <= _split(newest):
+        raise InputError(f"stablehlo_version={version!r} cannot be written; valid are {oldest} to {newest}")
+
+
+def _split(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _convert(module: bytes, version: str) -> bytes:
+    """Portable bytecode in another version; `InputError` if the graph needs what that version does not have."""
+    context = ir.Context()
+    stablehlo.register_dialect(context)
+    try:
+        return bytes(
+            stablehlo.serialize_portable_artifact(stablehlo.deserialize_portable_artifact(context, module), version)
+        )
+    except ValueError as error:
+        raise InputError(f"stablehlo_version={version!r} cannot hold this graph; choose a later one") from error
 
 
 def _read_version(module: bytes) -> str:

@@ -105,7 +105,7 @@ class Packing:
     """That the factorization took; None of a weight that was packed by itself."""
 
     note: str = ""
-    """Why it was, if the factorization failed."""
+    """Why it was, if the factorization failed; and experts that had nothing to be solved for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,22 +128,35 @@ class BlockSolver:
     def __init__(self, grams: Grams, plain: Compress) -> None:
         """Args:
         grams: of the block's products.
-        plain: packs a weight (D, F) by itself.
+        plain: packs a weight (..., D, F) by itself.
         """
         self._grams = grams
         self._plain = plain
-        self._factors: dict[tuple[int, float, Pattern | None, str], Factor | str] = {}
+        self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
 
     def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
-        """The weight (D, F) called `name` within its block. One whose factorization fails is packed by itself, as are
-        those that are not to be solved, or stay dense."""
+        """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose factorization fails is
+        packed by itself, as are those that are not to be solved, or stay dense."""
         if not isinstance(config, FeedbackConfig):
             return Packing(weight=self._plain(w, format, config))
         if isinstance(format, DenseConfig):
             return Packing(weight=self._plain(w, format, NearestConfig()))
         gram = self._grams[name]
+        if w.ndim == 2:
+            return self._solve(id(gram), 0, w, gram, format, config)
+        packings = [self._solve(id(gram), expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
+        weight: Weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(packing.weight for packing in packings))
+        dampings = [packing.damping for packing in packings if packing.damping is not None]
+        notes = [f"expert {expert}: {packing.note}" for expert, packing in enumerate(packings) if packing.note]
+        return Packing(weight=weight, damping=max(dampings, default=None), note="; ".join(notes))
+
+    def _solve(
+        self, inputs: int, expert: int, w: jax.Array, gram: jax.Array, format: FormatConfig, config: FeedbackConfig
+    ) -> Packing:
+        """One weight (D, F), by the factor of its inputs, which are known by two numbers."""
         # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
-        key = (id(gram), config.damping, pattern_of(format) if config.order != "natural" else None, config.order)
+        pattern = pattern_of(format) if config.order != "natural" else None
+        key = (inputs, expert, config.damping, pattern, config.order)
         if key not in self._factors:
             self._factors[key] = find_factor(gram, format, config)
         found = self._factors[key]
@@ -202,6 +215,11 @@ def solve_layers(
         dense, solver = _read_weights(block), BlockSolver(grams, plain)
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
+        for name, packing in packings.items():
+            if packing.damping is not None and (streams.counts[name] == 0).any():
+                idle = ", ".join(map(str, np.flatnonzero(streams.counts[name] == 0)))
+                told = f"no token went to expert {idle}"
+                packings[name] = dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
         packed = {name: packing.weight for name, packing in packings.items()}
         first = len(rows)
         found: list[BlockRow] = []
@@ -259,10 +277,10 @@ def _read_weights(block: Block) -> dict[str, Any]:
 
 
 def check_observed(names: Iterable[str], grams: Grams) -> None:
-    """Raises `InputError` for a weight of the layers that no product of a block uses as a matrix."""
+    """Raises `InputError` for a weight of the layers that a block multiplies by nothing."""
     for name in names:
         if name.removeprefix("layers.") not in grams:
-            raise InputError(f"{name} cannot be calibrated: it is no plain product; give it the nearest solver")
+            raise InputError(f"{name} cannot be calibrated: no product reads it; give it the nearest solver")
 
 
 def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig) -> Weight:

@@ -81,10 +81,11 @@ class LayerRow:
     """||X (w - v)|| / ||X w|| over calibration."""
 
     damping: float | None
-    """What the factorization took; None where it failed, and the weight was rounded plainly, or stayed dense."""
+    """What the factorization took, of experts the most; None where it failed, and the weight was rounded plainly, or
+    stayed dense."""
 
     note: str = ""
-    """Why, if it failed."""
+    """Why, if it failed; and of experts, which of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -150,8 +150,7 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
 
     Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
     or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
-    format of its rule, if candidates are for weights whose sensitivity nobody can measure, or if they cannot meet the
-    budget.
+    format of its rule, or if candidates cannot meet the budget.
     """
     every = named_weights(outline(recipe.transforms, model))
     params = {name: param for name, param in every.items() if is_matrix(param)}
@@ -169,11 +168,6 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
-        if rule.is_open and "experts" in params[name].get_metadata("out_sharding"):
-            raise InputError(
-                f"{name}: what experts are sensitive to cannot be measured; give them a rule with one format, before "
-                "this one"
-            )
         if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers.") and name != head:
             raise InputError(
                 f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.factor import factorize
-from hsai.compress.grid import grid_of, pattern_of
+from hsai.compress.grid import Pattern, grid_of, pattern_of
+from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import BlockRow, LayerRow, name_format
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
-from hsai.compress.solver import solve
+from hsai.compress.solver import order_positions, solve
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import (
@@ -41,7 +42,6 @@ COLUMNS = 16384
 """Outputs that are solved at a time; a multiple of what V:N:M lets share a choice."""
 
 Progress = Callable[[str, int, int], None]
-Compress = Callable[[jax.Array, FormatConfig], Weight]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,12 +65,34 @@ class FeedbackConfig:
     damping: float = 0.01
     """Share of the mean of H's diagonal that is added to it; raised where that does not do."""
 
+    order: Literal["natural", "activations"] = "natural"
+    """In which positions are solved: as they stand, or those with the largest activations first (GPTQ's act-order), so
+    that the others make up for them. The second takes scales that were searched beforehand."""
+
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise InputError(f"solver damping={self.damping} must be above 0 and at most 1")
 
 
-SolverConfig = NearestConfig | FeedbackConfig
+PlainConfig = NearestConfig | HalfQuadraticConfig
+"""Solvers that look at nothing but the weight."""
+
+SolverConfig = PlainConfig | FeedbackConfig
+Compress = Callable[[jax.Array, FormatConfig, PlainConfig], Weight]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factor:
+    """What error feedback runs on."""
+
+    upper: jax.Array
+    """U (D, D) float32, of `factorize`; of the Gram matrix in `order`."""
+
+    damping: float
+    """What it took."""
+
+    order: jax.Array | None
+    """In which positions are solved, int32 (D,); None as they stand."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +105,7 @@ class Packing:
     """That the factorization took; None of a weight that was packed by itself."""
 
     note: str = ""
-    """Why it was, if the factorization failed."""
+    """Why it was, if the factorization failed; and experts that had nothing to be solved for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,25 +128,41 @@ class BlockSolver:
     def __init__(self, grams: Grams, plain: Compress) -> None:
         """Args:
         grams: of the block's products.
-        plain: packs a weight (D, F) by itself.
+        plain: packs a weight (..., D, F) by itself.
         """
         self._grams = grams
         self._plain = plain
-        self._factors: dict[tuple[int, float], tuple[jax.Array, float] | str] = {}
+        self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
 
     def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
-        """The weight (D, F) called `name` within its block. One whose factorization fails is packed by itself, as are
-        those that are not to be solved, or stay dense."""
-        if isinstance(config, NearestConfig) or isinstance(format, DenseConfig):
-            return Packing(weight=self._plain(w, format))
+        """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose factorization fails is
+        packed by itself, as are those that are not to be solved, or stay dense."""
+        if not isinstance(config, FeedbackConfig):
+            return Packing(weight=self._plain(w, format, config))
+        if isinstance(format, DenseConfig):
+            return Packing(weight=self._plain(w, format, NearestConfig()))
         gram = self._grams[name]
-        key = (id(gram), config.damping)
+        if w.ndim == 2:
+            return self._solve(id(gram), 0, w, gram, format, config)
+        packings = [self._solve(id(gram), expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
+        weight: Weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(packing.weight for packing in packings))
+        dampings = [packing.damping for packing in packings if packing.damping is not None]
+        notes = [f"expert {expert}: {packing.note}" for expert, packing in enumerate(packings) if packing.note]
+        return Packing(weight=weight, damping=max(dampings, default=None), note="; ".join(notes))
+
+    def _solve(
+        self, inputs: int, expert: int, w: jax.Array, gram: jax.Array, format: FormatConfig, config: FeedbackConfig
+    ) -> Packing:
+        """One weight (D, F), by the factor of its inputs, which are known by two numbers."""
+        # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
+        pattern = pattern_of(format) if config.order != "natural" else None
+        key = (inputs, expert, config.damping, pattern, config.order)
         if key not in self._factors:
-            self._factors[key] = _try_factorize(gram, config.damping)
+            self._factors[key] = find_factor(gram, format, config)
         found = self._factors[key]
         if isinstance(found, str):
-            return Packing(weight=self._plain(w, format), note=found)
-        return Packing(weight=pack_solved(w, gram, found[0], format, config), damping=found[1])
+            return Packing(weight=self._plain(w, format, NearestConfig()), note=found)
+        return Packing(weight=pack_solved(w, gram, found, format, config), damping=found.damping)
 
 
 def solve_layers(
@@ -146,7 +184,7 @@ def solve_layers(
         The head may be among them, with one format; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time.
-      plain: packs a weight whose solve fails.
+      plain: packs a weight by itself: one that is solved so, or whose factorization fails.
       reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.
@@ -166,7 +204,7 @@ def solve_layers(
                 weight=full,
                 layer=layer,
                 format=name_format(formats[full][0][layer or 0]),
-                output_error=float(_measure(w, held, gram)),
+                output_error=float(measure_output(w, held, gram)),
                 damping=pack.damping,
                 note=pack.note,
             )
@@ -177,6 +215,11 @@ def solve_layers(
         dense, solver = _read_weights(block), BlockSolver(grams, plain)
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
+        for name, packing in packings.items():
+            if packing.damping is not None and (streams.counts[name] == 0).any():
+                idle = ", ".join(map(str, np.flatnonzero(streams.counts[name] == 0)))
+                told = f"no token went to expert {idle}"
+                packings[name] = dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
         packed = {name: packing.weight for name, packing in packings.items()}
         first = len(rows)
         found: list[BlockRow] = []
@@ -234,19 +277,17 @@ def _read_weights(block: Block) -> dict[str, Any]:
 
 
 def check_observed(names: Iterable[str], grams: Grams) -> None:
-    """Raises `InputError` for a weight of the layers that no product of a block uses as a matrix."""
+    """Raises `InputError` for a weight of the layers that a block multiplies by nothing."""
     for name in names:
         if name.removeprefix("layers.") not in grams:
-            raise InputError(f"{name} cannot be calibrated: it is no plain product; give it the nearest solver")
+            raise InputError(f"{name} cannot be calibrated: no product reads it; give it the nearest solver")
 
 
-def pack_solved(
-    w: jax.Array, gram: jax.Array, upper: jax.Array, format: FormatConfig, config: FeedbackConfig
-) -> Weight:
-    """One weight (D, F) in its format, solved over the activations with X^T X = gram and the factor `upper`."""
+def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig) -> Weight:
+    """One weight (D, F) in its format, solved over the activations with X^T X = gram."""
     if w.shape[-1] > COLUMNS:  # outputs are solved each for itself; a head's are too many for one program's memory
         parts = [
-            pack_solved(part, gram, upper, format, config)
+            pack_solved(part, gram, factor, format, config)
             for part in jnp.split(w, list(range(COLUMNS, w.shape[-1], COLUMNS)), axis=-1)
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
@@ -258,26 +299,30 @@ def pack_solved(
     ):
         norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if config.mask == "wanda" else 1.0
         mask = format.mask(w * norms)
-    solved = solve(w, upper, grid=grid_of(format), pattern=pattern, mask=mask)
+    solved = solve(w, factor.upper, grid=grid_of(format), pattern=pattern, mask=mask, order=factor.order)
     words = {} if pattern is None else {"mask": solved.mask}
     words |= {} if solved.scale is None else {"scale": solved.scale}
     packed: Weight = format.pack(solved.values, **words)
     return packed
 
 
-def _try_factorize(gram: jax.Array, damping: float) -> tuple[jax.Array, float] | str:
+def find_factor(gram: jax.Array, format: FormatConfig, config: FeedbackConfig) -> Factor | str:
+    """The factor of a Gram matrix (D, D) in the order of the solver, or why there is none."""
+    order = order_positions(gram, pattern_of(format)) if config.order == "activations" else None
     try:
-        return factorize(gram, damping)
+        upper, damping = factorize(gram if order is None else gram[order][:, order], config.damping)
     except FloatingPointError as error:
         return str(error)
+    return Factor(upper=upper, damping=damping, order=order)
 
 
 @jax.jit
-def _measure(w: jax.Array, held: jax.Array, gram: jax.Array) -> jax.Array:
-    """||X (w - held)|| / ||X w||, from X^T X."""
+def measure_output(w: jax.Array, held: jax.Array, gram: jax.Array) -> jax.Array:
+    """||X (w - held)|| / ||X w|| over all experts, float32 (), from X^T X (..., D, D) of each."""
 
     def square(v: jax.Array) -> jax.Array:
         return jnp.maximum(jnp.sum(v * jnp.matmul(gram, v, precision=jax.lax.Precision.HIGHEST)), 0.0)
 
-    whole = square(w)
-    return jnp.sqrt(jnp.where(whole > 0, square(w - held) / whole, 0.0))
+    wide = w.astype(jnp.float32)
+    whole = square(wide)
+    return jnp.sqrt(jnp.where(whole > 0, square(wide - held.astype(jnp.float32)) / whole, 0.0))

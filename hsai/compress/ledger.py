@@ -81,10 +81,11 @@ class LayerRow:
     """||X (w - v)|| / ||X w|| over calibration."""
 
     damping: float | None
-    """What the factorization took; None where it failed, and the weight was rounded plainly, or stayed dense."""
+    """What the factorization took, of experts the most; None where it failed, and the weight was rounded plainly, or
+    stayed dense."""
 
     note: str = ""
-    """Why, if it failed."""
+    """Why, if it failed; and of experts, which of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,30 @@ class BlockRow:
 
     tuned: bool
     """Whether that was better, and kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleRow:
+    """Which scales some channels of one layer got before their readers were compressed.
+
+    Errors are ||X (w - v)|| / ||X w|| over calibration of weights that are rounded by themselves, as a root mean square
+    over those that read the channels.
+    """
+
+    source: str
+    """What makes the channels, by its name in the model."""
+
+    layer: int | None
+    """Its number, from 0; None for the last normalization."""
+
+    exponent: float
+    """Of the channels' activations; 0 leaves them as they are."""
+
+    error_before: float
+    """Without scales."""
+
+    error_after: float
+    """With them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +225,9 @@ class Ledger:
     allocation: Allocation | None = None
     """How the budget was spent, where there was one."""
 
+    scales: tuple[ScaleRow, ...] = ()
+    """How channels were scaled beforehand, where they were."""
+
     @property
     def bytes(self) -> int:
         """Of all parameters."""
@@ -218,7 +246,7 @@ class Ledger:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}; "layers" where
         something was solved with feedback, "blocks" where layers were reconstructed, "allocation" where there was a
-        budget."""
+        budget, "scales" where channels were scaled."""
         weights = [
             {
                 "weight": row.weight,
@@ -234,7 +262,8 @@ class Ledger:
         layers = {"layers": [dataclasses.asdict(row) for row in self.layers]} if self.layers else {}
         allocation = {} if self.allocation is None else {"allocation": self.allocation.to_dict()}
         blocks = {"blocks": [dataclasses.asdict(row) for row in self.blocks]} if self.blocks else {}
-        return {"weights": weights, **layers, **blocks, **allocation, **total}
+        scales = {"scales": [dataclasses.asdict(row) for row in self.scales]} if self.scales else {}
+        return {"weights": weights, **layers, **blocks, **allocation, **scales, **total}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""

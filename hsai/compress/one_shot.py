@@ -17,13 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.budget import spend_budget
-from hsai.compress.calibrated import FeedbackConfig, SolvedLayers, solve_layers
+from hsai.compress.calibrated import FeedbackConfig, NearestConfig, PlainConfig, SolvedLayers, solve_layers
+from hsai.compress.grid import grid_of
+from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
+from hsai.compress.transforms import transform_model
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -50,6 +53,7 @@ from hsai.models import Transformer
 
 M = TypeVar("M")
 Progress = Callable[[str, int, int], None]
+NEAREST = NearestConfig()
 
 
 def compress(
@@ -69,14 +73,25 @@ def compress(
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
-      InputError: see `match_weights`, `solve_layers` and `measure_sensitivities`; or a weight holds a NaN or an
-        infinity.
+      InputError: see `match_weights`, `transform_model`, `solve_layers` and `measure_sensitivities`; or a weight holds
+        a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
     rules = match_weights(recipe, model)
     params = named_weights(model)
     for name, param in params.items():
         _check_finite(name, param.get_value())
+    model, scales = transform_model(
+        model,
+        recipe.transforms,
+        {name: rule.formats for name, rule in rules.items()},
+        calibration=recipe.calibration,
+        tokens=calibration,
+        plain=pack_weight,
+        workbench=workbench,
+        progress=progress,
+    )
+    params = named_weights(model)
     # What is in the format that is asked for, as training leaves it, stays as it is.
     values: dict[str, Weight] = {
         name: params[name].get_value()
@@ -142,7 +157,9 @@ def compress(
         after, error = before, 0.0
         if name in rules:
             if name not in values:
-                values[name] = pack_layers(to_dense(before), formats[name])
+                solver = rules[name].solver
+                assert not isinstance(solver, FeedbackConfig)
+                values[name] = pack_layers(to_dense(before), formats[name], solver)
             after = values[name]
             check_bytes(name, after, formats[name])
             error = 0.0 if name in kept else float(measure_error(to_dense(before), after))
@@ -159,20 +176,22 @@ def compress(
             )
         )
     return replace_weights(model, values), Ledger(
-        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation
+        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation, scales=scales
     )
 
 
-def pack_layers(w: jax.Array, formats: Sequence[FormatConfig]) -> Weight:
+def pack_layers(w: jax.Array, formats: Sequence[FormatConfig], solver: PlainConfig) -> Weight:
     """A dense weight (D, F) in its one format, or (L, ...) with one for each layer, from the weight alone."""
     if len(set(formats)) == 1:
-        return pack_weight(w, formats[0])
-    return stack_layers([pack_weight(layer, format) for layer, format in zip(w, formats, strict=True)])
+        return pack_weight(w, formats[0], solver)
+    return stack_layers([pack_weight(layer, format, solver) for layer, format in zip(w, formats, strict=True)])
 
 
-@functools.partial(jax.jit, static_argnames="format")
-def pack_weight(w: jax.Array, format: FormatConfig) -> Weight:
+@functools.partial(jax.jit, static_argnames=("format", "solver"))
+def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEAREST) -> Weight:
     """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
+    if isinstance(solver, HalfQuadraticConfig) and grid_of(format) is not None:
+        return map_layers(lambda layer: pack_half_quadratic(layer, format, solver), w)
     match format:
         case DenseConfig():
             return format.pack(w)

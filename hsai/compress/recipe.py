@@ -17,8 +17,12 @@ from hsai.compress.allocate import AllocationConfig, check_budget
 from hsai.compress.budget import count_least
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.grid import grid_of
+from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
+from hsai.compress.scaling import ScalingConfig
+from hsai.compress.transforms import TransformConfig, check_order, outline
 from hsai.errors import InputError
 from hsai.formats import NM, VNM, DenseConfig, FormatConfig, Packed, is_packed_as
 from hsai.formats.storage import NAMES, named_weights
@@ -45,6 +49,11 @@ class Rule:
             raise InputError(
                 f"rule {self.pattern!r}: candidates ({', '.join(map(name_format, self.format))}) leave nothing to "
                 "choose; give two or more that differ, or one format by itself"
+            )
+        if isinstance(self.solver, HalfQuadraticConfig) and not any(map(grid_of, self.formats)):
+            raise InputError(
+                f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} has no scales, and the "
+                "half-quadratic solver finds nothing else; leave it nearest"
             )
         if isinstance(self.solver, FeedbackConfig):
             if all(isinstance(format, DenseConfig) for format in self.formats):
@@ -76,7 +85,7 @@ class RecipeConfig:
     """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
 
     calibration: CalibrationConfig | None = None
-    """The text that solvers with feedback see, and an allocation; none where there is neither."""
+    """The text that solvers with feedback see, an allocation, and scaling; none where there is neither."""
 
     allocation: AllocationConfig | None = None
     """The budget by which candidates are chosen; none where each rule has one format."""
@@ -84,13 +93,20 @@ class RecipeConfig:
     reconstruction: ReconstructionConfig | None = None
     """How the layers are tuned once their weights are packed; none leaves them as the solver made them."""
 
+    transforms: tuple[TransformConfig, ...] = ()
+    """What is moved between weights before any is compressed: rotations, scales of channels."""
+
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
         solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
         if solved and self.calibration is None:
             raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
-        if self.calibration is not None and not solved and self.allocation is None:
+        check_order(self.transforms)
+        scaled = any(isinstance(transform, ScalingConfig) for transform in self.transforms)
+        if scaled and self.calibration is None:
+            raise InputError("transforms: scaling measures activations, which needs a calibration")
+        if self.calibration is not None and not solved and not scaled and self.allocation is None:
             raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
         if self.reconstruction is not None:
             self._check_reconstruction()
@@ -129,13 +145,14 @@ class RecipeConfig:
 
 
 def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
-    """The rule of each weight that the recipe changes, in the order of the model. Arrays are not touched.
+    """The rule of each weight that the recipe changes, in the order of the model, weights that its transforms add among
+    them. Arrays are not touched.
 
-    Raises `InputError` if a rule decides for no weight (naming the nearest names, or the rule that was first), if a
-    format does not divide a weight, if a weight is quantized already, and not in the format of its rule, if candidates
-    are for weights whose sensitivity nobody can measure, or if they cannot meet the budget.
+    Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
+    or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
+    format of its rule, or if candidates cannot meet the budget.
     """
-    every = named_weights(model)
+    every = named_weights(outline(recipe.transforms, model))
     params = {name: param for name, param in every.items() if is_matrix(param)}
     deciding: dict[str, int] = {}
     for name in params:
@@ -151,11 +168,6 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
-        if rule.is_open and "experts" in params[name].get_metadata("out_sharding"):
-            raise InputError(
-                f"{name}: what experts are sensitive to cannot be measured; give them a rule with one format, before "
-                "this one"
-            )
         if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers.") and name != head:
             raise InputError(
                 f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "

@@ -1,6 +1,7 @@
 """What a run of compression has done so far, on disk: a run that is killed goes on at the block it was in.
 
 DIRECTORY/record.json           what is made of what: recipe, source, calibration; another record is another run
+DIRECTORY/scales.safetensors, scales.json            scales of channels, once they are known, and how they were found
 DIRECTORY/allocation.json       how the budget was spent, once it is known
 DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
 
@@ -10,7 +11,7 @@ stream is not kept: what the layers before make of the calibration is computed a
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import jax
 from safetensors.flax import load_file, save_file
 
 from hsai import configuration
-from hsai.compress.ledger import Allocation, BlockRow, LayerRow
+from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, read_json, write_json_atomic
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models.transformer import Block
 
-RECORD, ALLOCATION = "record.json", "allocation.json"
+RECORD, ALLOCATION, SCALES = "record.json", "allocation.json", "scales.safetensors"
 
 
 class Workbench:
@@ -49,6 +50,20 @@ class Workbench:
         except OSError as error:
             raise InputError(f"cannot write to {directory}: {error.strerror}") from error
         self.layers = len(list(directory.glob("layer_*.json")))
+
+    def load_scales(self) -> tuple[Mapping[str, jax.Array], tuple[ScaleRow, ...]] | None:
+        """The factors of channels by what makes them, and their rows, if they were found."""
+        path = self._directory / SCALES
+        if not path.with_suffix(".json").exists():
+            return None
+        return load_file(path), tuple(ScaleRow(**row) for row in read_json(path.with_suffix(".json")))
+
+    def save_scales(self, factors: Mapping[str, jax.Array], rows: Sequence[ScaleRow]) -> None:
+        """Keeps what was found."""
+        path = self._directory / SCALES
+        with atomic_write(path) as temporary:
+            save_file({name: jax.device_get(factor) for name, factor in factors.items()}, temporary)
+        write_json_atomic(path.with_suffix(".json"), [dataclasses.asdict(row) for row in rows])
 
     def load_allocation(self) -> Allocation | None:
         """What was chosen, if that was done."""

@@ -10,8 +10,8 @@ nothing to do with each other:
 
 Expectations are over tokens of calibration text and over labels drawn from the model itself. g comes from one backward
 pass over a few windows, x x^T from the same pass block by block that solvers make; v is the candidate as it would be
-solved. A table of embeddings is a product with one-hot x, and x x^T counts tokens; the gradient of the head is known:
-E[g_f^2] = p_f (1 - p_f).
+solved. Of experts each has its own x, g and tokens. A table of embeddings is a product with one-hot x, and x x^T counts
+tokens; the gradient of the head is known: E[g_f^2] = p_f (1 - p_f).
 
 B batch, T query, D contraction, F outputs, V vocabulary, C positions in a chunk.
 """
@@ -37,8 +37,8 @@ CHUNK = 128
 
 Candidates = Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]]
 Moments = Mapping[str, jax.Array]
-"""sum g^2 over all tokens at the outputs of each weight, float32 (L, F), or (F,) of a table; and of the head, besides
-sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs."""
+"""sum g^2 over all tokens at the outputs of each weight, float32 (L, F), of experts (L, E, F), of a table (F,); and of
+the head, besides sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs."""
 
 LOOKUP, LABELS, INPUTS = "embed", "head labels", "head inputs"
 
@@ -81,7 +81,7 @@ def measure_sensitivities(
             w, options = params[name].get_value(), []
             for format in formats:
                 packed = solver.pack(name, w, format, config).weight
-                loss = _price(w, packed, grams[name], moments[full][layer], tokens.size)
+                loss = _price(w, packed, grams[name], moments[full][layer], streams.counts[name], tokens.size)
                 options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
         return block
@@ -121,11 +121,11 @@ def sum_gradients(
             hidden, _ = replace_weights(model, tapped)(tokens, remat="full")
             return hidden
 
-        sinks = {name: jnp.zeros((*w.shape[:-2], w.shape[-1]), jnp.float32) for name, w in params.items()}
-        sinks[LOOKUP] = jnp.zeros(model.config.embed, jnp.float32)
+        sinks = {name: jnp.zeros((*w.shape[:-2], 1, w.shape[-1]), jnp.float32) for name, w in params.items()}
+        sinks[LOOKUP] = jnp.zeros((1, model.config.embed), jnp.float32)
         hidden, back = jax.vjp(forward, sinks)
         d_hidden, labels, inputs = draw_labels(model, hidden, key)
-        found: dict[str, jax.Array] = back(d_hidden)[0]
+        found = {name: sink[..., 0, :] for name, sink in back(d_hidden)[0].items()}
         return found | {LABELS: labels, INPUTS: inputs}
 
     sums: dict[str, jax.Array] = {}
@@ -190,17 +190,21 @@ def _price_table(
         if name == LOOKUP:
             loss += float(_price_lookup(w, packed, counts, moments[LOOKUP], tokens.size))
         if name != LOOKUP or model.config.tie_embeddings:
-            loss += float(_price(w, packed, moments[INPUTS], moments[LABELS], tokens.size))
+            loss += float(_price(w, packed, moments[INPUTS], moments[LABELS], tokens.size, tokens.size))
         options.append(Option(format=format, bytes=nbytes(packed), loss=loss))
     return Item(weight=name, layer=None, options=tuple(options))
 
 
 @jax.jit
-def _price(w: jax.Array, packed: Weight, gram: jax.Array, moment: jax.Array, tokens: int) -> jax.Array:
-    """The formula above, of a product; gram (D, D) and moment (F,) are sums over tokens."""
+def _price(
+    w: jax.Array, packed: Weight, gram: jax.Array, moment: jax.Array, count: jax.Array | int, tokens: int
+) -> jax.Array:
+    """The formula above, of a product (..., D, F) for each token of the text; gram (..., D, D) and moment (..., F) are
+    sums over `count` (...) of them."""
     missed = w.astype(jnp.float32) - to_dense(packed).astype(jnp.float32)
-    squares = jnp.sum(missed * jnp.matmul(gram / tokens, missed, precision=jax.lax.Precision.HIGHEST), axis=0)
-    return 0.5 * jnp.sum(moment / tokens * jnp.maximum(squares, 0.0))
+    share = 1.0 / jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)[..., None]
+    curved = jnp.matmul(gram * share[..., None], missed, precision=jax.lax.Precision.HIGHEST)
+    return 0.5 * jnp.sum(moment / tokens * jnp.maximum(jnp.sum(missed * curved, axis=-2), 0.0))
 
 
 @jax.jit

@@ -10,6 +10,10 @@ e_i^2, and everything that is chosen on the way (scales, masks) is chosen to kee
     group: that is the joint solve. Where there are too many, or where V outputs share a choice, positions are ranked by
     what pruning costs beyond rounding, (w^2 - (w - v)^2) / U_ii^2.
 
+1 / U_ii^2 is what the activation at i has that those behind it do not tell. The last positions have nobody to make up
+for them and count in full, so another order than the natural one may serve better: that of falling activations, the
+"act-order" of 2210.17323's authors (in their code `desc_act`, with `static_groups`).
+
 D contraction, F outputs, G positions of a scale group, M positions of a sparsity group, B positions of a lazy block.
 """
 
@@ -47,7 +51,13 @@ class Solved:
 
 @functools.partial(jax.jit, static_argnames=("grid", "pattern"))
 def solve(
-    w: jax.Array, upper: jax.Array, *, grid: Grid | None, pattern: Pattern | None, mask: jax.Array | None = None
+    w: jax.Array,
+    upper: jax.Array,
+    *,
+    grid: Grid | None,
+    pattern: Pattern | None,
+    mask: jax.Array | None = None,
+    order: jax.Array | None = None,
 ) -> Solved:
     """Chooses values, scales and mask of one weight.
 
@@ -57,34 +67,81 @@ def solve(
       grid: where values lie; None keeps floats.
       pattern: what is kept; None keeps all.
       mask: bool (D, F) that fits the pattern, to be taken as it is; None chooses one.
+      order: int32 (D,) of `order_positions`, in which positions are solved; `upper` is then that of the Gram matrix in
+        this order. Scales, whose groups are then solved piece by piece, are searched beforehand, on the weight as it
+        was. None goes from the first position to the last, and searches a group's scale when it gets there.
     Returns: what a format's `pack` takes.
     """
+    w = w.astype(jnp.float32)
+    importance = jnp.square(1.0 / jnp.diagonal(upper))[:, None]
+    if order is None:
+        fixed = None
+        if grid is not None and grid.group is None:
+            fixed = _search_scales(w, importance, grid, pattern, mask)
+        values, kept, scales, loss = _solve(w, upper, grid, pattern, mask, _spread(fixed, w))
+        return Solved(values, kept, scales if fixed is None else fixed, loss)
+    back = jnp.argsort(order)
+    fixed = None if grid is None else _search_scales(w, importance[back], grid, pattern, mask)
+    spread, given = (None if part is None else part[order] for part in (_spread(fixed, w), mask))
+    values, kept, _, loss = _solve(w[order], upper, grid, pattern, given, spread)
+    return Solved(values[back], kept[back], fixed, loss)
+
+
+def order_positions(gram: jax.Array, pattern: Pattern | None) -> jax.Array:
+    """The positions int32 (D,) in the order of falling activations; groups of a pattern stay whole, the one with the
+    largest sum first."""
+    span = pattern.m if pattern is not None else 1
+    squares = jnp.sum(jnp.diagonal(gram).reshape(-1, span), axis=-1)
+    first = jnp.argsort(-squares, stable=True) * span
+    return (first[:, None] + jnp.arange(span)).reshape(-1)
+
+
+def _search_scales(
+    w: jax.Array, importance: jax.Array, grid: Grid, pattern: Pattern | None, mask: jax.Array | None
+) -> jax.Array:
+    """The scales (D / G, F) of all groups of w (D, F), as they are stored, before anything is made up for."""
+    if pattern is not None:
+        w = jnp.where(_rank(w, w, importance, pattern) if mask is None else mask, w, 0.0)
     size, outputs = w.shape
-    group = grid.group if grid is not None and grid.group is not None else 1
+    group = grid.group or size
+    return search_scale(w.reshape(-1, group, outputs), importance.reshape(-1, group, 1), grid)[:, 0]
+
+
+def _spread(scale: jax.Array | None, w: jax.Array) -> jax.Array | None:
+    """The scale of each position, float32 (D, F)."""
+    return None if scale is None else jnp.repeat(scale.astype(jnp.float32), w.shape[0] // scale.shape[0], axis=0)
+
+
+def _solve(
+    w: jax.Array,
+    upper: jax.Array,
+    grid: Grid | None,
+    pattern: Pattern | None,
+    mask: jax.Array | None,
+    fixed: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+    """values (D, F), mask (D, F), the scales (D / G, F) that were searched, and the loss; `fixed` (D, F) are scales to
+    be taken as they are."""
+    size, outputs = w.shape
+    group = grid.group if grid is not None and grid.group is not None and fixed is None else 1
     unit = math.lcm(group, pattern.m if pattern is not None else 1)
     block = -(-min(BLOCK, size) // unit) * unit
     padded = -size % block
     # Positions that are not there: no weight, and no part in the feedback.
-    w = jnp.pad(w.astype(jnp.float32), ((0, padded), (0, 0)))
+    rows = ((0, padded), (0, 0))
+    w = jnp.pad(w, rows)
+    given, fixed = (None if x is None else jnp.pad(x, rows) for x in (mask, fixed))
     upper = jnp.pad(upper, ((0, padded), (0, padded))) + jnp.diag(
         jnp.pad(jnp.zeros(size), (0, padded), constant_values=1)
     )
-    given = None if mask is None else jnp.pad(mask, ((0, padded), (0, 0)))
-    column = None
-    if grid is not None and grid.group is None:
-        importance = jnp.square(1.0 / jnp.diagonal(upper))[:, None]
-        start = (
-            w if pattern is None else jnp.where(_rank(w, w, importance, pattern) if given is None else given, w, 0.0)
-        )
-        column = search_scale(start, importance, grid)
 
     def step(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         w, values, kept, scales, loss = state
         start = index * block
         rows = jax.lax.dynamic_slice_in_dim(w, start, block)
         factor = jax.lax.dynamic_slice(upper, (start, start), (block, block))
-        part = None if given is None else jax.lax.dynamic_slice_in_dim(given, start, block)
-        rounded, mask, scale, errors = _solve_block(rows, factor, part, column, grid, pattern, group)
+        part, known = (None if x is None else jax.lax.dynamic_slice_in_dim(x, start, block) for x in (given, fixed))
+        rounded, mask, scale, errors = _solve_block(rows, factor, part, known, grid, pattern, group)
         behind = jax.lax.dynamic_slice_in_dim(upper, start, block) * (jnp.arange(w.shape[0]) >= start + block)
         w = w - jnp.matmul(behind.T, errors, precision=jax.lax.Precision.HIGHEST)
         values = jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
@@ -96,15 +153,15 @@ def solve(
     _, values, kept, scales, loss = jax.lax.fori_loop(
         0, w.shape[0] // block, step, (w, *shapes, jnp.zeros((), jnp.float32))
     )
-    scale = None if grid is None else column if column is not None else scales[: size // group].astype(grid.dtype)
-    return Solved(values[:size], kept[:size], scale, loss)
+    searched = None if grid is None or fixed is not None else scales[: size // group].astype(grid.dtype)
+    return values[:size], kept[:size], searched, loss
 
 
 def _solve_block(
     w: jax.Array,
     upper: jax.Array,
     given: jax.Array | None,
-    column: jax.Array | None,
+    fixed: jax.Array | None,
     grid: Grid | None,
     pattern: Pattern | None,
     group: int,
@@ -118,21 +175,20 @@ def _solve_block(
         w, values, kept, scales, errors = state
         start = index * span
         first = start // group * group
-        if grid is not None and column is None:
+        if grid is not None and fixed is None:
 
             def search() -> jax.Array:
                 rows = jax.lax.dynamic_slice_in_dim(w, first, group)
                 weight = jax.lax.dynamic_slice_in_dim(importance, first, group)
-                if pattern is not None:
-                    part = None if given is None else jax.lax.dynamic_slice_in_dim(given, first, group)
-                    rows = jnp.where(_rank(rows, rows, weight, pattern) if part is None else part, rows, 0.0)
-                return search_scale(rows, weight, grid).astype(jnp.float32)
+                part = None if given is None else jax.lax.dynamic_slice_in_dim(given, first, group)
+                return _search_scales(rows, weight, grid, pattern, part).astype(jnp.float32)
 
             old = jax.lax.dynamic_slice_in_dim(scales, first // group, 1)
             scale = jax.lax.cond(start == first, search, lambda: old)
             scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, first // group, 0)
+            scale = jnp.broadcast_to(scale, (span, w.shape[1]))
         else:
-            scale = jnp.zeros((1, 1)) if column is None else column.astype(jnp.float32)
+            scale = jnp.zeros((span, 1)) if fixed is None else jax.lax.dynamic_slice_in_dim(fixed, start, span)
         rows = jax.lax.dynamic_slice_in_dim(w, start, span)
         factor = jax.lax.dynamic_slice(upper, (start, start), (span, span))
         mask = None
@@ -159,11 +215,12 @@ def _solve_block(
 def _feed_back(
     w: jax.Array, upper: jax.Array, scale: jax.Array, grid: Grid | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """values and errors (..., M, F) of a group, one position after the other; `mask` (..., M, F) or None keeps all."""
+    """values and errors (..., M, F) of a group, one position after the other; `scale` is (M, F), `mask` (..., M, F) or
+    None keeps all."""
     rows = [w[..., i, :] for i in range(w.shape[-2])]
     values, errors = [], []
     for i, row in enumerate(rows):
-        value = row if grid is None else grid.round(row, scale[0])
+        value = row if grid is None else grid.round(row, scale[i])
         if mask is not None:
             value = jnp.where(mask[..., i, :], value, 0.0)
         error = (row - value) / upper[i, i]

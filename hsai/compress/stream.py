@@ -25,7 +25,8 @@ from hsai.models.layers import is_matrix
 from hsai.models.transformer import Block
 
 Grams = Mapping[str, jax.Array]
-"""X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block."""
+"""X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block; of experts
+(E, D, D), of the tokens that went to each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Streams:
 
     targets: np.ndarray | None
     """(N, T, D): what the block gives in the dense model; None where that is not followed."""
+
+    counts: Mapping[str, np.ndarray]
+    """How many tokens each of `Grams` is a sum over, float32 () or (E,)."""
 
 
 def stream_blocks(
@@ -74,7 +78,7 @@ def stream_blocks(
     targets = hidden.copy() if follow_dense else None
 
     @jax.jit
-    def observe(block: Block, layer: jax.Array, x: jax.Array) -> list[jax.Array]:
+    def observe(block: Block, layer: jax.Array, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         notes = Notes()
         weights = {
             name: Observed(param.get_value(), name, notes)
@@ -83,7 +87,7 @@ def stream_blocks(
         }
         apply_block(model, replace_weights(block, weights), layer, x)
         owner.update(notes.owner)
-        return notes.grams
+        return notes.grams, notes.counts
 
     @functools.partial(jax.jit, donate_argnums=2)
     def forward(block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
@@ -101,15 +105,17 @@ def stream_blocks(
             advance(targets, block, number)
         solved = None if recall is None else recall(layer, block)
         if solved is None:
-            sums: list[jax.Array] = []
+            sums: tuple[list[jax.Array], list[jax.Array]] | None = None
             for start in starts:
                 found = observe(block, number, jnp.asarray(hidden[start : start + batch]))
-                sums = found if not sums else [a + b for a, b in zip(sums, found, strict=True)]
-            grams = {name: sums[index] for name, index in owner.items()}
+                sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+            assert sums is not None
+            grams = {name: sums[0][index] for name, index in owner.items()}
+            counts = {name: np.asarray(sums[1][index]) for name, index in owner.items()}
             for name, gram in grams.items():
                 if not bool(jnp.all(jnp.isfinite(gram))):
                     raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
-            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets))
+            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets, counts=counts))
         if layer + 1 < config.layers or finish is not None:
             advance(hidden, solved, number)
         if progress is not None:

@@ -11,6 +11,7 @@ from hsai.formats.nm_int4 import NMInt4, NMInt4Config
 from hsai.formats.nm_int8 import NMInt8, NMInt8Config
 from hsai.formats.packed import Dense, DenseConfig, Packed, Weight, bits_per_weight, is_packed_as, nbytes, to_dense
 from hsai.formats.project import dense_operands, lookup, project
+from hsai.formats.ragged import project_sorted
 from hsai.formats.runs import Runs, scan_layers, stack_layers, take_layer
 from hsai.formats.ternary import Ternary, TernaryConfig
 from hsai.formats.vnm import VNM, VNMConfig, VNMInt4, VNMInt4Config, vnm_mask
@@ -63,6 +64,7 @@ __all__ = [
     "nbytes",
     "nm_mask",
     "project",
+    "project_sorted",
     "scan_layers",
     "stack_layers",
     "take_layer",

@@ -1,9 +1,10 @@
 """Weights that look on; calibration puts them in the place of the real ones.
 
-The model is written once, without hooks, and `project` is the one place that all products pass. `Observed` takes note
-there of what it is multiplied by, for H = X^T X of the solvers. It lives within one trace: it is made inside of the
-function that is compiled, and that function returns what was noted. `Tapped` has the gradient of what it gives squared
-and summed, for the sensitivities of an allocation; jax's own differentiation carries that out of any scan.
+The model is written once, without hooks, and `project` is the one place that all products pass (`project_sorted` that
+of experts). `Observed` takes note there of what it is multiplied by, for H = X^T X of the solvers. It lives within one
+trace: it is made inside of the function that is compiled, and that function returns what was noted. `Tapped` has the
+gradient of what it gives squared and summed, for the sensitivities of an allocation; jax's own differentiation carries
+that out of any scan.
 """
 
 import dataclasses
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 
 from hsai.formats.packed import Packed, Weight, to_dense
 
+ROWS = 128
+"""Of an expert that are multiplied at a time."""
+
 
 class Notes:
     """Gram matrices of the inputs of observed weights; weights with the same input share one."""
@@ -21,14 +25,17 @@ class Notes:
     def __init__(self) -> None:
         self._inputs: list[jax.Array] = []
         self._grams: list[jax.Array] = []
+        self._counts: list[jax.Array] = []
         self._owner: dict[str, int] = {}
 
-    def add(self, name: str, x: jax.Array) -> None:
-        """Adds x^T x of (..., D), float32 (D, D), for the weight `name`."""
+    def add(self, name: str, x: jax.Array, sizes: jax.Array | None = None) -> None:
+        """Adds x^T x of (..., D), float32 (D, D), for the weight `name`; with `sizes`, int32 (E,), that of each
+        expert's rows of (R, D), float32 (E, D, D)."""
         index = next((i for i, seen in enumerate(self._inputs) if seen is x), len(self._inputs))
         if index == len(self._inputs):
             self._inputs.append(x)
-            self._grams.append(sum_squares(x))
+            self._grams.append(sum_squares(x) if sizes is None else sum_squares_sorted(x, sizes))
+            self._counts.append(jnp.asarray(x.size // x.shape[-1] if sizes is None else sizes, jnp.float32))
         if name in self._owner:
             raise ValueError(f"{name} was multiplied by twice in one pass; its inputs would be mixed up")
         self._owner[name] = index
@@ -37,6 +44,11 @@ class Notes:
     def grams(self) -> list[jax.Array]:
         """Each input's matrix, in the order in which inputs were met."""
         return self._grams
+
+    @property
+    def counts(self) -> list[jax.Array]:
+        """How many rows each matrix is a sum over, float32 () or (E,)."""
+        return self._counts
 
     @property
     def owner(self) -> Mapping[str, int]:
@@ -48,6 +60,31 @@ def sum_squares(x: jax.Array) -> jax.Array:
     """X^T X of (..., D), float32 (D, D)."""
     wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     return jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+
+
+def sum_squares_sorted(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """X^T X of each expert's rows, float32 (E, D, D), of rows (R, D) that are sorted by expert; sizes int32 (E,).
+
+    Experts take their rows in blocks of one length, the last of them not full: work and memory are those of all rows
+    once, and of a block more an expert, however uneven they are.
+    """
+    count, (rows, width) = sizes.shape[0], x.shape
+    block = min(ROWS, rows)
+    blocks = -(-sizes // block)
+    ends, last = jnp.cumsum(sizes), jnp.cumsum(blocks)
+    padded = jnp.pad(x.astype(jnp.float32), ((0, block), (0, 0)))
+
+    def step(grams: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        expert = jnp.clip(jnp.searchsorted(last, index, side="right"), 0, count - 1)
+        start = ends[expert] - sizes[expert] + (index - (last[expert] - blocks[expert])) * block
+        part = jax.lax.dynamic_slice_in_dim(padded, start, block)
+        part = jnp.where(((start + jnp.arange(block)) < ends[expert])[:, None], part, 0.0)
+        found = grams[expert] + jnp.matmul(part.T, part, precision=jax.lax.Precision.HIGHEST)
+        return jax.lax.dynamic_update_index_in_dim(grams, found, expert, 0), None
+
+    most = -(-rows // block) + count
+    grams, _ = jax.lax.scan(step, jnp.zeros((count, width, width), jnp.float32), jnp.arange(most))
+    return grams
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +107,8 @@ class Observed(Packed):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tapped(Packed):
-    """`value`, and `sink`, float32 (..., F): zeros, with sum g^2 for a gradient, g that of each row of the product."""
+    """`value`, and `sink`, float32 (..., 1, F): zeros, with sum g^2 for a gradient, g that of each row of the product;
+    of experts each has its own."""
 
     value: Weight
     sink: jax.Array
@@ -82,23 +120,40 @@ class Tapped(Packed):
     def dense(self) -> jax.Array:
         return to_dense(self.value)
 
-    def tap(self, y: jax.Array) -> jax.Array:
-        """y (..., F) itself."""
-        return _tap(y, self.sink)
+    def tap(self, y: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
+        """y (..., F) itself; with `sizes`, int32 (E,), rows (R, F) of experts, sorted by them."""
+        return _tap(y, self.sink, sizes)
+
+
+def is_watched(*weights: Weight) -> bool:
+    """Whether one of the weights looks on."""
+    return any(isinstance(w, Observed | Tapped) for w in weights)
+
+
+def takes_notes(*weights: Weight) -> bool:
+    """Whether one of them does so within the trace that it was made in."""
+    return any(isinstance(w, Observed) for w in weights)
 
 
 @jax.custom_vjp
-def _tap(y: jax.Array, sink: jax.Array) -> jax.Array:
+def _tap(y: jax.Array, sink: jax.Array, sizes: jax.Array | None) -> jax.Array:
     return y
 
 
-def _tap_forward(y: jax.Array, sink: jax.Array) -> tuple[jax.Array, None]:
-    return y, None
+def _tap_forward(
+    y: jax.Array, sink: jax.Array, sizes: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
+    return y, (sink, sizes)
 
 
-def _tap_backward(_: None, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _tap_backward(saved: tuple[jax.Array, jax.Array | None], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     # No gradient of anything, but a sum over rows that adds up over batches as one does.
-    return grad, jnp.sum(jnp.square(grad.astype(jnp.float32)), axis=tuple(range(grad.ndim - 1)))
+    sink, sizes = saved
+    squares = jnp.square(grad.astype(jnp.float32))
+    if sizes is None:
+        return grad, jnp.sum(squares, axis=tuple(range(grad.ndim - 1))).reshape(sink.shape), None
+    owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(grad.shape[0]), side="right")
+    return grad, jax.ops.segment_sum(squares, owner, sizes.shape[0]).reshape(sink.shape), None
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

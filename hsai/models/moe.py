@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import Weight, project, to_dense
+from hsai.formats import Weight, project, project_sorted, to_dense
+from hsai.formats.observed import is_watched, takes_notes
 from hsai.models.layers import declare
 from hsai.models.mlp import activate
 from hsai.sharding import Axes, constrain
@@ -70,6 +71,9 @@ class MoE(nnx.Module):
         chosen, weights = self.route(x)
         gate, up, down = self.gate.get_value(), self.up.get_value(), self.down.get_value()
         splits = find_splits((TOKENS, x), (NARROW, gate), (NARROW, up), (WIDE, down))
+        noted = takes_notes(gate, up, down)
+        if noted:  # in one trace for all devices, and not in that of a device's part
+            splits = {axis: () for axis in splits}
         parts = (*splits["experts"], *splits["mlp"])
         dtype = x.dtype
 
@@ -82,13 +86,15 @@ class MoE(nnx.Module):
                 first = first * jax.lax.axis_size(name) + jax.lax.axis_index(name)
             mine = chosen.reshape(tokens, width) - first * gate.shape[0]
             flat = x.astype(dtype).reshape(tokens, -1)
-            apply = self._gather if tokens * width <= gate.shape[0] else self._sort
+            few = tokens * width <= gate.shape[0] and not is_watched(gate, up, down)
+            apply = self._gather if few else self._sort
             y = apply(flat, mine, weights.reshape(tokens, width), gate, up, down)
             return add_parts(y, parts).astype(dtype).reshape(x.shape)
 
         axes = (TOKENS, TOKENS, TOKENS, NARROW, NARROW, WIDE)
         # By way of float32, so that over devices which share tokens the gradient of x is added up in it.
-        y: jax.Array = map_shards(compute, splits, axes, TOKENS)(x.astype(jnp.float32), chosen, weights, gate, up, down)
+        mapped = compute if noted else map_shards(compute, splits, axes, TOKENS)
+        y: jax.Array = mapped(x.astype(jnp.float32), chosen, weights, gate, up, down)
         return constrain(y, "batch", "seq", "embed")
 
     def imbalance(self, x: jax.Array, counted: jax.Array) -> jax.Array:
@@ -138,17 +144,13 @@ class MoE(nnx.Module):
         owner = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts).reshape(-1)
         order = jnp.argsort(owner, stable=True)
         sizes = jnp.bincount(owner, length=experts + 1)[:experts].astype(jnp.int32)
-        # What a backend leaves in rows that no group reaches must get neither into results nor into gradients.
         owned = (jnp.arange(order.size) < jnp.sum(sizes))[:, None]
         rows = jnp.where(owned, x[order // active], 0)
 
-        def multiply(rows: jax.Array, w: Weight) -> jax.Array:
-            dense = to_dense(w).astype(rows.dtype)
-            y = jax.lax.ragged_dot(rows, dense, sizes, preferred_element_type=rows.dtype)
-            return jnp.where(owned, y, 0)
-
-        hidden = activate(multiply(rows, gate), self.activation) * multiply(rows, up)
-        y = multiply(hidden, down)[jnp.argsort(order)].astype(jnp.float32)  # in the order of the tokens again
+        hidden = activate(project_sorted(rows, gate, sizes), self.activation) * project_sorted(rows, up, sizes)
+        y = project_sorted(hidden, down, sizes)[jnp.argsort(order)].astype(
+            jnp.float32
+        )  # in the order of the tokens again
         return jnp.sum((y * weights.reshape(-1, 1)).reshape(*chosen.shape, -1), axis=1)
 
     def _gather(

@@ -28,11 +28,9 @@ from hsai.formats import (
     to_dense,
 )
 from hsai.formats.storage import named_weights
-from hsai.models import MoEConfig, Transformer
-from hsai.models.transformer import abstract_transformer
+from hsai.models import Transformer
 from tests.compress.trained import (
     CALIBRATION,
-    CONFIG,
     calibration_windows,
     divergence,
     trained_model,
@@ -220,12 +218,6 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
         match_weights(make_recipe(FeedbackConfig(), bytes=least - 1), trained_model())
     _, ledger = run(make_recipe(NearestConfig(), bytes=least))
     assert ledger.bytes == least
-
-
-def test_experts_have_no_sensitivity() -> None:
-    config = CONFIG.__class__(**{**vars(CONFIG), "moe": MoEConfig(experts=2, active=1)})
-    with pytest.raises(InputError, match="layers.mlp.down: what experts are sensitive to cannot be measured"):
-        match_weights(make_recipe(NearestConfig(), bits_per_weight=4.0), abstract_transformer(config))
 
 
 def test_recipes_that_choose_nothing_or_without_a_budget_are_refused() -> None:

@@ -129,6 +129,19 @@ def test_masks_of_wanda_and_magnitude_are_theirs(model: Transformer) -> None:
     assert (masks("joint") != masks("magnitude")).any()
 
 
+def test_the_order_of_activations_is_asked_for_by_the_recipe(model: Transformer) -> None:
+    """Of channels that are not alike; q and k share a factor in each of two orders."""
+    gains = jnp.exp(2.0 * jax.random.normal(jax.random.key(0), (3, 64)))
+    uneven = replace_weights(model, {"layers.attention_norm.gain": gains})
+    errors = {}
+    for order in ("natural", "activations"):
+        format, solver = Int4Config(group=32), FeedbackConfig(order=order)
+        rules = (Rule(pattern="layers.attention.[qk]", format=format, solver=solver),)
+        _, ledger = compress(uneven, RecipeConfig(rules=rules, calibration=CALIBRATION), calibration=TOKENS)
+        errors[order] = [row.output_error for row in ledger.layers]
+    assert np.mean(np.divide(errors["activations"], errors["natural"])) < 0.95, errors
+
+
 def test_a_layer_that_fails_is_rounded_and_reported(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = calibrated.factorize, []
 

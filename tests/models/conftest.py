@@ -18,19 +18,20 @@ SMALL: dict[str, Any] = dict(
 MakeModel = Callable[..., Transformer]
 
 
+def fill_model(**changes: Any) -> Transformer:
+    """A model of SMALL with changes. Gains lie around one, matrices around zero; nothing is compiled to make them."""
+    draw = np.random.default_rng(5)
+
+    def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = draw.standard_normal(leaf.shape).astype(np.float32)
+        is_gain = leaf.ndim < 2 or leaf.shape[0] == config.layers and leaf.ndim == 2
+        return jnp.asarray(1 + 0.1 * values if is_gain else 0.2 * values)
+
+    config = TransformerConfig(**SMALL | changes)
+    return jax.tree.map(fill, abstract_transformer(config))
+
+
 @pytest.fixture(scope="session")
 def make_model() -> MakeModel:
-    """A function of changes to SMALL. Gains lie around one, matrices around zero; nothing is compiled to make them."""
-
-    def make(**changes: Any) -> Transformer:
-        draw = np.random.default_rng(5)
-
-        def fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            values = draw.standard_normal(leaf.shape).astype(np.float32)
-            is_gain = leaf.ndim < 2 or leaf.shape[0] == config.layers and leaf.ndim == 2
-            return jnp.asarray(1 + 0.1 * values if is_gain else 0.2 * values)
-
-        config = TransformerConfig(**SMALL | changes)
-        return jax.tree.map(fill, abstract_transformer(config))
-
-    return make
+    """`fill_model`."""
+    return fill_model

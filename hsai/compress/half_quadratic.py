@@ -1,0 +1,100 @@
+"""Scales without data that hold the many closely and let the few go: HQQ (Badri and Shaji, "Half-quadratic quantization
+of large machine learning models", 2023).
+
+The search of `hsai.compress.grid` makes the squared error small, to which a few outliers contribute most. Here it is
+the sum of |w - v|^p with p below one, whose minimum has many small errors and some large ones, as is right for weights
+with heavy tails. It is split in two (half-quadratic splitting): errors u that are meant to be there are set apart by
+the norm's own shrinkage, u = sign(e) max(|e| - |e|^(p - 1) / beta, 0), and the scale is fitted to what is left by least
+squares, s = <q, w - u> / <q, q>, with the levels q that weights had; then weights are rounded anew.
+
+The authors keep the scale and move a zero point; our grids are symmetric and have none, so it is the scale that moves.
+Errors are shrunk in units of the scale, so that it does not matter how large weights are.
+
+D contraction, F outputs, G positions that share a scale.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from hsai.compress.grid import Grid, grid_of
+from hsai.compress.held import find_mask, find_scale, split_groups
+from hsai.errors import InputError
+from hsai.formats import FormatConfig, Weight
+from hsai.formats.packed import invert_scale
+
+STRENGTH, GROWTH = 3.0, 1.01
+"""beta, and by what it grows each time: at first an error above half a step's third is meant to be there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HalfQuadraticConfig:
+    """Each weight by itself: as the nearest solver, with scales that suit most weights of a group, not its outliers."""
+
+    kind: Literal["half_quadratic"] = "half_quadratic"
+    """Names this solver in files."""
+
+    norm: float = 0.7
+    """p."""
+
+    iterations: int = 20
+    """Times that weights are rounded anew."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.norm < 1:
+            raise InputError(f"solver norm={self.norm:g} must be above 0 and below 1")
+        if self.iterations < 1:
+            raise InputError(f"solver iterations={self.iterations} must be at least 1")
+
+
+def pack_half_quadratic(w: jax.Array, format: FormatConfig, config: HalfQuadraticConfig) -> Weight:
+    """A weight (D, F) in a format with scales, of which the search begins with the nearest solver's; a sparse format
+    keeps the largest magnitudes."""
+    grid = grid_of(format)
+    assert grid is not None, f"{format} has no scales"
+    w = w.astype(jnp.float32)
+    mask = find_mask(w, format)
+    start = find_scale(w, format, mask)
+    assert start is not None
+    groups = split_groups(w if mask is None else jnp.where(mask, w, 0.0), grid.group)
+    scale = refine_scale(groups, start[..., None, :], grid, config)[..., 0, :]
+    words = {"scale": scale} | ({} if mask is None else {"mask": mask})
+    packed: Weight = format.pack(w, **words)
+    return packed
+
+
+def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadraticConfig) -> jax.Array:
+    """The best scale (..., 1, F), as it is stored, of those that the iteration meets, by the sum of |w - v|^p.
+
+    Args:
+      w: float32 (..., G, F), groups that share a scale.
+      scale: (..., 1, F), where to begin.
+      grid: where values lie.
+      config: p, and for how long.
+    """
+
+    def measure(scale: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.abs(w - grid.round(w, scale)) ** config.norm, axis=-2, keepdims=True)
+
+    def step(
+        state: tuple[jax.Array, jax.Array, jax.Array], strength: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        scale, best, least = state
+        held = grid.round(w, scale)
+        inverse = invert_scale(scale)
+        level, size = held * inverse, jnp.abs(w - held) * inverse
+        shrunk = size - jnp.where(size > 0, size, 1.0) ** (config.norm - 1.0) / strength
+        meant = jnp.sign(w - held) * jnp.maximum(shrunk, 0.0) * scale
+        squares = jnp.sum(jnp.square(level), axis=-2, keepdims=True)
+        fitted = jnp.sum(level * (w - meant), axis=-2, keepdims=True) / jnp.where(squares > 0, squares, 1.0)
+        scale = jnp.where(squares > 0, fitted, scale).astype(grid.dtype).astype(jnp.float32)
+        error = measure(scale)
+        better = (error < least) & (scale >= 0)
+        return (scale, jnp.where(better, scale, best), jnp.where(better, error, least)), None
+
+    start = scale.astype(jnp.float32)
+    strengths = STRENGTH * GROWTH ** jnp.arange(config.iterations, dtype=jnp.float32)
+    (_, best, _), _ = jax.lax.scan(step, (start, start, measure(start)), strengths)
+    return best.astype(grid.dtype)

@@ -1,0 +1,173 @@
+"""Scales of channels: the function stays, the exponent is the one that serves best, and a resumed run keeps it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hsai.compress import RecipeConfig, Rule, compress, transforms
+from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.compress.folds import channel_folds
+from hsai.compress.one_shot import pack_weight
+from hsai.compress.resume import Workbench
+from hsai.compress.scaling import ScalingConfig, apply_scales, find_scales
+from hsai.compress.stream import stream_blocks
+from hsai.errors import InputError
+from hsai.formats import DenseConfig, Int4, Int4Config, Int8Config
+from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import Transformer, TransformerConfig
+from tests.compress.test_rotation import naive_logits
+from tests.models.conftest import fill_model
+from tests.models.test_transformer_values import FAMILIES
+
+CONFIG = TransformerConfig(
+    vocab=96, embed=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, max_length=64, dtype="float32"
+)
+CALIBRATION = CalibrationConfig(tokens=256, sequence_length=32, batch=4)
+TOKENS = draw_windows(np.random.default_rng(0).integers(0, 96, 1000), CALIBRATION)
+BLOCKS = [f"layers.attention.{name}" for name in "qkvo"] + [f"layers.mlp.{name}" for name in ("gate", "up", "down")]
+
+
+@pytest.fixture(scope="module")
+def uneven() -> Transformer:
+    """Channels of every fold differ by a factor of ten and more; and there is a head of its own."""
+    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=False), rngs=nnx.Rngs(0))
+
+    def spread(seed: int, *shape: int) -> jax.Array:
+        return jnp.exp(1.5 * jax.random.normal(jax.random.key(seed), shape))
+
+    values = {
+        "layers.attention_norm.gain": spread(0, 2, 64),
+        "layers.mlp_norm.gain": spread(1, 2, 64),
+        "final_norm.gain": spread(2, 64),
+        "layers.attention.v": model.layers.attention.v.get_value() * spread(3, 2, 1, 32),
+        "layers.mlp.up": model.layers.mlp.up.get_value() * spread(4, 2, 1, 128),
+    }
+    return replace_weights(model, values)
+
+
+@pytest.mark.parametrize("changes", FAMILIES.values(), ids=list(FAMILIES))
+def test_the_function_stays(changes: dict[str, Any]) -> None:
+    model = fill_model(**changes)
+    c, draw = model.config, np.random.default_rng(1)
+    experts = () if c.moe is None else (c.moe.experts,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "layers.attention_norm": (c.layers, c.embed),
+        "layers.mlp_norm": (c.layers, c.embed),
+        "layers.attention.v": (c.layers, c.kv_heads * c.head_dim),
+        "layers.mlp.up": (c.layers, *experts, c.mlp),
+    } | ({} if c.tie_embeddings else {"final_norm": (c.embed,)})
+    assert {fold.source for fold in channel_folds(c)} == set(shapes)
+    factors = {name: jnp.asarray(draw.lognormal(0, 1, shape), jnp.float32) for name, shape in shapes.items()}
+    scaled = apply_scales(model, factors)
+    np.testing.assert_allclose(naive_logits(scaled), naive_logits(model), rtol=0, atol=1e-4)
+    changed = {
+        name
+        for name, param in named_weights(scaled).items()
+        if (param.get_value() != named_weights(model)[name].get_value()).any()
+    }
+    router = {"layers.mlp.router"} if c.moe is not None else set()
+    assert changed >= {*BLOCKS, *router} and ("unembed" in changed) == (not c.tie_embeddings)
+
+
+def test_the_exponent_is_the_best_of_all_that_are_tried(uneven: Transformer) -> None:
+    """Against the definition in float64, of the weights that read the first normalization, and of o, whose input's
+    channels are shared by two query heads each."""
+    format, seen = Int4Config(group=32), {}
+
+    def keep(layer, block, grams, streams):
+        seen[layer] = grams
+        return block
+
+    stream_blocks(uneven, TOKENS, batch=4, solve=keep)
+    names = ("q", "k", "v", "o")
+    formats = {f"layers.attention.{name}": (Int8Config(), format) for name in names}
+    found = find_scales(uneven, ScalingConfig(steps=4), formats, TOKENS, batch=4, plain=pack_weight)
+    assert [(row.source, row.layer) for row in found.rows] == [
+        (source, layer) for layer in (0, 1) for source in ("layers.attention_norm", "layers.attention.v")
+    ]
+    assert max(row.exponent for row in found.rows) > 0
+    for row in found.rows:
+        readers = ("o",) if row.source.endswith(".v") else ("q", "k", "v")
+        gram = np.asarray(seen[row.layer][f"attention.{readers[0]}"], np.float64)
+        squares = np.diagonal(gram)
+        if readers == ("o",):
+            squares = squares.reshape(2, 2, 16).mean(axis=1).reshape(-1)
+        tried = []
+        for exponent in (0, 0.25, 0.5, 0.75, 1):
+            factor = squares ** (exponent / 2)
+            factor /= np.sqrt(factor.max() * factor.min())
+            every = np.repeat(factor.reshape(2, 1, 16), 2, axis=1).reshape(-1) if readers == ("o",) else factor
+            errors = []
+            for name in readers:
+                w = np.asarray(getattr(uneven.layers.attention, name)[...][row.layer], np.float64)
+                held = np.asarray(pack_weight(jnp.asarray(w * every[:, None], jnp.float32), format).dense())
+                missed = w - held / every[:, None]
+                errors.append(np.sum(missed * (gram @ missed)) / np.sum(w * (gram @ w)))
+            tried.append((np.mean(errors) ** 0.5, exponent, factor))
+        best = min(tried, key=lambda found: found[0])
+        assert row.exponent == best[1]
+        assert row.error_before == pytest.approx(tried[0][0], rel=0.02)
+        assert row.error_after == pytest.approx(best[0], rel=0.02)
+        np.testing.assert_allclose(found.factors[row.source][row.layer], best[2], rtol=1e-3)
+
+
+def test_a_scaled_model_loses_less(uneven: Transformer) -> None:
+    """With every fold, the head's too; and both solvers, of which one makes up for errors by itself."""
+    tokens = jnp.asarray(TOKENS[:4])
+
+    def run(model: Transformer) -> jax.Array:
+        return model.logits(model(tokens)[0])
+
+    rules = (Rule(pattern="*", format=Int4Config(group=32)),)
+    plain, _ = compress(uneven, RecipeConfig(rules=rules))
+    recipe = RecipeConfig(rules=rules, transforms=(ScalingConfig(steps=5),), calibration=CALIBRATION)
+    scaled, ledger = compress(uneven, recipe, calibration=TOKENS)
+    assert len(ledger.scales) == 2 * 4 + 1 and ledger.scales[-1].source == "final_norm"
+    assert ledger.scales[-1].layer is None and all(row.error_after <= row.error_before for row in ledger.scales)
+    assert ledger.to_dict()["scales"][0]["source"] == "layers.attention_norm"
+    assert isinstance(scaled.layers.mlp.up.get_value(), Int4)
+    dense = run(uneven)
+    errors = [float(jnp.linalg.norm(run(model) - dense)) for model in (plain, scaled)]
+    assert errors[1] < 0.9 * errors[0], errors
+    # Gains are dense, and hold what was moved out of them.
+    assert (scaled.final_norm.gain.get_value() != uneven.final_norm.gain.get_value()).any()
+
+
+def test_a_resumed_run_keeps_the_scales(uneven: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (Rule(pattern="layers.mlp.down", format=Int4Config(group=32)),)
+    recipe = RecipeConfig(rules=rules, transforms=(ScalingConfig(steps=2),), calibration=CALIBRATION)
+    told: list[str] = []
+
+    def run() -> tuple[Transformer, dict[str, Any]]:
+        workbench = Workbench(tmp_path / "bench", {"recipe": "a"})
+        found, ledger = compress(
+            uneven, recipe, calibration=TOKENS, workbench=workbench, progress=lambda step, *_: told.append(step)
+        )
+        return found, ledger.to_dict()
+
+    whole, ledger = run()
+    assert told == ["scaling channels"] * 2 + ["compressing"]
+    monkeypatch.setattr(transforms, "find_scales", None)
+    again, ledger_again = run()
+    assert ledger_again == ledger
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_cannot_be_scaled_is_refused(uneven: Transformer) -> None:
+    with pytest.raises(InputError, match="steps=0 must be at least 1"):
+        ScalingConfig(steps=0)
+    rules = (Rule(pattern="embed", format=Int8Config()), Rule(pattern="*.o", format=DenseConfig()))
+    with pytest.raises(InputError, match="scaling measures activations, which needs a calibration"):
+        RecipeConfig(rules=rules, transforms=(ScalingConfig(),))
+    recipe = RecipeConfig(rules=rules, transforms=(ScalingConfig(),), calibration=CALIBRATION)
+    with pytest.raises(InputError, match="no rule gives a format to a weight that reads scalable channels"):
+        compress(uneven, recipe, calibration=TOKENS)
+    with pytest.raises(ValueError, match="needs the calibration's tokens"):
+        compress(uneven, recipe)

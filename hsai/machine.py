@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hsai_kernels.native import name_instruction_set
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, memory (GiB), devices, versions, the kernels in use, and the date (UTC)."""
+    """Processor, cores, memory (GiB), devices, versions, the kernels in use, the commit, and the date (UTC)."""
     try:
         kernels = name_instruction_set()
     except BackendMissing:
@@ -23,15 +24,30 @@ def describe_machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "processor": _name_processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": count_cores(),
         "memory_gib": round(memory, 1),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cpu_kernels": kernels,
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "commit": find_commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["hsai", *sys.argv[1:]]),
     }
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_commit() -> str | None:
+    """The commit of the checkout that hsai runs from, with "-dirty" where files differ; None if it is installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _name_processor() -> str:

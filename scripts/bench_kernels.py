@@ -6,9 +6,10 @@
 With --tune, the kernels' tiles are searched instead (scripts/bench/tuning.py); those that are faster by 5% at least go
 to kernels/hsai_kernels/tuned/DEVICE.json, where the kernels find them, and rows compare with the tiles as they were.
 
-Both ceilings are measured in the same process (scripts/bench/ceilings.py says how). Peers are XLA, the kernel's
-reference, for sparse formats our int4, and, where they are installed, ONNX Runtime's int4 and int8 for single products
-and llama.cpp for those of a whole model (scripts/bench/llama.py says what either side counts):
+Ceilings are measured in the same process (scripts/bench/ceilings.py says how). That of 8-bit integers, which our
+products of low bits are made of on a CPU, is ONNX Runtime's product, and not known where that is not installed. Peers
+are XLA, the kernel's reference, for sparse formats our int4, and, where they are installed, ONNX Runtime's int4 and
+int8 for single products and llama.cpp for those of a whole model (scripts/bench/llama.py says what either side counts):
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install '.[peers]'      # builds llama.cpp for this processor; minutes
 
@@ -25,12 +26,12 @@ from pathlib import Path
 
 import jax
 from bench import cases, llama, peers
-from bench.ceilings import count_cores, measure_ceilings
+from bench.ceilings import measure_ceilings
 from bench.timing import Case, measure, write_line
 from bench.tuning import find_tiles
 
 from hsai.files import write_json_atomic
-from hsai.machine import describe_machine
+from hsai.machine import count_cores, describe_machine
 from hsai_kernels.tuning import Key, Sides, name_device, write_tuned
 
 OPS: dict[str, Callable[[bool], Iterator[Case]]] = {
@@ -76,8 +77,11 @@ def main() -> None:
     for op in arguments.ops:
         # Again before each: what else runs on the machine changes, and the best of all is nearest to the truth.
         ceilings = measure_ceilings(ceilings)
+        integers = ceilings.multiply_integers
         print(
-            f"ceilings: reading {ceilings.read:.1f} GB/s, float32 products {ceilings.multiply:.0f} GFLOP/s", flush=True
+            f"ceilings: reading {ceilings.read:.1f} GB/s, products of float32 {ceilings.multiply:.0f} GFLOP/s, "
+            f"of 8-bit integers {'not known' if integers is None else f'{integers:.0f} GFLOP/s'}",
+            flush=True,
         )
         for case in OPS[op](arguments.quick):
             tiles: dict[Key, Sides] = {}

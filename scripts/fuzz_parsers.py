@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import save_file
 
 from hsai.errors import InputError
@@ -35,11 +35,11 @@ EDGES = [0, 1, 2, 7, 8, 31, 32, 255, 256, 1 << 15, 1 << 16, 1 << 31, (1 << 32) -
 
 
 def make_gguf(path: Path) -> None:
-    """A language model, as far as its header goes, with one tensor of each kind of block."""
+    """A language model, as far as its header goes, with tensors of every type that is read."""
     writer = GGUFWriter(path, "llama")
     for key, value in {
-        "block_count": 1, "context_length": 8, "embedding_length": 32, "feed_forward_length": 32,
-        "attention.head_count": 2, "attention.head_count_kv": 1,
+        "block_count": 1, "context_length": 8, "embedding_length": 256, "feed_forward_length": 2,
+        "attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 2, "attention.value_length": 2,
     }.items():  # fmt: skip
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -52,18 +52,16 @@ def make_gguf(path: Path) -> None:
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
     writer.add_bool("tokenizer.ggml.add_bos_token", False)
-    shapes = {
-        "token_embd.weight": (4, 32), "blk.0.attn_norm.weight": (32,), "blk.0.attn_q.weight": (32, 32),
-        "blk.0.attn_k.weight": (16, 32), "blk.0.attn_v.weight": (16, 32), "blk.0.attn_output.weight": (32, 32),
-        "blk.0.ffn_norm.weight": (32,), "blk.0.ffn_gate.weight": (32, 32), "blk.0.ffn_up.weight": (32, 32),
-        "blk.0.ffn_down.weight": (32, 32), "output_norm.weight": (32,),
+    tensors = {
+        "token_embd": ("Q8_0", 4, 256), "blk.0.attn_norm": ("F32", 256), "blk.0.attn_q": ("Q4_K", 2, 256),
+        "blk.0.attn_k": ("Q4_0", 2, 256), "blk.0.attn_v": ("Q4_1", 2, 256), "blk.0.attn_output": ("BF16", 256, 2),
+        "blk.0.ffn_norm": ("F32", 256), "blk.0.ffn_gate": ("Q5_0", 2, 256), "blk.0.ffn_up": ("Q6_K", 2, 256),
+        "blk.0.ffn_down": ("F16", 256, 2), "output_norm": ("F32", 256),
     }  # fmt: skip
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            writer.add_tensor(name, np.ones(shape, np.float32))
-        else:
-            stored = np.zeros((shape[0], shape[1] // 32 * 34), np.uint8)
-            writer.add_tensor(name, stored, raw_dtype=GGMLQuantizationType.Q8_0)
+    for name, (kind, *shape) in tensors.items():
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+        stored = np.zeros((*shape[:-1], shape[-1] // block * size), np.uint8)
+        writer.add_tensor(f"{name}.weight", stored, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,6 +20,7 @@ from hsai_kernels.capabilities import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "kernels.md"
 HEAD = """# Kernels: what compiles for which chip
 
 Written by `python scripts/write_capabilities.py`, from `kernels/hsai_kernels/capabilities/*.json`; not by hand.
@@ -45,14 +46,19 @@ def compile_platform(platform: str, kernels: list[str]) -> None:
     print(f"{path}: {len(rows)} programs, {refused} that do not simply compile")
 
 
+def render_page() -> str:
+    """docs/kernels.md, from the stored tables."""
+    parts = [f"\n## {name}\n\n{read_compiler(name)}.\n\n{render_markdown(name)}" for name in list_platforms()]
+    return HEAD + "".join(parts)
+
+
 def main() -> None:
     """Renews the file that is asked for, and the page."""
     if len(sys.argv) > 1:
         if sys.argv[1] not in TARGETS:
             sys.exit(f"unknown platform {sys.argv[1]!r}: valid are {', '.join(TARGETS)}")
         compile_platform(sys.argv[1], sys.argv[2:])
-    parts = [f"\n## {name}\n\n{read_compiler(name)}.\n\n{render_markdown(name)}" for name in list_platforms()]
-    (ROOT / "docs" / "kernels.md").write_text(HEAD + "".join(parts))
+    PAGE.write_text(render_page())
 
 
 if __name__ == "__main__":

@@ -65,13 +65,15 @@ def write_kernels(results: dict[str, Any]) -> str:
     for case, (time, *peers) in cases.items():
         slowest, fastest = time["spread"]
         ratios = ", ".join(f"{row['peer_name']} {row['ratio']:.2f}" for row in peers)
-        rate = (
-            f"{peers[0]['ours']:.1f} {peers[0]['metric']} | {peers[0]['percent_of_ceiling']:.0f}%" if peers else " | "
-        )
+        rate = " | "
+        if peers:
+            percent = peers[0]["percent_of_ceiling"]
+            rate = f"{peers[0]['ours']:.1f} {peers[0]['metric']} | {'–' if percent is None else f'{percent:.0f}%'}"
         lines.append(f"| {case} | {time['ours']:.0f} ({fastest:.0f} to {slowest:.0f}) | {rate} | {ratios} |")
     return "\n".join(lines) + (
-        "\n\nMedians of runs by turns. Ceilings, of the same process: reading memory for GB/s, XLA's float32\n"
-        "product for GFLOP/s. Where a backend of this platform does not serve a case, ours is the reference itself.\n"
+        "\n\nMedians of runs by turns. Ceilings, of the same process: reading memory for GB/s; for GFLOP/s, which\n"
+        "count the dense product, XLA's float32 product or, where ours multiplies integers, ONNX Runtime's of int8.\n"
+        "Where a backend of this platform does not serve a case, ours is the reference itself.\n"
         f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
         f"Command: `{machine['command']}`.\n"
     )

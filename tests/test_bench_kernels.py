@@ -1,5 +1,6 @@
 """The kernels' bench: what its rows say, checked with a clock that is made up, and one run of the whole script."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -55,9 +56,9 @@ def test_rows_compare_neighbours_in_time(timing: Any, monkeypatch: pytest.Monkey
         ours=clock.runner(timing, "ours", [100.0, 2.0, 4.0, 8.0], times=2),
         peers=[clock.runner(timing, "peer", [100.0, 3.0, 6.0, 12.0])],
     )
-    ceilings = timing.Ceilings(read=8.0, multiply=4.0)
+    ceilings = timing.Ceilings(read=8.0, multiply=4.0, multiply_integers=None)
     time_row, row = rows = timing.measure(case, ceilings, rounds=3, seconds=1e9)
-    assert clock.order == ["ours", "peer"] * 4
+    assert clock.order == ["ours", "peer"] + ["ours", "peer", "peer", "ours", "peer", "ours"]
     assert all(list(r) == KEYS for r in rows)
     assert (time_row["metric"], time_row["ours"], time_row["ceiling"]) == ("us", 2e6, 0.5e6)
     assert time_row["percent_of_ceiling"] == 25.0 and time_row["spread"] == [4e6, 1e6]
@@ -66,6 +67,45 @@ def test_rows_compare_neighbours_in_time(timing: Any, monkeypatch: pytest.Monkey
     assert "25.0% of GB/s" in timing.write_line(case, rows, ceilings) and "peer 3.00x" in timing.write_line(
         case, rows, ceilings
     )
+
+
+def test_whoever_is_next_follows_someone_else_each_round(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    timing.time_by_turns([clock.runner(timing, name, [1.0] * 9) for name in "abc"], rounds=6, seconds=1e9)
+    turns = ["".join(clock.order[i : i + 3]) for i in range(3, 21, 3)]
+    assert turns == ["abc", "cba", "bca", "acb", "cab", "bac"]
+
+
+def test_what_follows_a_runner_that_disturbs_is_not_timed(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    # To warm up; then of each round the first runs twice, and takes longer for it the first time.
+    ours = clock.runner(timing, "ours", [9.0, 9.0, 1.0, 1.0, 1.0])
+    peer = clock.runner(timing, "peer", [9.0, 2.0, 9.0, 2.0, 9.0, 2.0])
+    reference = dataclasses.replace(clock.runner(timing, "reference", [9.0] * 4), disturbs=True)
+    taken = timing.time_by_turns([ours, reference, peer], rounds=3, seconds=1e9)
+    assert taken == [[1.0] * 3, [9.0] * 3, [2.0] * 3]
+    rounds = ["ours ours peer reference", "peer peer ours reference", "peer peer ours reference"]
+    assert " ".join(clock.order) == " ".join(["ours reference peer", *rounds])
+
+
+def test_integers_have_their_own_ceiling(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
+    found = []
+    for integers in (16.0, None):
+        ours, peer = (clock.runner(timing, name, [1.0] * 4) for name in ("ours", "peer"))
+        case = timing.Case(
+            name="x", nbytes=10**9, flops=4 * 10**9, metric="GFLOP/s", ours=ours, peers=[peer], integer=True
+        )
+        ceilings = timing.Ceilings(read=8.0, multiply=2.0, multiply_integers=integers)
+        rows = timing.measure(case, ceilings, rounds=3, seconds=1e9)
+        found.append([(row["ceiling"], row["percent_of_ceiling"]) for row in rows])
+        assert ("25.0% of GFLOP/s" if integers else " – of GFLOP/s") in timing.write_line(case, rows, ceilings)
+    assert found == [[(0.25e6, 25.0), (16.0, 25.0)], [(None, None), (None, None)]]
+    assert ceilings.of(dataclasses.replace(case, metric="GB/s")) == 8.0
+    assert ceilings.of(dataclasses.replace(case, integer=False)) == 2.0
 
 
 def test_time_ends_a_case_after_three_rounds(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:

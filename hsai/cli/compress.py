@@ -28,9 +28,9 @@ from hsai.compress.resume import Workbench
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
-from hsai.evaluate.report import find_commit
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelSource, open_model
+from hsai.machine import find_commit
 from hsai.progress import ProgressBar, console, say
 
 

@@ -2,9 +2,7 @@
 
 import collections
 import hashlib
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ import hsai
 from hsai.data.tokenizer import Tokenizer
 from hsai.evaluate.runner import EvaluationConfig, TaskResult
 from hsai.formats.storage import describe
+from hsai.machine import find_commit
 from hsai.models import Transformer
 
 
@@ -53,15 +52,6 @@ def describe_result(result: TaskResult, config: EvaluationConfig) -> dict[str, A
         "scored_tokens": result.scored_tokens,
         "seconds": round(result.seconds, 1),
     }
-
-
-def find_commit() -> str | None:
-    """The commit of the checkout that hsai runs from, with "-dirty" where files differ; None if it is installed."""
-    command = ["git", "-C", str(Path(hsai.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def make_table(reports: Sequence[dict[str, Any]]) -> Table:

@@ -106,7 +106,7 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
     ours = _chain("ours", rows, weight, multiply)
     others = [_chain("xla float32", rows, dense, multiply_weight)]
     if isinstance(weight, Packed):
-        others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1))
+        others.append(_chain("reference", rows, weight, _prefer_reference(multiply), most=1, disturbs=True))
     if isinstance(weight, NM | NMInt8 | NMInt4 | VNM | VNMInt4):
         # With activations as ours has them, and a scale for as many positions.
         group = contraction // weight.scale.shape[0] if isinstance(weight, NMInt4 | VNMInt4) else Int4Config().group
@@ -120,9 +120,16 @@ def _make_product(name: str, multiply: Multiply, weight: Weight, dense: jax.Arra
         nbytes=nbytes(weight),
         flops=2 * rows * contraction * columns,
         metric="GB/s" if rows <= DECODE_ROWS else "GFLOP/s",
+        integer=multiplies_integers(weight),
         ours=ours,
         peers=others,
     )
+
+
+def multiplies_integers(weight: Weight) -> bool:
+    """Whether our product with it is one of integers: on a CPU, activations are split into bytes for those formats."""
+    codes = Int8 | Int4 | Int3 | Int2 | Ternary | NMInt8 | NMInt4 | VNMInt4
+    return jax.default_backend() == "cpu" and isinstance(weight, codes)
 
 
 def _prefer_reference(multiply: Multiply) -> Multiply:
@@ -139,14 +146,16 @@ def _count_copies(size: int, rows: int) -> int:
     return copies if rows <= DECODE_ROWS else min(copies, 2)
 
 
-def _chain(name: str, rows: int, weight: Weight, multiply: Multiply, *, most: int | None = None) -> Runner:
+def _chain(
+    name: str, rows: int, weight: Weight, multiply: Multiply, *, most: int | None = None, disturbs: bool = False
+) -> Runner:
     """x times each of the copies of a weight."""
     copies = most or _count_copies(nbytes(weight), rows)
 
     def build() -> Callable[[], object]:
         return chain_products(rows, [jax.tree.map(lambda leaf: leaf.copy(), weight) for _ in range(copies)], multiply)
 
-    return Runner(name=name, build=build, times=copies)
+    return Runner(name=name, build=build, times=copies, disturbs=disturbs)
 
 
 def chain_products(rows: int, weights: Sequence[Weight], multiply: Multiply) -> Callable[[], object]:
@@ -168,12 +177,14 @@ def chain_products(rows: int, weights: Sequence[Weight], multiply: Multiply) -> 
     return lambda: compiled(inputs, weights).block_until_ready()
 
 
-def _make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any]) -> Runner:
+def _make_runner(
+    name: str, function: Callable[..., Any], arguments: Sequence[Any], *, disturbs: bool = False
+) -> Runner:
     def build() -> Callable[[], object]:
         compiled = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.block_until_ready(compiled(*arguments))
 
-    return Runner(name=name, build=build)
+    return Runner(name=name, build=build, disturbs=disturbs)
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -202,7 +213,7 @@ def make_attention(*, quick: bool) -> Iterator[Case]:
         flops=7 * heads * length**2 * head_dim,
         metric="GFLOP/s",
         ours=_make_runner("ours", functools.partial(train, None), operands),
-        peers=[_make_runner("reference", functools.partial(train, "reference"), operands)],
+        peers=[_make_runner("reference", functools.partial(train, "reference"), operands, disturbs=True)],
     )
 
     # Queries that follow one another at the end of a cache which they fill: one of 4 rows, and a prompt of 512 tokens.
@@ -237,7 +248,7 @@ def _make_forward(cache: str, batch: int, queries: int, slots: int, heads: int =
         metric="GB/s" if queries == 1 else "GFLOP/s",
         ours=_make_runner("ours", functools.partial(attend, None), (q, operands)),
         # The chunked path is the reference where all scores fit one of its blocks, as they do here.
-        peers=[_make_runner("reference", functools.partial(attend, "reference"), (q, operands))],
+        peers=[_make_runner("reference", functools.partial(attend, "reference"), (q, operands), disturbs=True)],
     )
 
 
@@ -257,5 +268,5 @@ def make_cross_entropy(*, quick: bool) -> Iterator[Case]:
         flops=6 * tokens * embed * vocab,
         metric="GFLOP/s",
         ours=_make_runner("ours", functools.partial(lose, None), (x, w * embed**-0.5)),
-        peers=[_make_runner("reference", functools.partial(lose, "reference"), (x, w * embed**-0.5))],
+        peers=[_make_runner("reference", functools.partial(lose, "reference"), (x, w * embed**-0.5), disturbs=True)],
     )

@@ -1,6 +1,5 @@
-"""What this machine can do at best, measured where the kernels are measured: reading memory, and float32 products."""
+"""What this machine can do at best, measured where the kernels are measured: reading memory, and products."""
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.peers import ONNX, find_absent, make_int8_peer
 from bench.timing import Ceilings
+from hsai.machine import count_cores
 
 DEFAULT_CACHE = 32 * 2**20
+SIDE = 2048
+"""Of the square matrices that are multiplied."""
 
 
 def find_cache_size() -> int:
@@ -24,17 +27,13 @@ def find_cache_size() -> int:
     return max(sizes, default=DEFAULT_CACHE)
 
 
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def measure_ceilings(known: Ceilings | None = None) -> Ceilings:
     """The best of several tries each, and of what was `known`: a ceiling is what can be done, not what is usual."""
-    read, multiply = _measure_reading(8), _measure_multiplying(3)
+    read, multiply, integers = _measure_reading(8), _measure_multiplying(3), _measure_integers(3)
     if known is not None:
         read, multiply = max(read, known.read), max(multiply, known.multiply)
-    return Ceilings(read=read, multiply=multiply)
+        integers = max(filter(None, (integers, known.multiply_integers)), default=None)
+    return Ceilings(read=read, multiply=multiply, multiply_integers=integers)
 
 
 def _find_best(run: Callable[[], object], tries: int) -> float:
@@ -61,7 +60,14 @@ def _measure_reading(tries: int) -> float:
 
 
 def _measure_multiplying(tries: int) -> float:
-    """GFLOP/s of XLA's float32 product of two 2048 x 2048 matrices."""
-    a = jnp.ones((2048, 2048), jnp.float32)
+    """GFLOP/s of XLA's float32 product of two square matrices."""
+    a = jnp.ones((SIDE, SIDE), jnp.float32)
     multiply = jax.jit(lambda a: a @ a)
-    return 2 * 2048**3 / _find_best(lambda: multiply(a).block_until_ready(), tries) / 1e9
+    return 2 * SIDE**3 / _find_best(lambda: multiply(a).block_until_ready(), tries) / 1e9
+
+
+def _measure_integers(tries: int) -> float | None:
+    """GFLOP/s of ONNX Runtime's int8 product of two square matrices on a CPU, if it is installed."""
+    if jax.default_backend() != "cpu" or find_absent(ONNX) is not None:
+        return None
+    return 2 * SIDE**3 / _find_best(make_int8_peer(SIDE, SIDE, SIDE, 1).run, tries) / 1e9

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cases import DECODE_ROWS, Multiply, chain_products, multiply_rounded, multiply_weight
-from bench.ceilings import count_cores
+from bench.cases import DECODE_ROWS, Multiply, chain_products, multiplies_integers, multiply_rounded, multiply_weight
 from bench.peers import find_absent
 from bench.timing import Case, Runner
 from hsai.formats import Int4Config, NMInt4Config, VNMInt4Config, Weight, nbytes
+from hsai.machine import count_cores
 
 PACKAGES = ("llama_cpp", "gguf")
 """What the peer needs."""
@@ -77,6 +77,7 @@ def make_model(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
                     nbytes=size,
                     flops=count * flops,
                     metric="GB/s" if count <= DECODE_ROWS else "GFLOP/s",
+                    integer=all(map(multiplies_integers, packed.values())),
                     ours=Runner(name="ours", build=functools.partial(_build_chain, packed, layers, multiply, count)),
                     peers=[] if load is None else [_make_llama(load, count)],
                     explain=functools.partial(_explain, layers, count),

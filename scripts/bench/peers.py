@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bench.ceilings import count_cores
 from bench.timing import Runner
+from hsai.machine import count_cores
 
 DOMAIN = "com.microsoft"
 GROUP = 64

@@ -4,7 +4,6 @@ Both score the second half of each chunk (hsai/evaluate/perplexity.py tells why)
 multiplies by quantized weights as they are, with activations rounded to 8 bits; hsai in float32.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from hsai.evaluate import Pair, Scorer
 from hsai.evaluate.documents import load_documents
 from hsai.evaluate.metrics import Metric, perplexity
 from hsai.evaluate.perplexity import cut_chunks
+from hsai.machine import count_cores
 from hsai.models import Transformer
 from hsai.progress import ProgressBar
 
@@ -32,7 +32,7 @@ def open_llama(path: Path, window: int) -> Any:
     """A GGUF file in llama.cpp, with the logits of every token, on all cores of this process."""
     import llama_cpp
 
-    threads = len(os.sched_getaffinity(0))
+    threads = count_cores()
     return llama_cpp.Llama(
         str(path),
         n_ctx=window,

@@ -19,6 +19,8 @@ class Runner:
     """Allocates and compiles, with the tiles of the context (hsai_kernels/tuning.py), and returns what does the work
     `times` times over and waits for the last result."""
     times: int = 1
+    disturbs: bool = False
+    """Runs so long, or over so much memory, that whoever comes next is slower for it."""
 
     @functools.cached_property
     def run(self) -> Callable[[], object]:
@@ -39,6 +41,8 @@ class Case:
     """What bounds it: "GB/s" or "GFLOP/s"."""
     ours: Runner
     peers: Sequence[Runner] = ()
+    integer: bool = False
+    """Whether ours multiplies 8-bit integers."""
     explain: Callable[[Sequence[dict[str, Any]]], str] | None = None
     """From the case's rows, what else is to be said of them."""
 
@@ -54,42 +58,70 @@ class Ceilings:
     read: float
     """GB/s."""
     multiply: float
-    """GFLOP/s."""
+    """GFLOP/s of float32."""
+    multiply_integers: float | None
+    """GFLOP/s of 8-bit integers; None where nobody else is here to measure it with."""
 
-    def of(self, metric: str) -> float:
-        """The one that bounds `metric`."""
-        return self.read if metric == "GB/s" else self.multiply
+    def of_products(self, case: Case) -> float | None:
+        """GFLOP/s, in the arithmetic of `case`."""
+        return self.multiply_integers if case.integer else self.multiply
+
+    def of(self, case: Case) -> float | None:
+        """The one that bounds the case's metric."""
+        return self.read if case.metric == "GB/s" else self.of_products(case)
+
+    def find_bound(self, case: Case) -> float | None:
+        """Seconds that reading and multiplying take at least; None where either is not known."""
+        products = self.of_products(case)
+        return None if products is None else 1e-9 * max(case.nbytes / self.read, case.flops / products)
 
 
 def time_by_turns(runners: Sequence[Runner], *, rounds: int, seconds: float) -> list[list[float]]:
     """Seconds that each runner takes for its work once, by round.
 
     Each runs once before (compiling, allocating). Rounds end early when `seconds` have passed, after three at least.
+
+    Whoever is next finds the caches, the clock and the threads as the one before left them, so orders change: every
+    other round goes backwards, and each pair of rounds begins one runner later than the pair before. Who disturbs goes
+    last, and the first of the next round runs once untimed.
     """
     for runner in runners:
         runner.run()
     taken: list[list[float]] = [[] for _ in runners]
+    calm = [i for i, runner in enumerate(runners) if not runner.disturbs]
+    last = [i for i, runner in enumerate(runners) if runner.disturbs]
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= FEWEST_ROUNDS and time.perf_counter() - begin > seconds:
             break
-        for runner, times in zip(runners, taken, strict=True):
+        order = _turn(calm, done)
+        if last:
+            runners[order[0]].run()
+        for i in (*order, *last):
             start = time.perf_counter()
-            runner.run()
-            times.append((time.perf_counter() - start) / runner.times)
+            runners[i].run()
+            taken[i].append((time.perf_counter() - start) / runners[i].times)
     return taken
+
+
+def _turn(indices: Sequence[int], done: int) -> list[int]:
+    """The order of a round, after `done` others."""
+    first = done // 2 % len(indices)
+    turned = [*indices[first:], *indices[:first]]
+    return turned[::-1] if done % 2 else turned
 
 
 def measure(case: Case, ceilings: Ceilings, *, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Rows of results: one of microseconds, then one of `case.metric` for each peer.
 
     A peer's rate is that of the same work in the peer's time, so that `ratio` (above 1: ours is faster), the median
-    over pairs of neighbours, is one of times whatever the peer itself reads. The spread is from ours' slowest to its
-    fastest round. The ceiling of a time is what bandwidth and flops allow.
+    over pairs of one round, is one of times whatever the peer itself reads. The spread is from ours' slowest to its
+    fastest round. The ceiling of a time is what bandwidth and flops allow; None, and so is the percentage, where it was
+    not measured.
     """
     ours, *others = time_by_turns([case.ours, *case.peers], rounds=rounds, seconds=seconds)
     median = statistics.median(ours)
-    bound = 1e-3 * max(case.nbytes / ceilings.read, case.flops / ceilings.multiply)
+    bound = ceilings.find_bound(case)
     rows: list[dict[str, Any]] = [
         {
             "case": case.name,
@@ -98,13 +130,13 @@ def measure(case: Case, ceilings: Ceilings, *, rounds: int, seconds: float) -> l
             "peer": None,
             "peer_name": None,
             "ratio": None,
-            "ceiling": bound,
-            "percent_of_ceiling": 100e-6 * bound / median,
+            "ceiling": None if bound is None else 1e6 * bound,
+            "percent_of_ceiling": None if bound is None else 100 * bound / median,
             "spread": [1e6 * max(ours), 1e6 * min(ours)],
             "n": len(ours),
         }
     ]
-    ceiling = ceilings.of(case.metric)
+    ceiling = ceilings.of(case)
     for peer, times in zip(case.peers, others, strict=True):
         rows.append(
             {
@@ -115,7 +147,7 @@ def measure(case: Case, ceilings: Ceilings, *, rounds: int, seconds: float) -> l
                 "peer_name": peer.name,
                 "ratio": statistics.median(theirs / own for theirs, own in zip(times, ours, strict=True)),
                 "ceiling": ceiling,
-                "percent_of_ceiling": 100 * case.rate(median) / ceiling,
+                "percent_of_ceiling": None if ceiling is None else 100 * case.rate(median) / ceiling,
                 "spread": [case.rate(max(ours)), case.rate(min(ours))],
                 "n": len(ours),
             }
@@ -128,10 +160,11 @@ def write_line(case: Case, rows: Sequence[dict[str, Any]], ceilings: Ceilings) -
     time_row, *peers = rows
     seconds = 1e-6 * time_row["ours"]
     slowest, fastest = time_row["spread"]
-    percent = 100 * case.rate(seconds) / ceilings.of(case.metric)
+    ceiling = ceilings.of(case)
+    percent = "–" if ceiling is None else f"{100 * case.rate(seconds) / ceiling:.1f}%"
     ratios = "  ".join(f"{row['peer_name']} {row['ratio']:.2f}x" for row in peers)
     return (
         f"{case.name:<44} {time_row['ours']:>10.0f} us ({fastest:.0f} to {slowest:.0f})  "
         f"{case.nbytes / seconds / 1e9:6.2f} GB/s {case.flops / seconds / 1e9:8.1f} GFLOP/s  "
-        f"{percent:5.1f}% of {case.metric:<8} | {ratios}"
+        f"{percent:>6} of {case.metric:<8} | {ratios}"
     )

@@ -29,6 +29,7 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
     assert dense["model"] == "bf16" and dense["dtype"] == "float32" and dense["mesh"] is None
     assert int4["weights"]["int4"] > 0 and dense["weights"] == {"dense": sum(dense["weights"].values())}
     assert len(dense["tokenizer"]["sha256"]) == 64 and dense["hsai"] and dense["batch_tokens"] == 2048
+    assert dense["commit"] == one["machine"]["commit"]
     assert dense["commit"] is None or re.fullmatch("[0-9a-f]{12,}(-dirty)?", dense["commit"])
     assert 0 < dense["tasks"][0]["metrics"]["perplexity"]["standard_error"] < 1e9
     for first, second in zip(dense["tasks"], int4["tasks"], strict=True):

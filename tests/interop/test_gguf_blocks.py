@@ -13,6 +13,10 @@ SCALES = {Type.Q8_0: [0], Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Typ
 HALVES = np.array([0.0, -0.0, 6e-8, 65504, -65504, np.inf, -np.inf, np.nan, 1.0, -1 / 3], np.float16)
 
 
+def test_these_types_are_read() -> None:
+    assert {kind.name for kind in DEQUANTIZERS} == set("F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q4_K Q6_K".split())
+
+
 def random_blocks(kind: GGMLQuantizationType, count: int, seed: int = 0) -> np.ndarray:
     """Random bytes; every second block has a scale from `HALVES`, the others an ordinary one."""
     rng = np.random.default_rng(seed)

@@ -10,11 +10,11 @@ from hsai.errors import InputError
 from hsai.interop.assemble import assemble
 from hsai.interop.gguf import open_gguf_checkpoint
 from hsai.interop.gguf_config import read_config
-from hsai.interop.gguf_container import Metadata
+from hsai.interop.gguf_container import Metadata, open_gguf
 from hsai.interop.gguf_rope import fit_scaling, rope_factors, same_rotation
 from hsai.interop.gguf_write import write_gguf
 from hsai.models import RopeConfig, RopeScaling, TransformerConfig
-from tests.interop.gguf_files import CONFIGS, random_model, train_tokenizer
+from tests.interop.gguf_files import CONFIGS, random_model, train_tokenizer, write_file
 
 # What llama.cpp's converter writes of Gemma 3 4B, and of Mistral 7B 0.1.
 GEMMA = {
@@ -131,6 +131,25 @@ def test_tensors_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     damage(path, "blk.1.ffn_up.weight", value)
     with pytest.raises(InputError, match="'blk.1.ffn_up.weight' holds 1 values that are NaN or infinite"):
         assemble(open_gguf_checkpoint(path))
+
+
+def test_tensors_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    """One more than it has, and those of a layer that the metadata do not count; none is missing."""
+    path, larger = tmp_path / "model.gguf", tmp_path / "larger.gguf"
+    write_gguf(path, random_model(CONFIGS["llama"]), train_tokenizer(), dtype="f32")
+    file = open_gguf(path)
+    tensors = {name: (file.read(name), None) for name in file.tensors}
+    metadata = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in file.metadata.items()}
+    del metadata["general.architecture"]  # which gguf writes by itself
+    write_file(larger, metadata, tensors)
+    assert open_gguf_checkpoint(larger).config.layers == 3
+    for more, count, refusal in (
+        ({"blk.0.attn_q.bias": (np.zeros(64, np.float32), None)}, 3, "'blk.0.attn_q.bias' is unknown .0 missing, 1 "),
+        ({}, 2, "'blk.2.attn_k.weight' is unknown .0 missing, 9 "),
+    ):
+        write_file(larger, metadata | {"llama.block_count": count}, tensors | more)
+        with pytest.raises(InputError, match=f"larger.gguf: tensors do not fit the model: {refusal}unknown"):
+            open_gguf_checkpoint(larger)
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:

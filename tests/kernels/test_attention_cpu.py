@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import attention, native
-from hsai_kernels.ops.attention.shapes import SHAPES, AttentionShape
+from hsai_kernels.ops.attention.shapes import HUGE, SHAPES, AttentionShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
@@ -102,6 +102,26 @@ def test_every_cache_means_the_same_to_plain_jax(implementation, cache, dtype):
     arrays, k, v = draw(LARGER[1], dtype, cache)
     out = attend(arrays, implementation)
     assert_close(out, ask_oracle(arrays, k, v), float(np.abs(v).max()), dtype)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "chunked"])
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+def test_a_long_context_matches_the_oracle(implementation, cache):
+    arrays, k, v = draw(HUGE, "float32", cache)
+    assert_close(attend(arrays, implementation), ask_oracle(arrays, k, v), float(np.abs(v).max()), "float32")
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference", "chunked"])
+@pytest.mark.parametrize("cache", ["float32", "int8"])
+def test_the_mean_of_a_long_context_is_exact(implementation, cache):
+    """Equal scores and values: every partial sum has at most 24 bits, so no order of adding loses one."""
+    arrays, _, _ = draw(HUGE, "float32", cache)
+    arrays |= {"q": jnp.zeros_like(arrays["q"]), "v": jnp.full_like(arrays["v"], 3)}
+    if cache == "int8":
+        arrays["v_scale"] = jnp.full_like(arrays["v_scale"], 0.125)
+    np.testing.assert_array_equal(
+        attend(arrays, implementation), np.full(arrays["q"].shape, 3 if cache != "int8" else 0.375)
+    )
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -69,12 +69,12 @@ def test_gradients_match_finite_differences(options: dict[str, Any]) -> None:
         assert_close(np.sum(terms), np.asarray((high - low) / (2 * step)), np.sum(np.abs(terms)) + 10.0, "float32")
 
 
-def draw_blocks(dtype: str) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
-    """Operands, marks and a gradient: ragged blocks of 16, groups of 3 heads, a head dim of 20, gaps, an empty row."""
+def draw_blocks(dtype: str, head_dim: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
+    """Operands, marks and a gradient: ragged blocks of 16, groups of 3 heads, gaps, an empty row."""
     rng = np.random.default_rng(3)
     queries, keys = 21, 51
-    q, grad = (jnp.asarray(rng.standard_normal((2, queries, 6, 20)), dtype) for _ in range(2))
-    k, v = (jnp.asarray(rng.standard_normal((2, keys, 2, 20)), dtype) for _ in range(2))
+    q, grad = (jnp.asarray(rng.standard_normal((2, queries, 6, head_dim)), dtype) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((2, keys, 2, head_dim)), dtype) for _ in range(2))
     at_q, at_k = np.tile(np.arange(keys - queries, keys), (2, 1)), np.tile(np.arange(keys), (2, 1))
     at_q[0, 8] = -1  # before every key
     at_k[1, 40:] = 2**30  # empty slots of a cache
@@ -83,10 +83,10 @@ def draw_blocks(dtype: str) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...
     return (q, k, v), tuple(jnp.asarray(m, jnp.int32) for m in marks), grad
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_many_blocks_and_their_gradients_are_the_references(dtype: str) -> None:
-    operands, at, grad = draw_blocks(dtype)
-    settings = {"window": 25, "softcap": 3.0, "scale": 0.4}
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 20), ("bfloat16", 128), ("float32", 256)])
+def test_many_blocks_and_their_gradients_are_the_references(dtype: str, head_dim: int) -> None:
+    operands, at, grad = draw_blocks(dtype, head_dim)
+    settings = {"window": 25, "softcap": 3.0, "scale": 1.8 * head_dim**-0.5}
 
     def run(attend: Any, **more: Any) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(lambda *operands: attend(*operands, *at, **settings, **more), *operands)

@@ -1,4 +1,7 @@
-"""The tables of what compiles: stored and read back, compared with rows just compiled, and written for people."""
+"""The tables of what compiles: stored and read back, compared with rows just compiled, and written for people.
+
+Without a compiler: test_aot.py has one, and compares what it says.
+"""
 
 import json
 
@@ -7,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from hsai_kernels import attention, capabilities
+from hsai_kernels.aot.runner import TARGETS
 from hsai_kernels.capabilities import find_refusal, name_chip
 from hsai_kernels.dispatch import compile_for
 from hsai_kernels.ops.attention.tpu_blocks import choose_blocks
+from scripts.write_capabilities import PAGE, render_page
 
 
 def row(chip="v5e", outcome="compiles", reason=None, rows=8, dtype="float32"):
@@ -26,12 +31,13 @@ def row(chip="v5e", outcome="compiles", reason=None, rows=8, dtype="float32"):
     }
 
 
-@pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
+@pytest.fixture
+def empty_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(capabilities, "FOLDER", tmp_path)
     return tmp_path
 
 
+@pytest.mark.usefixtures("empty_folder")
 def test_what_is_stored_is_read_back_without_what_depends_on_the_machine():
     rows = [row(), row(chip="v6e", outcome="refused", reason='no "room"')]
     path = capabilities.write_capabilities("tpu", "libtpu 1", rows)
@@ -59,6 +65,7 @@ def test_differences_are_named(found, differences):
         assert difference.endswith(expected)
 
 
+@pytest.mark.usefixtures("empty_folder")
 def test_the_table_has_a_column_a_chip_and_the_reasons_under_it():
     rows = [row(), row(chip="v6e", outcome="refused", reason="no room"), row(dtype="bfloat16")]
     capabilities.write_capabilities("tpu", "libtpu 1", rows)
@@ -67,6 +74,18 @@ def test_the_table_has_a_column_a_chip_and_the_reasons_under_it():
     assert lines[2] == "| attention forward | ragged | float32 | 8 rows, 128 keys | compiles | refused |"
     assert lines[3] == "| attention forward | ragged | bfloat16 | 8 rows, 128 keys | compiles |  |"
     assert lines[-1] == "- attention forward, ragged, float32, v6e: no room"
+
+
+def test_the_page_is_that_of_the_stored_tables():
+    assert PAGE.read_text() == render_page(), "run scripts/write_capabilities.py"
+
+
+@pytest.mark.parametrize("platform", TARGETS)
+def test_the_stored_tables_have_a_row_for_every_case_and_chip(platform):
+    target = TARGETS[platform]
+    cases = [(case.kernel, case.name, case.dtype) for case in target.list_cases(target.kernels, quick=False)]
+    stored = [tuple(row[field] for field in capabilities.KEY) for row in capabilities.read_capabilities(platform)]
+    assert sorted(stored) == sorted((*case, chip) for case in cases for chip in target.chips)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,7 @@ def test_devices_have_the_tables_names(device_kind, chip):
     assert name_chip(device_kind) == chip
 
 
+@pytest.mark.usefixtures("empty_folder")
 def test_a_refusal_is_of_a_chip_a_dtype_a_shape_and_a_tile():
     rows = [row(), row(chip="v6e", outcome="refused", reason="no room"), row(chip="v6e", rows=16, outcome="spills")]
     capabilities.write_capabilities("tpu", "libtpu 1", rows)
@@ -107,6 +127,7 @@ def test_a_refusal_is_of_a_chip_a_dtype_a_shape_and_a_tile():
         assert find_refusal(platform, device_kind, **(at | other)) is None
 
 
+@pytest.mark.usefixtures("empty_folder")
 def test_the_automatic_choice_falls_through_where_the_table_refuses():
     """For a v6e the next backend serves what its compiler refuses; other chips, and unknown ones, take the kernel."""
     blocks, _ = choose_blocks(600, 600, 64, "float32")

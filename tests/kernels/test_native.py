@@ -387,16 +387,35 @@ def test_right_attention_calls_give_none():
     assert np.all(np.asarray(_attend(INT8 | {"in_q": AT_Q, "in_k": AT_K}, window=1, softcap=1.0)) == 1)
 
 
-def test_a_call_with_an_operand_missing_gives_an_error():
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        _call(native.QUANTIZED_MATMUL, (X, WORDS), (2, 5))
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        _call(native.SPARSE_MATMUL, (X, KEPT, INDICES, NO_SCALE), (2, 5))
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        _call(native.ATTENTION, (Q, K, K), (2, 3, 4, 8))
-
-
-def test_a_weight_without_columns_is_no_work():
-    empty = np.zeros((8, 0), np.uint32)
-    attributes = {"bits": np.int64(4), "activation_bits": np.int64(0)}
-    assert _call(native.QUANTIZED_MATMUL, (X, empty, np.ones((2, 0), np.float32)), (2, 0), **attributes).shape == (2, 0)
+@pytest.mark.parametrize(
+    ("target", "operands", "shape", "attributes"),
+    [
+        (
+            native.QUANTIZED_MATMUL,
+            (X, WORDS, SCALE),
+            (2, 5),
+            {"bits": np.int64(4), "centered": False, "activation_bits": np.int64(0)},
+        ),
+        (
+            native.SPARSE_MATMUL,
+            (X, KEPT, INDICES, NO_SCALE, NO_CHOICES),
+            (2, 5),
+            {"n": np.int64(2), "m": np.int64(4), "activation_bits": np.int64(0)},
+        ),
+        (
+            native.ATTENTION,
+            tuple(ATTENTION.values()),
+            (2, 3, 4, 8),
+            {"window": np.int64(0), "softcap": np.float32(0), "scale": np.float32(1)},
+        ),
+    ],
+)
+def test_a_call_with_an_operand_or_attribute_missing_gives_an_error(target, operands, shape, attributes):
+    assert _call(target, operands, shape, **attributes).shape == shape
+    count = len(operands)
+    for i in range(count):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"arguments: expected {count} but got {count - 1}"):
+            _call(target, operands[:i] + operands[i + 1 :], shape, **attributes)
+    for missing in attributes:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="attributes: expected 3 but got 2"):
+            _call(target, operands, shape, **{name: value for name, value in attributes.items() if name != missing})

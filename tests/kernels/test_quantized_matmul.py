@@ -9,8 +9,9 @@ import pytest
 
 from hsai_kernels import count_elements, dequantize_int8, dequantize_words, pack_words, quantized_matmul
 from hsai_kernels.ops.quantized_matmul.api import BACKENDS
-from hsai_kernels.ops.quantized_matmul.shapes import SHAPES, QuantizedShape
+from hsai_kernels.ops.quantized_matmul.shapes import HUGE, SHAPES, QuantizedShape
 from tests.kernels import oracles
+from tests.kernels.native_cases import EXTREMES
 from tests.kernels.tolerances import assert_close
 
 # Those of accelerators have tests of their own, in their interpreters.
@@ -68,6 +69,45 @@ def test_products_match_the_oracle(shape, kind, dtype):
         out = quantized_matmul(*operands, **KINDS[kind], implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
+
+
+def _draw_one_sided(kind: str):
+    """Of HUGE, levels and values: all of an odd column as far above zero as codes go, of an even one as far below."""
+    bits = KINDS[kind].get("bits", 8)
+    codes = np.broadcast_to(np.where(np.arange(HUGE.columns) % 2, 2**bits - 1, 0), (HUGE.contraction, HUGE.columns))
+    levels = codes - oracles.find_zero(bits, KINDS[kind].get("centered", False))
+    return levels, jnp.asarray(levels.astype(np.int8) if kind == "int8" else oracles.pack(codes, bits))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "centered int3", "centered int2"])
+def test_a_huge_sum_on_one_side_is_exact(kind):
+    """Every partial sum has at most 24 bits, so that in float32 no order of adding loses one, and nothing overflows."""
+    levels, values = _draw_one_sided(kind)
+    x = jnp.ones((1, HUGE.contraction), jnp.float32)
+    scale = jnp.full((1, HUGE.columns), 2.0**-5)
+    for implementation in IMPLEMENTATIONS:
+        out = quantized_matmul(x, values, scale, **KINDS[kind], implementation=implementation)
+        np.testing.assert_array_equal(out, [levels.sum(axis=0) * 2.0**-5])
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("kind", ["int8", "int4", "centered int3", "centered int2"])
+def test_a_huge_product_of_extremes_matches_the_oracle(kind, activation_bits):
+    """Largest codes of a column all on one side, times activations of the largest digits."""
+    levels, values = _draw_one_sided(kind)
+    rng = np.random.default_rng(2)
+    x = rng.choice(EXTREMES, (1, HUGE.contraction))
+    scale = rng.uniform(0.01, 0.1, (1, HUGE.columns)).astype(np.float32)
+    exact = x.astype(np.float64)
+    if activation_bits is not None:
+        step = np.abs(x).max() / np.float32(127)
+        exact = np.rint(x / step) * step.astype(np.float64)
+    weight = oracles.scale_rows(levels, scale)
+    for implementation in IMPLEMENTATIONS:
+        out = quantized_matmul(
+            x, values, scale, **KINDS[kind], activation_bits=activation_bits, implementation=implementation
+        )
+        assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ import pytest
 
 from hsai_kernels import densify_nm, pack_words, sparse_matmul
 from hsai_kernels.ops.sparse_matmul.api import BACKENDS
-from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, EIGHTHS, SHAPES, SparseShape
+from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, EIGHTHS, HUGE, SHAPES, SparseShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
@@ -58,6 +58,29 @@ def test_products_match_the_oracle(shape, kind, dtype):
         out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
         assert out.dtype == dtype
         assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("shape", HUGE, ids=str)
+def test_a_huge_sum_on_one_side_is_exact(shape, kind):
+    """Every partial sum has at most 24 bits, so that in float32 no order of adding loses one, and nothing overflows."""
+    (x, _, indices, scale, *choices), _, _ = _draw(shape, kind, "float32")
+    zero, kept = (8 if kind == "int4" else 128), shape.contraction * shape.kept // shape.pattern
+    levels = np.broadcast_to(np.where(np.arange(shape.columns) % 2, zero - 1, -zero), (kept, shape.columns))
+    values = jnp.asarray(oracles.pack(levels + 8, 4) if kind == "int4" else levels.astype(np.int8))
+    operands = (jnp.ones_like(x), values, indices, jnp.full_like(scale, 2.0**-5), *choices)
+    for implementation in IMPLEMENTATIONS:
+        out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
+        np.testing.assert_array_equal(out, [levels.sum(axis=0) * 2.0**-5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", HUGE, ids=str)
+def test_huge_products_match_the_oracle(shape, kind):
+    operands, x, weight = _draw(shape, kind, "float32")
+    for implementation in _blocked_implementations(kind) if shape.width else _implementations(shape, kind):
+        out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, implementation=implementation)
+        assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), "float32")
 
 
 def _blocked_implementations(kind: str):

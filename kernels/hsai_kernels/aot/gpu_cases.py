@@ -125,22 +125,26 @@ PRODUCTS: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
 
 
 def _list_quantized_matmul() -> Iterator[Case]:
+    """With scales of the dtypes that hsai's formats store."""
     shapes = (*PRODUCTS, ("ragged, groups of 8", (37, 520, 1001, 8)))
     for (name, (rows, contraction, columns, group)), dtype, bits in itertools.product(shapes, DTYPES, (8, 4)):
-        values = ((contraction, columns), jnp.int8) if bits == 8 else ((contraction // 8, columns), jnp.uint32)
+        values, scale = (
+            (((contraction, columns), "int8"), "float32")
+            if bits == 8
+            else (((contraction // 8, columns), "uint32"), "bfloat16")
+        )
         yield Case(
             kernel=f"quantized_matmul int{bits}",
             name=name,
             dtype=dtype,
             function=functools.partial(quantized_matmul, implementation="gpu"),
-            operands=_list_operands(
-                ((rows, contraction), dtype), values, ((contraction // group, columns), jnp.float32)
-            ),
+            operands=_list_operands(((rows, contraction), dtype), values, ((contraction // group, columns), scale)),
             quick=name.startswith("ragged"),
         )
 
 
 def _list_sparse_matmul() -> Iterator[Case]:
+    """With scales of the dtype that hsai's formats store."""
     shapes = (
         *PRODUCTS,
         ("ragged, one scale a column", (37, 704, 1001, 704)),
@@ -157,7 +161,7 @@ def _list_sparse_matmul() -> Iterator[Case]:
         kept = contraction * n // m
         indices = ((kept * POSITION_BITS[m] // 32, columns), jnp.uint32)
         values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
-        scale = [((contraction // group, columns), jnp.float32)] if packed else []
+        scale = [((contraction // group, columns), jnp.bfloat16)] if packed else []
         yield Case(
             kernel=f"sparse_matmul {n}:{m} {'int4' if packed else 'bfloat16'}",
             name=name,

@@ -161,6 +161,7 @@ def _list_layers(kernel: str) -> Iterator[Case]:
 
 
 def _list_quantized() -> Iterator[Case]:
+    """With scales of the dtypes, and zero where, hsai's formats have them."""
     # R, D, F, g
     shapes: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
         ("ragged", (5, 40, 65, 40)),
@@ -172,20 +173,21 @@ def _list_quantized() -> Iterator[Case]:
         ("prefill, a scale a column", (512, 2048, 2048, 2048)),
     )
     for (name, (rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
-        x, scale = _shape(dtype, rows, depth), _shape("float32", depth // group, columns)
+        x = _shape(dtype, rows, depth)
         for kind, bits, values in (
             ("int8", 4, _shape("int8", depth, columns)),
             ("int4", 4, _shape("uint32", depth // 8, columns)),
             ("int3", 3, _shape("uint32", depth * 3 // 32, columns)),
             ("int2", 2, _shape("uint32", depth // 16, columns)),
         ):
+            scale = _shape("float32" if kind == "int8" else "bfloat16", depth // group, columns)
             if values.dtype == jnp.uint32 and depth % count_elements(bits):
                 continue
             yield Case(
                 kernel=f"quantized_matmul {kind}",
                 name=name,
                 dtype=dtype,
-                function=functools.partial(quantized_matmul, bits=bits, implementation="tpu"),
+                function=functools.partial(quantized_matmul, bits=bits, centered=bits < 4, implementation="tpu"),
                 operands=(x, values, scale),
                 quick=rows < 8,
             )
@@ -212,7 +214,7 @@ def _list_sparse() -> Iterator[Case]:
         x, indices = _shape(dtype, rows, depth), _shape("uint32", kept * POSITION_BITS[m] // 32, columns)
         for kind, values, scale in (
             (dtype, _shape(dtype, kept, columns), None),
-            ("int4", _shape("uint32", kept // 8, columns), _shape("float32", depth // group, columns)),
+            ("int4", _shape("uint32", kept // 8, columns), _shape("bfloat16", depth // group, columns)),
         ):
             yield Case(
                 kernel=f"sparse_matmul {n}:{m} {kind}",

@@ -34,3 +34,6 @@ SHAPES = (
     _shape(1, 16, 16, 2, 1, 256),
 )
 """Ragged, tiny and larger; the head dims of common models."""
+
+HUGE = _shape(1, 1, 32768, 2, 1, 64)
+"""Decoding at the end of a long context; for backends that run, not for interpreters."""

@@ -34,3 +34,6 @@ SHAPES = (
     _shape((4, 6), 64, 33, 16),  # more rows than decoding has
 )
 """Ragged, tiny and larger; divisible as int4 needs it."""
+
+HUGE = _shape((1,), 16384, 512, 16384)
+"""As long a sum as models have, under one scale a column; for backends that run, not for interpreters."""

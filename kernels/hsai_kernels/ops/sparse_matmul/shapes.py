@@ -64,3 +64,10 @@ BLOCKED_SHAPES = (
     SparseShape(lead=(9,), contraction=128, columns=4160, kept=2, group=32, pattern=8, width=32),  # several tiles
 )
 """The same for V:N:M."""
+
+HUGE = (
+    _shape((1,), 16384, 128, 2, 16384),
+    SparseShape(lead=(1,), contraction=16384, columns=128, kept=4, group=16384, pattern=8),
+    SparseShape(lead=(1,), contraction=16384, columns=128, kept=2, group=16384, pattern=8, width=64),
+)
+"""As long sums as models have, under one scale a column; for backends that run, not for interpreters."""

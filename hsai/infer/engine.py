@@ -8,7 +8,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,11 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.stablehlo import GraphConfig
+from hsai.infer.request import FinishReason
 from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
 from hsai.infer.sampling import Sampler, SamplingConfig
 from hsai.infer.streaming import TextStream
 from hsai.models import CacheFormat, Transformer
-
-FinishReason = Literal["end_of_text", "max_tokens", "context"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class Engine:
         Raises:
           InputError: as `generate_tokens`.
         """
-        ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
+        ids = self.encode_prompt(prompt)
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
 
     def chat(
@@ -153,9 +152,17 @@ class Engine:
         Raises:
           InputError: the model has no chat template; what `encode_chat` and `generate_tokens` refuse.
         """
-        template = ChatTemplate.of_model(self.assets, self.tokenizer)
-        ids = encode_chat(template, self.tokenizer, messages, prefill=prefill)
+        ids = self.encode_chat(messages, prefill=prefill)
         return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The tokens that `generate` continues."""
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, prefill: str = "") -> list[int]:
+        """The tokens that `chat` continues; arguments and what is raised as there."""
+        template = ChatTemplate.of_model(self.assets, self.tokenizer)
+        return encode_chat(template, self.tokenizer, messages, prefill=prefill)
 
     def generate_tokens(
         self,
@@ -170,7 +177,7 @@ class Engine:
         Raises:
           InputError: no tokens, more than the context holds, one out of range, or max_tokens below 1.
         """
-        prompt = self._check_prompt(ids)
+        prompt = self.check_prompt(ids)
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens} must be at least 1")
         sampler = Sampler(sampling or SamplingConfig(), self.tokenizer.vocab_size)
@@ -237,7 +244,7 @@ class Engine:
         if tokens < 1 or repeats < 1:
             raise InputError(f"tokens={tokens} and repeats={repeats} must be at least 1")
         sampler = Sampler(SamplingConfig(), self.tokenizer.vocab_size)
-        prompt = self._check_prompt([index % self.tokenizer.vocab_size for index in range(tokens)])
+        prompt = self.check_prompt([index % self.tokenizer.vocab_size for index in range(tokens)])
         self._prepare(tokens, sampler)
         speeds = []
         for repeat in range(repeats + 1):
@@ -262,8 +269,12 @@ class Engine:
         self.runtime.prepare(tokens)
         jax.block_until_ready(sampler(jnp.zeros((1, self.runtime.vocab), jnp.float32), 0))
 
-    def _check_prompt(self, ids: Sequence[int]) -> np.ndarray:
-        """The prompt as int32 (T,)."""
+    def check_prompt(self, ids: Sequence[int]) -> np.ndarray:
+        """The prompt as int32 (T,).
+
+        Raises:
+          InputError: it has no tokens, more than the context holds, or one that the tokenizer does not have.
+        """
         if len(ids) == 0:
             raise InputError(f"the prompt has no tokens; an empty text begins with token {self.tokenizer.eot}")
         if len(ids) > self.runtime.slots:

@@ -105,8 +105,9 @@ class Fields:
         """Refuses what was not read."""
         for name in self._content:
             if name not in self._known:
-                message = f"unknown field {show(self.path(name))}; {suggest(name, self._known)}"
-                raise refuse(self.path(name), message, code="unknown_parameter")
+                path = self.path(name[:100])
+                message = f"unknown field {show(path)}; {suggest(name[:100], self._known)}"
+                raise refuse(path, message, code="unknown_parameter")
 
     def _mistyped(self, name: str, kind: str) -> ApiError:
         message = f"{self.path(name)} must be {kind}, and is {show(self._content[name])}"

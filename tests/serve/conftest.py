@@ -9,8 +9,6 @@ from hsai.infer import Engine
 from tests.export.tiny_models import CHATTY_ASSETS, make_chatty_tokenizer, make_model
 from tests.serve.scripted import RunningServer, ScriptedService
 
-CONTEXT = 48
-
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
@@ -18,17 +16,16 @@ def engine() -> Engine:
     return Engine.trace(make_model(), make_chatty_tokenizer(), Assets.parse(CHATTY_ASSETS))
 
 
-@pytest.fixture
-def service() -> Iterator[ScriptedService]:
-    """Says "Hello, world" unless a test gives it another script."""
-    service = ScriptedService()
-    yield service
-    service.drain()
-    service.join()
-
-
-@pytest.fixture
-def server(engine: Engine, service: ScriptedService) -> Iterator[RunningServer]:
-    """Around `service`."""
-    with RunningServer(engine, service) as server:
+@pytest.fixture(scope="module")
+def server(engine: Engine) -> Iterator[RunningServer]:
+    """Around a scripted service."""
+    with RunningServer(engine, ScriptedService()) as server:
         yield server
+
+
+@pytest.fixture
+def service(server: RunningServer) -> Iterator[ScriptedService]:
+    """Of `server`: says "Hello, world" unless a test gives it another script."""
+    server.service.reset()
+    yield server.service
+    server.service.reset()

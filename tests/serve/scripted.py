@@ -71,13 +71,18 @@ class ScriptedService:
     """As `hsai.infer.service.Service`, to those who serve it."""
 
     def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self.tickets: list[Ticket] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the beginning, once all that runs has ended."""
+        self.drain()
         self.script = speak("Hello", ", ", "world")
         self.refusal: Exception | None = None
         self.healthy = True
-        self.tickets: list[Ticket] = []
+        self.tickets, self._threads = [], []
         self.ended: dict[str, int] = {}
-        self.drained: list[float | None] = []
-        self._threads: list[threading.Thread] = []
 
     def submit(self, request: Request, *, on_event: OnEvent | None = None) -> Ticket:
         if self.refusal is not None:
@@ -90,9 +95,10 @@ class ScriptedService:
         return ticket
 
     def drain(self, timeout: float | None = None) -> bool:
-        self.drained.append(timeout)
         for ticket in self.tickets:
             ticket.cancel()
+        for thread in self._threads:
+            thread.join(timeout=30)
         return True
 
     def stats(self) -> Stats:
@@ -109,10 +115,6 @@ class ScriptedService:
             rejected=7,
             preempted=1,
         )
-
-    def join(self) -> None:
-        for thread in self._threads:
-            thread.join(timeout=30)
 
     def _play(self, ticket: Ticket) -> None:
         for event in self.script(ticket):
@@ -177,6 +179,14 @@ class RunningServer:
         """Every sample by its name and labels."""
         lines = self.client.get("/metrics").text.splitlines()
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[:1] != "#")}
+
+
+def eventually(condition: Callable[[], Any]) -> None:
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def refusal(response: httpx.Response) -> dict[str, Any]:

@@ -10,6 +10,7 @@ docs/serving.md tells more.
 """
 
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -71,8 +72,12 @@ def run(parser: Parser, argv: list[str]) -> None:
         )
     if not 0 <= arguments.port < 2**16:
         raise InputError(f"--port {arguments.port} must be between 0 and {2**16 - 1}")
-    if not 0 <= arguments.drain_seconds < float("inf"):
+    if not 0 <= arguments.drain_seconds < math.inf:
         raise InputError(f"--drain-seconds {arguments.drain_seconds:g} must be 0 or more")
+    if not 0 < arguments.request_seconds < math.inf:
+        raise InputError(f"--request-seconds {arguments.request_seconds:g} must be above 0")
+    if arguments.max_body_bytes < 1:
+        raise InputError(f"--max-body-bytes {arguments.max_body_bytes} must be at least 1")
     try:
         from hsai.serve.app import make_app
         from hsai.serve.served import Limits, Served

@@ -64,6 +64,8 @@ class Generate:
                     await self._answer(scope, receive, send, stream)
             except TimeoutError:
                 raise refuse_time(self._limits.seconds) from None
+            except asyncio.CancelledError:  # the server ends
+                raise refuse_closing() from None
         except Gone:
             pass
         except ApiError as error:

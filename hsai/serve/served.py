@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from hsai.errors import InputError
 from hsai.infer import Engine
 from hsai.infer.defaults import GenerationDefaults
 from hsai.infer.service import Service
@@ -20,11 +19,6 @@ class Limits:
 
     seconds: float = 600.0
     """From its head to the end of its answer, the time in the queue included."""
-
-    def __post_init__(self) -> None:
-        for name in ("body_bytes", "body_seconds", "seconds"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}={getattr(self, name)} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

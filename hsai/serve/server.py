@@ -17,7 +17,7 @@ from hsai.serve.protocol import PatientProtocol
 BACKLOG = 128
 
 CLOSING_SECONDS = 5
-"""For the last bytes of answers to leave, when the service is done."""
+"""For the last bytes of answers to leave, when requests have ended; a client that reads none of them gets no more."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -64,15 +64,17 @@ def run_server(
     """
     server = HttpServer(app, drain_seconds, on_ready)
 
-    def stop() -> None:
-        first = not server.should_exit
-        server.should_exit = True
-        threading.Thread(target=service.drain, args=(drain_seconds if first else 0.0,)).start()
-        if first:
-            on_stop()
-
     async def run() -> None:
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            seconds = 0.0 if server.should_exit else drain_seconds
+            loop.call_later(seconds, server.end_requests)
+            threading.Thread(target=service.drain, args=(seconds,)).start()
+            if not server.should_exit:
+                server.should_exit = True
+                on_stop()
+
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop)
         await server.serve([listener])
@@ -101,6 +103,11 @@ class HttpServer(uvicorn.Server):
         )
         super().__init__(config)
         self._on_ready = on_ready
+
+    def end_requests(self) -> None:
+        """Whatever is not answered yet gets an error: `generate.py` knows no other reason to be cancelled."""
+        for task in self.server_state.tasks:
+            task.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""

@@ -77,12 +77,13 @@ class ScriptedService:
 
     def reset(self) -> None:
         """As at the beginning, once all that runs has ended."""
-        self.drain()
+        self._end()
         self.script = speak("Hello", ", ", "world")
         self.refusal: Exception | None = None
         self.healthy = True
         self.tickets, self._threads = [], []
         self.ended: dict[str, int] = {}
+        self.drained: list[float | None] = []
 
     def submit(self, request: Request, *, on_event: OnEvent | None = None) -> Ticket:
         if self.refusal is not None:
@@ -95,11 +96,18 @@ class ScriptedService:
         return ticket
 
     def drain(self, timeout: float | None = None) -> bool:
+        self.drained.append(timeout)
+        deadline = time.monotonic() + (timeout or 0.0)
+        while self.stats().running and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._end()
+        return True
+
+    def _end(self) -> None:
         for ticket in self.tickets:
             ticket.cancel()
         for thread in self._threads:
             thread.join(timeout=30)
-        return True
 
     def stats(self) -> Stats:
         return Stats(

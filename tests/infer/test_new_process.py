@@ -32,7 +32,9 @@ for directory in sys.argv[3:]:
     name = directory.rsplit("/", 1)[-1]
     engine = Engine.load(directory, graphs=True)
     runtime = engine.runtime
-    step, cache = runtime.prefill(np.array(prompt, np.int32), runtime.make_cache())
+    cache = runtime.make_pages(1)
+    for start in range(0, len(prompt), 16):
+        step, cache = runtime.prefill(np.array(prompt[start : start + 16], np.int32), cache)
     steps = [step]
     for token in following:
         step, cache = runtime.decode(jnp.array([token], jnp.int32), cache)

@@ -7,6 +7,7 @@ T query, S slots of the cache, V vocabulary.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,16 @@ from hsai.export.bundle import Bundle
 from hsai.export.manifest import GraphRecord
 from hsai.export.stablehlo import load_graph
 from hsai.export.steps import CACHE_NAMES, DECODE_INPUTS, PREFILL_INPUTS
+from hsai.export.targets import find_target
 from hsai.formats.storage import named_arrays
 from hsai.infer.choose import Chosen, Extras, Kind, choose_tokens
 from hsai.infer.programs import Made, Rows, Vocabulary
-from hsai.infer.runtime import make_extras, make_rows
+from hsai.infer.runtime import make_extras, make_rows, plan_buckets
 from hsai.models import KVCache
+from hsai_kernels.dispatch import BackendMissing
+from hsai_kernels.native import load_library
+
+logger = logging.getLogger(__name__)
 
 
 class GraphRuntime:
@@ -105,16 +111,23 @@ class GraphRuntime:
         self._choose(jnp.zeros((1, self._vocab)), settings, extras, kind=kind, vocab=vocabulary.size)
 
     def prefill(self, tokens: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Reads `tokens`, int32 (T,) of at most the largest bucket, behind what the cache holds.
+        """Reads `tokens`, int32 (T,) with T at least 1, behind what the cache holds, bucket by bucket.
 
         Returns: float32 (1, V) logits of what follows the last token, and the cache; the one given is used up.
         """
-        bucket = next(bucket for bucket in self.buckets if len(tokens) <= bucket)
-        padded = np.zeros((1, bucket), np.int32)
-        padded[0, : len(tokens)] = tokens
-        count = np.full((1,), len(tokens), np.int32)
-        logits, *state = self._compile(bucket)(self._weights, padded, count, *cache.arrays)
-        return logits, KVCache(*state)
+        logits: jax.Array | None = None
+        start = 0
+        for bucket in plan_buckets(len(tokens), self.buckets):
+            part = tokens[start : start + bucket]
+            padded = np.zeros((1, bucket), np.int32)
+            padded[0, : len(part)] = part
+            count = np.full((1,), len(part), np.int32)
+            logits, *state = self._compile(bucket)(self._weights, padded, count, *cache.arrays)
+            cache = KVCache(*state)
+            start += len(part)
+        if logits is None:
+            raise ValueError("prefill of no tokens")
+        return logits, cache
 
     def decode(self, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads one token, int32 (1,); returns as `prefill`."""
@@ -132,12 +145,12 @@ class GraphRuntime:
 
 
 def load_graphs(bundle: Bundle) -> GraphRuntime:
-    """Takes the graphs that the bundle ships.
+    """Takes the graphs that the bundle ships; see `choose_graphs`.
 
     Raises:
       InputError: it ships none, or they are for several rows at a time, or this jax cannot read them.
     """
-    graphs = bundle.manifest.graphs
+    graphs = choose_graphs(bundle.manifest.graphs)
     if not graphs:
         raise InputError(f"{bundle.directory} holds no graphs: export it with graphs, or run the model without them")
     steps: dict[str, dict[int, Wrapped]] = {"prefill": {}, "decode": {}}
@@ -150,6 +163,21 @@ def load_graphs(bundle: Bundle) -> GraphRuntime:
             raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
     cache = _read_cache(bundle.directory, graphs)
     return GraphRuntime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
+
+
+def choose_graphs(graphs: Sequence[GraphRecord]) -> tuple[GraphRecord, ...]:
+    """Those with the kernels of the device here, if there are any that it can run; else the portable ones."""
+    here = find_target()
+    chosen = tuple(graph for graph in graphs if graph.kernels == here)
+    if here is None or not chosen:
+        return tuple(graph for graph in graphs if graph.kernels is None)
+    if here == "cpu":
+        try:
+            load_library()  # and tells XLA of its custom calls
+        except BackendMissing as error:
+            logger.warning("the portable graphs run in the place of those with kernels: %s", error)
+            return tuple(graph for graph in graphs if graph.kernels is None)
+    return chosen
 
 
 def _cut(cache: KVCache, length: int) -> KVCache:

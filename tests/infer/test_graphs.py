@@ -21,6 +21,8 @@ def test_they_take_over_the_memory_of_the_cache(bundles: dict[str, Path]) -> Non
     _, cache = runtime.prefill(np.array([1, 2, 3], np.int32), runtime.make_pages(1))
     runtime.decode(jnp.array([4], jnp.int32), cache)
     assert cache.keys.is_deleted() and cache.values.is_deleted() and cache.lengths.is_deleted()
+    with pytest.raises(ValueError, match="prefill of no tokens"):
+        runtime.prefill(np.array([], np.int32), runtime.make_pages(1))
     with pytest.raises(ValueError, match="graphs have one page, not 2"):
         runtime.make_pages(2)
 

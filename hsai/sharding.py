@@ -175,9 +175,9 @@ def use_mesh(mesh: Mesh) -> Iterator[Mesh]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """States how an activation is laid out, by its logical axes; the identity where no mesh is in use."""
+    """States how an activation is laid out, by its logical axes; the identity without a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
 

@@ -24,6 +24,7 @@ from hsai.export.checkpoint import export_checkpoint
 from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
+from hsai.export.targets import TARGETS
 from hsai.interop.gguf import SUFFIX, is_gguf
 from hsai.interop.gguf_write import GgufType
 from hsai.interop.huggingface import CONFIG, SHARD_BYTES
@@ -31,7 +32,7 @@ from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 ONLY = {
-    "bundle": ("prefill_buckets", "cache", "reuse"),
+    "bundle": ("prefill_buckets", "cache", "stablehlo_version", "kernels", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
     "gguf": ("gguf_type", "dequantize"),
 }
@@ -50,6 +51,12 @@ def add_arguments(parser: Parser) -> None:
         "--cache",
         choices=get_args(CacheFormat),
         help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+    )
+    parser.add_argument(
+        "--stablehlo-version", help="bundle: of the portable graphs, such as 1.0.0 for older runtimes (default: jax's)"
+    )
+    parser.add_argument(
+        "--kernels", nargs="+", choices=tuple(TARGETS), help="bundle: targets of further graphs, with hsai's kernels"
     )
     parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
     parser.add_argument(
@@ -83,7 +90,11 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> None:
     buckets = arguments.prefill_buckets
-    graphs = GraphConfig(cache=arguments.cache or "activations")
+    graphs = GraphConfig(
+        cache=arguments.cache or "activations",
+        stablehlo_version=arguments.stablehlo_version,
+        kernels=tuple(arguments.kernels or ()),
+    )
     if buckets is not None:
         graphs = dataclasses.replace(graphs, prefill_buckets=tuple(buckets))
     check_targets(targets, arguments)

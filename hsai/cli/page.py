@@ -4,19 +4,11 @@ Everything on it was measured in this run or stands in a bundle's manifest; what
 """
 
 import html
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+from hsai.cli.figures import draw_blocks, draw_frontier, draw_layers, draw_sensitivities
 
-from hsai.train.plot import GRID, INK, MUTED
-
-COLORS = ("#2563eb", "#d9480f", "#0f766e", "#9333ea", "#b45309", "#be123c", "#4d7c0f", "#0369a1", "#6b7280", "#1f2933")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 76rem; margin: 2rem auto;
   padding: 0 1rem; }
@@ -50,7 +42,7 @@ def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str
     ]
     points = list(_find_points(rows, reports))
     if len(points) > 1:
-        parts += ["<h2>Size and quality</h2>", _draw_frontier(points, _name_quality(reports))]
+        parts += ["<h2>Size and quality</h2>", draw_frontier(points, _name_quality(reports))]
     for row, origin in zip(rows, origins, strict=True):
         if "ledger" in origin:
             parts += _write_ledger(row["model"], origin)
@@ -132,18 +124,6 @@ def _name_quality(reports: Sequence[dict[str, Any]]) -> str:
     return "held-out bits a byte"
 
 
-def _draw_frontier(points: Sequence[tuple[str, float, float]], quality: str) -> str:
-    figure, axes = _start_figure(4.2)
-    for index, (name, size, value) in enumerate(points):
-        axes.plot([size], [value], "o", color=COLORS[index % len(COLORS)], markersize=7)
-        axes.annotate(name, (size, value), xytext=(7, 5), textcoords="offset points", color=INK, fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlabel("weights, MB", color=MUTED)
-    axes.set_ylabel(quality, color=MUTED)
-    axes.margins(0.15)
-    return _finish(figure)
-
-
 def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     ledger = origin["ledger"]
     traced = "".join(
@@ -169,45 +149,9 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
         _write_table(("weight", "format", "shape", "bytes", "bits a weight", "relative error"), lines),
     ]
     if ledger.get("layers"):
-        parts += ["<h2>Output error of each layer</h2>", _draw_layers(ledger["layers"])]
+        parts += ["<h2>Output error of each product</h2>", draw_layers(ledger["layers"])]
+    if ledger.get("blocks"):
+        parts += ["<h2>Reconstruction of each layer</h2>", draw_blocks(ledger["blocks"])]
+    if "allocation" in ledger:
+        parts += ["<h2>Sensitivity of each layer</h2>", draw_sensitivities(ledger["allocation"]["choices"])]
     return parts
-
-
-def _draw_layers(layers: Sequence[dict[str, Any]]) -> str:
-    """A line a weight over the layers, and one across for the head; what could not be solved is marked."""
-    figure, axes = _start_figure(4.2)
-    last = max((row["layer"] for row in layers if row["layer"] is not None), default=0)
-    for index, name in enumerate(dict.fromkeys(row["weight"] for row in layers)):
-        rows = [row for row in layers if row["weight"] == name]
-        if rows[0]["layer"] is None:
-            rows = [{**rows[0], "layer": layer} for layer in range(last + 1)]
-        steps, values = np.array([[row["layer"], 100 * row["output_error"]] for row in rows]).T
-        color = COLORS[index % len(COLORS)]
-        axes.plot(steps, values, color=color, linewidth=1.5, label=name.removeprefix("layers."))
-        failed = [place for place, row in enumerate(rows) if row["damping"] is None]
-        axes.plot(steps[failed], values[failed], "x", color=color, markersize=9)
-    axes.set_xlabel("layer", color=MUTED)
-    axes.set_ylabel("error of the output over calibration, %", color=MUTED)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _finish(figure)
-
-
-def _start_figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(9.5, height), layout="constrained", facecolor="white")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=MUTED)
-    return figure, axes
-
-
-def _finish(figure: Figure) -> str:
-    """The figure as an <svg> element, the same bytes for the same figure."""
-    stream = io.StringIO()
-    with rc_context({"svg.hashsalt": "hsai", "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]

@@ -12,6 +12,7 @@ docs/serving.md tells more.
 import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import get_args
@@ -49,6 +50,12 @@ def add_arguments(parser: Parser) -> None:
         "--cache",
         choices=get_args(CacheFormat),
         help="how keys and values are stored: in the activations' dtype (default), in bfloat16, or in int8",
+    )
+    parser.add_argument("--rows", type=int, default=8, help="requests that are answered at a time (default: 8)")
+    parser.add_argument(
+        "--cache-tokens",
+        type=int,
+        help="that the cache holds, of all requests together (default: 1024 a row, or the context)",
     )
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait; others get 429 (default: 64)")
     parser.add_argument("--max-body-bytes", type=int, default=1 << 20, help="of a request, at most (default: 1048576)")
@@ -94,9 +101,11 @@ def run(parser: Parser, argv: list[str]) -> None:
             context=arguments.context,
             cache=arguments.cache or "activations",
         )
-        service = Service(engine, queue=arguments.queue)
+        service = Service(engine, rows=arguments.rows, tokens=arguments.cache_tokens, queue=arguments.queue)
         name = arguments.name or arguments.model.resolve().name.removesuffix(".gguf")
         defaults = read_defaults(engine.assets.generation_config)
+        if defaults.ignored:
+            print(f"note: generation_config.json's {', '.join(defaults.ignored)} is not applied", file=sys.stderr)
         served = Served(name=name, engine=engine, service=service, defaults=defaults, created=int(time.time()))
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what clients do wrong is answered, not logged
         run_server(

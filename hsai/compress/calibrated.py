@@ -1,12 +1,13 @@
 """Compression with calibration: weights that are solved for what text makes of them (GPTQ, SparseGPT, Wanda, joint).
 
 One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`. A weight whose solve fails is
-rounded plainly, said so in its row, and does not end the run.
+rounded plainly, said so in its row, and does not end the run. Where a recipe reconstructs, the packed weights of a
+layer are then tuned together (`hsai.compress.reconstruct`).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ import numpy as np
 
 from hsai.compress.factor import factorize
 from hsai.compress.grid import grid_of, pattern_of
-from hsai.compress.ledger import LayerRow, name_format
+from hsai.compress.ledger import BlockRow, LayerRow, name_format
+from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solver import solve
-from hsai.compress.stream import Grams, stream_blocks
+from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -71,6 +73,33 @@ class FeedbackConfig:
 SolverConfig = NearestConfig | FeedbackConfig
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+    """One weight, and how that went."""
+
+    weight: Weight
+
+    damping: float | None = None
+    """That the factorization took; None of a weight that was packed by itself."""
+
+    note: str = ""
+    """Why it was, if the factorization failed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolvedLayers:
+    """What `solve_layers` returns."""
+
+    weights: Mapping[str, Weight]
+    """The packed weights by their names in the model; layers are stacked."""
+
+    rows: tuple[LayerRow, ...]
+    """One a layer and weight."""
+
+    blocks: tuple[BlockRow, ...]
+    """One a layer, where layers were reconstructed."""
+
+
 class BlockSolver:
     """Packs the weights of one block; those with the same input share its factor."""
 
@@ -83,23 +112,19 @@ class BlockSolver:
         self._plain = plain
         self._factors: dict[tuple[int, float], tuple[jax.Array, float] | str] = {}
 
-    def pack(
-        self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig
-    ) -> tuple[Weight, float | None, str]:
-        """The weight (D, F) called `name` within its block; the damping that it took; and, if it failed, why.
-
-        A failed one is packed by itself, as are those that are not to be solved, or stay dense: no damping.
-        """
+    def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
+        """The weight (D, F) called `name` within its block. One whose factorization fails is packed by itself, as are
+        those that are not to be solved, or stay dense."""
         if isinstance(config, NearestConfig) or isinstance(format, DenseConfig):
-            return self._plain(w, format), None, ""
+            return Packing(weight=self._plain(w, format))
         gram = self._grams[name]
         key = (id(gram), config.damping)
         if key not in self._factors:
             self._factors[key] = _try_factorize(gram, config.damping)
         found = self._factors[key]
         if isinstance(found, str):
-            return self._plain(w, format), None, found
-        return pack_solved(w, gram, found[0], format, config), found[1], ""
+            return Packing(weight=self._plain(w, format), note=found)
+        return Packing(weight=pack_solved(w, gram, found[0], format, config), damping=found[1])
 
 
 def solve_layers(
@@ -109,9 +134,10 @@ def solve_layers(
     *,
     batch: int,
     plain: Compress,
+    reconstructor: Reconstructor | None = None,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Weight], list[LayerRow]]:
+) -> SolvedLayers:
     """Packs the stacked weights of all layers, and the head.
 
     Args:
@@ -121,9 +147,9 @@ def solve_layers(
       tokens: int32 (N, T).
       batch: sequences at a time.
       plain: packs a weight whose solve fails.
+      reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.
-    Returns: the packed weights by name, and a row a layer and weight.
     Raises:
       InputError: see `stream_blocks` and `check_observed`.
     """
@@ -132,57 +158,79 @@ def solve_layers(
     inner = {full: full.removeprefix("layers.") for full in blocks}
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
+    tuned: list[BlockRow] = []
 
-    def pack(full: str, name: str, layer: int | None, w: jax.Array, grams: Grams, solver: BlockSolver) -> jax.Array:
-        """Packs one weight, notes how that went, and returns what it holds."""
-        chosen, config = formats[full]
-        format = chosen[layer or 0]
-        packed, damping, note = solver.pack(name, w, format, config)
-        held = to_dense(packed).astype(w.dtype)
+    def note(full: str, layer: int | None, w: jax.Array, held: jax.Array, gram: jax.Array, pack: Packing) -> None:
         rows.append(
             LayerRow(
                 weight=full,
                 layer=layer,
-                format=name_format(format),
-                output_error=float(_measure(w, held, grams[name])),
-                damping=damping,
-                note=note,
+                format=name_format(formats[full][0][layer or 0]),
+                output_error=float(_measure(w, held, gram)),
+                damping=pack.damping,
+                note=pack.note,
             )
         )
-        parts[full].append(packed)
-        return held
 
-    def solve_block(layer: int, block: Block, grams: Grams) -> Block:
-        params, solver = named_weights(block), BlockSolver(grams, plain)
+    def solve_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
+        dense, solver = _read_weights(block), BlockSolver(grams, plain)
+        chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
+        packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
+        packed = {name: packing.weight for name, packing in packings.items()}
         first = len(rows)
-        held = {name: pack(full, name, layer, params[name].get_value(), grams, solver) for full, name in inner.items()}
+        found: list[BlockRow] = []
+        if reconstructor is not None:
+            kinds = {name: format for name, (format, _) in chosen.items() if not isinstance(format, DenseConfig)}
+            if kinds:
+                changed, row = reconstructor.tune(layer, block, {name: packed[name] for name in kinds}, kinds, streams)
+                packed |= changed
+                found = [row]
+        held = {name: to_dense(value).astype(dense[name].dtype) for name, value in packed.items()}
+        for full, name in inner.items():
+            note(full, layer, dense[name], held[name], grams[name], packings[name])
+            parts[full].append(packed[name])
+        tuned.extend(found)
         if workbench is not None:
-            packed = {name: parts[full][-1] for full, name in inner.items()}
-            workbench.save_layer(layer, replace_weights(block, packed), rows[first:])
+            workbench.save_layer(layer, replace_weights(block, packed), rows[first:], found)
         return replace_weights(block, held)
 
     def recall(layer: int, block: Block) -> Block | None:
         found = None if workbench is None else workbench.load_layer(layer, block)
         if found is None:
             return None
-        params, dense = named_weights(found[0]), named_weights(block)
+        packed, dense = _read_weights(found[0]), _read_weights(block)
         for full, name in inner.items():
-            parts[full].append(params[name].get_value())
+            parts[full].append(packed[name])
         rows.extend(found[1])
+        tuned.extend(found[2])
         return replace_weights(
-            block,
-            {name: to_dense(params[name].get_value()).astype(dense[name].get_value().dtype) for name in inner.values()},
+            block, {name: to_dense(packed[name]).astype(dense[name].dtype) for name in inner.values()}
         )
 
     def solve_head(gram: jax.Array) -> None:
-        for name in heads:
-            grams = {name: gram}
-            pack(name, name, None, named_weights(model)[name].get_value(), grams, BlockSolver(grams, plain))
+        for name, (chosen, config) in heads.items():
+            w = named_weights(model)[name].get_value()
+            packing = BlockSolver({name: gram}, plain).pack(name, w, chosen[0], config)
+            note(name, None, w, to_dense(packing.weight).astype(w.dtype), gram, packing)
+            parts[name].append(packing.weight)
 
-    finish = solve_head if heads else None
-    stream_blocks(model, tokens, batch=batch, solve=solve_block, recall=recall, finish=finish, progress=progress)
-    return {name: stack_layers(each) if name in blocks else each[0] for name, each in parts.items()}, rows
+    stream_blocks(
+        model,
+        tokens,
+        batch=batch,
+        solve=solve_block,
+        recall=recall,
+        finish=solve_head if heads else None,
+        follow_dense=reconstructor is not None,
+        progress=progress,
+    )
+    weights = {name: stack_layers(each) if name in blocks else each[0] for name, each in parts.items()}
+    return SolvedLayers(weights=weights, rows=tuple(rows), blocks=tuple(tuned))
+
+
+def _read_weights(block: Block) -> dict[str, Any]:
+    return {name: param.get_value() for name, param in named_weights(block).items()}
 
 
 def check_observed(names: Iterable[str], grams: Grams) -> None:

@@ -88,6 +88,27 @@ class LayerRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockRow:
+    """How the reconstruction of one layer went, on windows that it was not tuned on.
+
+    Errors are |y - t| / |t|, y the layer's output behind packed layers and t what the dense model has there, as a root
+    mean square over tokens.
+    """
+
+    layer: int
+    """Its number, from 0."""
+
+    error_solved: float
+    """As the solver left it."""
+
+    error_tuned: float
+    """After tuning."""
+
+    tuned: bool
+    """Whether that was better, and kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Allocation:
     """How a budget was spent."""
 
@@ -173,6 +194,9 @@ class Ledger:
     layers: tuple[LayerRow, ...] = ()
     """What was solved with feedback, layer by layer."""
 
+    blocks: tuple[BlockRow, ...] = ()
+    """How each layer's reconstruction went, where there was one."""
+
     allocation: Allocation | None = None
     """How the budget was spent, where there was one."""
 
@@ -192,8 +216,9 @@ class Ledger:
         return 8.0 * self.bytes / self.size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}, "layers" where
-        something was solved with feedback, and "allocation" where there was a budget."""
+        """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}; "layers" where
+        something was solved with feedback, "blocks" where layers were reconstructed, "allocation" where there was a
+        budget."""
         weights = [
             {
                 "weight": row.weight,
@@ -208,7 +233,8 @@ class Ledger:
         total = {"parameters": self.size, "bytes": self.bytes, "bits_per_weight": self.bits_per_weight}
         layers = {"layers": [dataclasses.asdict(row) for row in self.layers]} if self.layers else {}
         allocation = {} if self.allocation is None else {"allocation": self.allocation.to_dict()}
-        return {"weights": weights, **layers, **allocation, **total}
+        blocks = {"blocks": [dataclasses.asdict(row) for row in self.blocks]} if self.blocks else {}
+        return {"weights": weights, **layers, **blocks, **allocation, **total}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.budget import spend_budget
-from hsai.compress.calibrated import FeedbackConfig, solve_layers
-from hsai.compress.ledger import Allocation, LayerRow, Ledger, LedgerRow, name_format, name_formats
+from hsai.compress.calibrated import FeedbackConfig, SolvedLayers, solve_layers
+from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.prune import prune, prune_int4
 from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
+from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.errors import InputError
 from hsai.formats import (
@@ -88,7 +89,7 @@ def compress(
         name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
     }
     allocation: Allocation | None = None
-    layers: list[LayerRow] = []
+    solved = SolvedLayers(weights={}, rows=(), blocks=())
     solving = any(isinstance(rule.solver, FeedbackConfig) and name not in kept for name, rule in rules.items())
     if recipe.calibration is not None and (solving or recipe.allocation is not None):
         if calibration is None:
@@ -111,17 +112,29 @@ def compress(
                 if workbench is not None:
                     workbench.save_allocation(allocation)
             formats |= allocation.formats
-        solved = {
+        asked = {
             name: (formats[name], rule.solver)
             for name, rule in rules.items()
             if isinstance(rule.solver, FeedbackConfig) and name not in kept
         }
-        if solved:
-            batch = recipe.calibration.batch
-            found, layers = solve_layers(
-                model, solved, calibration, batch=batch, plain=pack_weight, workbench=workbench, progress=progress
+        if asked:
+            batch, seed = recipe.calibration.batch, recipe.calibration.seed
+            tuner = (
+                None
+                if recipe.reconstruction is None
+                else Reconstructor(model, recipe.reconstruction, batch=batch, seed=seed)
             )
-            values |= found
+            solved = solve_layers(
+                model,
+                asked,
+                calibration,
+                batch=batch,
+                plain=pack_weight,
+                reconstructor=tuner,
+                workbench=workbench,
+                progress=progress,
+            )
+            values |= solved.weights
     rows: list[LedgerRow] = []
     done = 0
     for name, param in params.items():
@@ -145,7 +158,9 @@ def compress(
                 relative_error=error,
             )
         )
-    return replace_weights(model, values), Ledger(rows=tuple(rows), layers=tuple(layers), allocation=allocation)
+    return replace_weights(model, values), Ledger(
+        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation
+    )
 
 
 def pack_layers(w: jax.Array, formats: Sequence[FormatConfig]) -> Weight:

@@ -18,6 +18,7 @@ from hsai.compress.budget import count_least
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import name_format
+from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.errors import InputError
 from hsai.formats import NM, VNM, DenseConfig, FormatConfig, Packed, is_packed_as
 from hsai.formats.storage import NAMES, named_weights
@@ -80,6 +81,9 @@ class RecipeConfig:
     allocation: AllocationConfig | None = None
     """The budget by which candidates are chosen; none where each rule has one format."""
 
+    reconstruction: ReconstructionConfig | None = None
+    """How the layers are tuned once their weights are packed; none leaves them as the solver made them."""
+
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
@@ -88,6 +92,8 @@ class RecipeConfig:
             raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
         if self.calibration is not None and not solved and self.allocation is None:
             raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
+        if self.reconstruction is not None:
+            self._check_reconstruction()
         choices = [rule.pattern for rule in self.rules if rule.is_open]
         if choices and self.allocation is None:
             raise InputError(
@@ -95,6 +101,19 @@ class RecipeConfig:
             )
         if self.allocation is not None:
             self._check_allocation(self.allocation, bool(choices))
+
+    def _check_reconstruction(self) -> None:
+        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
+        if self.calibration is None or not solved:
+            raise InputError(
+                "reconstruction is set, and no rule has a solver whose layers it could tune (solver=FeedbackConfig())"
+            )
+        batches = self.calibration.tokens // self.calibration.sequence_length // self.calibration.batch
+        if batches < 2:
+            raise InputError(
+                "reconstruction tunes on some batches of the calibration and judges by others, and there is one; "
+                f"lower calibration.batch={self.calibration.batch}, or raise calibration.tokens"
+            )
 
     def _check_allocation(self, allocation: AllocationConfig, has_choice: bool) -> None:
         if not has_choice:

@@ -18,7 +18,7 @@ import jax
 from safetensors.flax import load_file, save_file
 
 from hsai import configuration
-from hsai.compress.ledger import Allocation, LayerRow
+from hsai.compress.ledger import Allocation, BlockRow, LayerRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, read_json, write_json_atomic
 from hsai.formats.storage import describe, named_arrays, restore
@@ -59,8 +59,8 @@ class Workbench:
         """Keeps what was chosen."""
         write_json_atomic(self._directory / ALLOCATION, configuration.to_dict(allocation))
 
-    def load_layer(self, layer: int, block: Block) -> tuple[Block, list[LayerRow]] | None:
-        """The layer with its packed weights, and its rows; None if it is not there.
+    def load_layer(self, layer: int, block: Block) -> tuple[Block, list[LayerRow], list[BlockRow]] | None:
+        """The layer with its packed weights, its rows, and how its reconstruction went; None if it is not there.
 
         Args:
           layer: its number.
@@ -73,14 +73,19 @@ class Workbench:
             return None
         found = read_json(path.with_suffix(".json"))
         rows = [LayerRow(**row) for row in found["rows"]]
-        return restore(block, found["formats"], load_file(path)), rows
+        tuned = [BlockRow(**row) for row in found["blocks"]]
+        return restore(block, found["formats"], load_file(path)), rows, tuned
 
-    def save_layer(self, layer: int, block: Block, rows: Sequence[LayerRow]) -> None:
+    def save_layer(self, layer: int, block: Block, rows: Sequence[LayerRow], tuned: Sequence[BlockRow] = ()) -> None:
         """Keeps a layer's weights and rows."""
         path = self._name(layer)
         with atomic_write(path) as temporary:
             save_file({name: jax.device_get(array) for name, array in named_arrays(block).items()}, temporary)
-        content = {"formats": describe(block), "rows": [dataclasses.asdict(row) for row in rows]}
+        content = {
+            "formats": describe(block),
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "blocks": [dataclasses.asdict(row) for row in tuned],
+        }
         write_json_atomic(path.with_suffix(".json"), content)
 
     def remove(self) -> None:

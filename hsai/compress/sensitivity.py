@@ -24,7 +24,7 @@ import numpy as np
 
 from hsai.compress.allocate import Item, Option
 from hsai.compress.calibrated import BlockSolver, Compress, Progress, SolverConfig, check_observed
-from hsai.compress.stream import Grams, stream_blocks
+from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense
 from hsai.formats.observed import Tapped, sum_squares
@@ -73,14 +73,14 @@ def measure_sensitivities(
         if name not in blocks:
             items.append(_price_table(model, name, *candidates[name], moments, tokens, plain))
 
-    def try_block(layer: int, block: Block, grams: Grams) -> Block:
+    def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
         params, solver = named_weights(block), BlockSolver(grams, plain)
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
             w, options = params[name].get_value(), []
             for format in formats:
-                packed, _, _ = solver.pack(name, w, format, config)
+                packed = solver.pack(name, w, format, config).weight
                 loss = _price(w, packed, grams[name], moments[full][layer], tokens.size)
                 options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
@@ -185,7 +185,7 @@ def _price_table(
     counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
     options = []
     for format in formats:
-        packed, _, _ = solver.pack(name, w, format, config)
+        packed = solver.pack(name, w, format, config).weight
         loss = 0.0
         if name == LOOKUP:
             loss += float(_price_lookup(w, packed, counts, moments[LOOKUP], tokens.size))

@@ -1,12 +1,14 @@
 """Calibration, block by block: what each weight of a block is multiplied by, and what the block hands to the next.
 
-Only the residual stream of the calibration tokens is kept, in the host's memory; on the devices are one block and one
-batch. A block is first observed with its dense weights, then solved, and the next block reads what the solved one
-gives, so that it can make up for the errors before it.
+Only the residual stream of the calibration tokens is kept, in the host's memory, and for who wants to come close to
+the dense model a second one, of it; on the devices are one block and one batch. A block is first observed with its
+dense weights, then solved, and the next block reads what the solved one gives, so that it can make up for the errors
+before it.
 
 N sequences, B of them in a batch, T tokens each, D embed.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -26,14 +28,26 @@ Grams = Mapping[str, jax.Array]
 """X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Streams:
+    """What a block reads and shall give, in the host's memory."""
+
+    inputs: np.ndarray
+    """(N, T, D), in the model's dtype: what the blocks before it, as they were solved, hand on."""
+
+    targets: np.ndarray | None
+    """(N, T, D): what the block gives in the dense model; None where that is not followed."""
+
+
 def stream_blocks(
     model: Transformer,
     tokens: np.ndarray,
     *,
     batch: int,
-    solve: Callable[[int, Block, Grams], Block],
+    solve: Callable[[int, Block, Grams, Streams], Block],
     recall: Callable[[int, Block], Block | None] | None = None,
     finish: Callable[[jax.Array], None] | None = None,
+    follow_dense: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Calls `solve` with each block in turn, on what the blocks that it returned before make of `tokens`.
@@ -42,21 +56,22 @@ def stream_blocks(
       model: with dense weights.
       tokens: int32 (N, T) in [0, V).
       batch: B, sequences at a time.
-      solve: (number of the layer, block with dense weights, grams) -> the block that the next one follows.
+      solve: (number of the layer, block with dense weights, grams, streams) -> the block that the next one follows.
       recall: (number, block with dense weights) -> what `solve` returned for it in an earlier run, or None.
       finish: called last with X^T X (D, D) float32 of what the head is multiplied by.
+      follow_dense: computes what the dense model gives as well, for `Streams.targets`.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
       InputError: activations are not finite, naming the layer.
     """
     config = model.config
     count, length = tokens.shape
-    positions = jnp.arange(length, dtype=jnp.int32)[None]
     starts = range(0, count, batch)
     embed = jax.jit(model.embed_tokens)
     hidden = np.empty((count, length, config.embed), jnp.dtype(config.dtype))
     for start in starts:
         hidden[start : start + batch] = embed(jnp.asarray(tokens[start : start + batch]))
+    targets = hidden.copy() if follow_dense else None
 
     @jax.jit
     def observe(block: Block, layer: jax.Array, x: jax.Array) -> list[jax.Array]:
@@ -66,18 +81,24 @@ def stream_blocks(
             for name, param in named_weights(block).items()
             if is_matrix(param)
         }
-        _apply(model, replace_weights(block, weights), layer, x, positions)
+        apply_block(model, replace_weights(block, weights), layer, x)
         owner.update(notes.owner)
         return notes.grams
 
     @functools.partial(jax.jit, donate_argnums=2)
     def forward(block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
-        return _apply(model, block, layer, x, positions)
+        return apply_block(model, block, layer, x)
+
+    def advance(stream: np.ndarray, block: Block, number: jax.Array) -> None:
+        for start in starts:
+            stream[start : start + batch] = forward(block, number, jnp.asarray(stream[start : start + batch]))
 
     owner: dict[str, int] = {}
     for layer in range(config.layers):
         block = take_block(model, layer)
         number = jnp.int32(layer)
+        if targets is not None:
+            advance(targets, block, number)
         solved = None if recall is None else recall(layer, block)
         if solved is None:
             sums: list[jax.Array] = []
@@ -88,10 +109,9 @@ def stream_blocks(
             for name, gram in grams.items():
                 if not bool(jnp.all(jnp.isfinite(gram))):
                     raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
-            solved = solve(layer, block, grams)
+            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets))
         if layer + 1 < config.layers or finish is not None:
-            for start in starts:
-                hidden[start : start + batch] = forward(solved, number, jnp.asarray(hidden[start : start + batch]))
+            advance(hidden, solved, number)
         if progress is not None:
             progress("calibrating", layer + 1, config.layers)
     if finish is not None:
@@ -105,6 +125,7 @@ def take_block(model: Transformer, layer: int) -> Block:
     return replace_weights(block, {name: to_dense(param.get_value()) for name, param in named_weights(block).items()})
 
 
-def _apply(model: Transformer, block: Block, layer: jax.Array, x: jax.Array, positions: jax.Array) -> jax.Array:
-    rows = jnp.broadcast_to(positions, x.shape[:2])
+def apply_block(model: Transformer, block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
+    """One layer of whole windows: (B, T, D), each from position 0 -> (B, T, D)."""
+    rows = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     return model.apply_block(block, layer, x, rows, model.make_rotations(rows))[0]

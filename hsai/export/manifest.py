@@ -117,6 +117,9 @@ class GraphRecord:
     custom_calls: tuple[str, ...]
     """Targets that the runtime must know besides StableHLO; none in a portable graph."""
 
+    kernels: str | None = None
+    """For which target (`hsai.export.targets`) it has kernels; none of a portable graph."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:

@@ -1,9 +1,11 @@
 """Graphs: the model's steps as StableHLO, with the weights as arguments, for jax and for runtimes without it.
 
-A graph is traced with the reference kernels, so that it holds no custom call and any StableHLO compiler takes it. Each
-is written twice. `NAME.jax` is what `jax.export` reads, for several platforms at once; such a module begins with an
-argument that says on which platform it runs. `NAME.stablehlo` is the module for other runtimes, without that argument:
-with the reference kernels one module serves every platform.
+A graph is traced with the reference kernels, so that it holds no custom call and any StableHLO compiler takes it; on
+demand there are further ones with the kernels of a target (`hsai.export.targets`), and the manifest names the custom
+calls that a runtime must bring for them. Each is written twice. `NAME.jax` is what `jax.export` reads, a portable one
+for several platforms at once; such a module begins with an argument that says on which platform it runs.
+`NAME.stablehlo` is the module for other runtimes, without that argument: with the reference kernels one module serves
+every platform.
 
 Donation: `jax.export` keeps `donate_argnums` as `tf.aliasing_output` attributes in the module, so a runtime that reads
 StableHLO may update the cache in place; but `Exported.call` does not donate. Whoever calls through jax wraps it in
@@ -19,6 +21,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
 
 import hsai_kernels
 from hsai.errors import InputError
@@ -32,12 +36,16 @@ from hsai.export.steps import (
     make_decode,
     make_prefill,
 )
+from hsai.export.targets import TARGETS, check_target, trace_for
 from hsai.files import atomic_write
 from hsai.models import CacheFormat, TransformerConfig
 from hsai.models.cache import check_cache_format
+from hsai_kernels import native
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GRAPHS = "graphs"
+TRITON = "__gpu$xla.gpu.triton"
+"""The custom call of Pallas' kernels for GPUs; that of TPUs is one that jax warrants."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,13 @@ class GraphConfig:
     cache: CacheFormat = "activations"
     """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 with scales."""
 
+    stablehlo_version: str | None = None
+    """Of the portable bytecode, such as "1.0.0", for runtimes older than this jax; none takes the one that jax takes
+    for other machines, which StableHLO promises to read for five years."""
+
+    kernels: tuple[str, ...] = ()
+    """Targets for which there are graphs with kernels as well (`hsai.export.targets.TARGETS`)."""
+
     def __post_init__(self) -> None:
         if not self.prefill_buckets:
             raise InputError("prefill_buckets=() is empty; give at least one size, such as 128")
@@ -67,6 +82,12 @@ class GraphConfig:
         if self.context is not None and self.context < 1:
             raise InputError(f"context={self.context} must be at least 1, or none for the model's max_length")
         check_cache_format(self.cache)
+        for name in self.kernels:
+            check_target(name)
+        if len(set(self.kernels)) < len(self.kernels):
+            raise InputError(f"kernels={', '.join(self.kernels)} names a target twice")
+        if self.stablehlo_version is not None:
+            _check_version(self.stablehlo_version)
 
     def slots(self, model: TransformerConfig) -> int:
         """Tokens that a row of the cache holds; `InputError` if that is more than the model was made for."""
@@ -106,13 +127,16 @@ def export_graphs(
     slots = config.slots(model)
     cache = cache_shapes(model, config.batch, slots, config.cache)
     records = []
-    for length in config.buckets(model):
-        count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
-        arguments = (shapes, jax.ShapeDtypeStruct((config.batch, length), jnp.int32), count, *cache)
-        step = make_prefill(model, formats)
-        records.append(_write_graph(directory, f"prefill_{length}", step, PREFILL_INPUTS, arguments, slots))
-    arguments = (shapes, jax.ShapeDtypeStruct((config.batch, 1), jnp.int32), *cache)
-    records.append(_write_graph(directory, "decode", make_decode(model, formats), DECODE_INPUTS, arguments, slots))
+    for kernels in (None, *config.kernels):
+        for length in config.buckets(model):
+            count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+            arguments = (shapes, jax.ShapeDtypeStruct((config.batch, length), jnp.int32), count, *cache)
+            step = make_prefill(model, formats)
+            name = f"prefill_{length}"
+            records.append(_write_graph(directory, name, step, PREFILL_INPUTS, arguments, slots, config, kernels))
+        arguments = (shapes, jax.ShapeDtypeStruct((config.batch, 1), jnp.int32), *cache)
+        step = make_decode(model, formats)
+        records.append(_write_graph(directory, "decode", step, DECODE_INPUTS, arguments, slots, config, kernels))
     return tuple(records)
 
 
@@ -135,6 +159,16 @@ def export_step(step: Callable[..., Any], arguments: tuple[Any, ...], platforms:
         return jax.export.export(jitted, platforms=platforms)(*arguments)
 
 
+def export_with_kernels(step: Callable[..., Any], arguments: tuple[Any, ...], kernels: str) -> jax.export.Exported:
+    """The same with the kernels of a target, for that alone."""
+    # jax warrants nothing of custom calls that it does not know: whoever runs this has the kernels of this version.
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*native.NAMES, TRITON)]
+    jitted = jax.jit(step, donate_argnames=CACHE_NAMES)
+    with trace_for(kernels), _hide_sources():
+        platform = TARGETS[kernels].platform
+        return jax.export.export(jitted, platforms=[platform], disabled_checks=checks)(*arguments)
+
+
 def _write_graph(
     directory: Path,
     name: str,
@@ -142,15 +176,26 @@ def _write_graph(
     inputs: tuple[str, ...],
     arguments: tuple[Any, ...],
     slots: int,
+    config: GraphConfig,
+    kernels: str | None,
 ) -> GraphRecord:
-    portable, exported = (export_step(step, arguments, platforms) for platforms in (PLATFORMS[:1], PLATFORMS))
+    if kernels is None:
+        portable, exported = (export_step(step, arguments, platforms) for platforms in (PLATFORMS[:1], PLATFORMS))
+    else:
+        portable = exported = export_with_kernels(step, arguments, kernels)
+    file = name if kernels is None else f"{name}.{kernels}"
+    version = config.stablehlo_version
+    custom_calls = find_custom_calls(portable.mlir_module())
+    if kernels is not None and not custom_calls:
+        raise InputError(f"kernels={kernels!r}: none of hsai's kernels for it serves graph {name} of this model here")
     described = _describe_inputs(inputs, arguments)
     if len(portable.module_kept_var_idx) != len(described):
         dropped = sorted(set(range(len(described))) - set(portable.module_kept_var_idx))
         raise RuntimeError(f"graph {name} does not read its input {described[dropped[0]].name!r}")
-    files = {"jax": bytes(exported.serialize()), "stablehlo": portable.mlir_module_serialized}
+    module = portable.mlir_module_serialized if version is None else _convert(portable.mlir_module_serialized, version)
+    files = {"jax": bytes(exported.serialize()), "stablehlo": module}
     for suffix, content in files.items():
-        with atomic_write(directory / GRAPHS / f"{name}.{suffix}") as temporary:
+        with atomic_write(directory / GRAPHS / f"{file}.{suffix}") as temporary:
             temporary.write_bytes(content)
     tokens = arguments[1]
     return GraphRecord(
@@ -159,14 +204,15 @@ def _write_graph(
         tokens=tokens.shape[1],
         batch=tokens.shape[0],
         slots=slots,
-        jax_file=f"{GRAPHS}/{name}.jax",
-        stablehlo_file=f"{GRAPHS}/{name}.stablehlo",
+        kernels=kernels,
+        jax_file=f"{GRAPHS}/{file}.jax",
+        stablehlo_file=f"{GRAPHS}/{file}.stablehlo",
         platforms=exported.platforms,
-        stablehlo_version=_read_version(portable.mlir_module_serialized),
+        stablehlo_version=_read_version(module),
         inputs=described,
         outputs=tuple(_describe(n, aval) for n, aval in zip(OUTPUTS, portable.out_avals, strict=False)),
         donated=tuple(index for index, record in enumerate(described) if record.name in CACHE_NAMES),
-        custom_calls=find_custom_calls(portable.mlir_module()),
+        custom_calls=custom_calls,
     )
 
 
@@ -185,6 +231,30 @@ def _describe_inputs(inputs: tuple[str, ...], arguments: tuple[Any, ...]) -> tup
 
 def _describe(name: str, shape: Any) -> ArrayRecord:
     return ArrayRecord(name=name, shape=tuple(shape.shape), dtype=str(shape.dtype))
+
+
+def _check_version(version: str) -> None:
+    """Raises `InputError` unless this jax can write that version."""
+    oldest, newest = stablehlo.get_minimum_version(), stablehlo.get_current_version()
+    found = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)", version)
+    if found is None or not _split(oldest) <= _split(version) <= _split(newest):
+        raise InputError(f"stablehlo_version={version!r} cannot be written; valid are {oldest} to {newest}")
+
+
+def _split(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _convert(module: bytes, version: str) -> bytes:
+    """Portable bytecode in another version; `InputError` if the graph needs what that version does not have."""
+    context = ir.Context()
+    stablehlo.register_dialect(context)
+    try:
+        return bytes(
+            stablehlo.serialize_portable_artifact(stablehlo.deserialize_portable_artifact(context, module), version)
+        )
+    except ValueError as error:
+        raise InputError(f"stablehlo_version={version!r} cannot hold this graph; choose a later one") from error
 
 
 def _read_version(module: bytes) -> str:

@@ -5,17 +5,23 @@ be closed and no computation outlives its caller. A signal such as Ctrl-C never 
 thread, which cancels its ticket.
 """
 
-import collections
 import dataclasses
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from hsai.errors import InputError
-from hsai.infer.engine import Engine
-from hsai.infer.request import Event, FinishReason, Request, Usage
+from hsai.infer.constraint import Guide
+from hsai.infer.programs import Vocabulary
+from hsai.infer.request import Event, FinishReason, Request
+from hsai.infer.row import Row
+from hsai.infer.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from hsai.infer.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +83,9 @@ class Ticket:
 
     def __init__(self, request: Request, on_event: OnEvent | None) -> None:
         self.request = request
-        self.submitted = time.perf_counter()
         self._cancelled = False
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._give: OnEvent = on_event or self._events.put
+        self._take: OnEvent = on_event or self._events.put
 
     def __iter__(self) -> Iterator[Event]:
         while True:
@@ -100,36 +105,49 @@ class Ticket:
         return self._cancelled
 
     def give(self, event: Event) -> None:
-        """For the service: hands on an event."""
-        self._give(event)
+        """For the service: hands on an event. Who cannot take it is a defect of theirs, and gets no more."""
+        try:
+            self._take(event)
+        except Exception:
+            logger.exception("an event could not be delivered")
+            self._cancelled = True
 
 
 class Service:
     """Answers requests on one device."""
 
-    def __init__(self, engine: Engine, *, queue: int = 64) -> None:
-        """Takes requests for `engine`.
+    def __init__(self, engine: "Engine", *, rows: int = 8, tokens: int | None = None, queue: int = 64) -> None:
+        """Takes requests for `engine`, with a cache of its own.
 
         Args:
-          engine: which must not be used beside the service.
+          engine: the model.
+          rows: requests that are answered at a time; others wait.
+          tokens: how many the cache holds, of all rows together; by default what `rows` of 1,024 need, or one of the
+            longest context.
           queue: requests that may wait.
+        Raises:
+          InputError: a number out of range.
         """
         if queue < 1:
             raise InputError(f"queue={queue} must be at least 1")
         self.engine = engine
-        self._most = queue
-        self._waiting: collections.deque[Ticket] = collections.deque()
-        self._current: Ticket | None = None
-        self._thread: threading.Thread | None = None
+        tokenizer = engine.tokenizer
+        vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.stops)
+        self._make_scheduler = lambda: Scheduler(engine.runtime, vocabulary, rows=rows, tokens=tokens)
+        self._scheduler = self._make_scheduler()
+        self._guide = Guide(tokenizer)
+        self._queue = queue
         self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
         self._closed = False
+        self._abandoned = False
         self._failed = False
-        self._finished: dict[FinishReason, int] = {}
-        self._counts = {"prompt_tokens": 0, "new_tokens": 0, "rejected": 0}
+        self._rejected = 0
+        self._interval = 1.0
 
     @property
     def healthy(self) -> bool:
-        """Whether requests can be answered: no defect has been met."""
+        """Whether requests can be answered: the last one met no defect."""
         return not self._failed
 
     def submit(self, request: Request, *, on_event: OnEvent | None = None) -> Ticket:
@@ -145,14 +163,24 @@ class Service:
           Closed: no more requests are taken.
         """
         self.engine.check_prompt(request.tokens)
+        follower = None if request.constraint is None else self._guide.follow(request.constraint)
         ticket = Ticket(request, on_event)
+        row = Row(
+            request,
+            self.engine.tokenizer,
+            slots=self.engine.runtime.slots,
+            follower=follower,
+            give=ticket.give,
+            is_cancelled=lambda: ticket.cancelled or self._abandoned,
+        )
         with self._changed:
             if self._closed:
                 raise Closed("the service is closing")
-            if len(self._waiting) >= self._most:
-                self._counts["rejected"] += 1
-                raise Busy(len(self._waiting), 1.0)
-            self._waiting.append(ticket)
+            queued = len(self._scheduler.waiting)
+            if queued >= self._queue:
+                self._rejected += 1
+                raise Busy(queued, min(max(self._interval, 1.0), 60.0))
+            self._scheduler.waiting.append(row)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="hsai-service")
                 self._thread.start()
@@ -169,87 +197,62 @@ class Service:
             self._closed = True
             done = self._changed.wait_for(lambda: self._thread is None, timeout)
             if not done:
-                for ticket in (*self._waiting, *([self._current] if self._current else [])):
-                    ticket.cancel()
+                self._abandoned = True
                 self._changed.wait_for(lambda: self._thread is None)
         return done
 
     def stats(self) -> Stats:
         """A snapshot, from any thread."""
         with self._changed:
+            scheduler = self._scheduler
+            pool = scheduler.pool
             return Stats(
-                queued=len(self._waiting),
-                running=int(self._current is not None),
-                pages_total=1,
-                pages_used=int(self._current is not None),
-                pages_reusable=0,
-                cached_tokens=0,
-                finished=dict(self._finished),
-                preempted=0,
-                **self._counts,
+                queued=len(scheduler.waiting),
+                running=len(scheduler.running),
+                pages_total=pool.count,
+                pages_used=pool.held,
+                pages_reusable=pool.kept,
+                finished=dict(scheduler.finished),
+                rejected=self._rejected,
+                **scheduler.counts,
             )
 
     def _work(self) -> None:
+        """Turns the scheduler until nobody is there."""
+        ended, since = 0, time.perf_counter()
         while True:
             with self._changed:
-                if not self._waiting:
-                    self._current = self._thread = None
+                if self._scheduler.idle:
+                    self._thread = None
                     self._changed.notify_all()
                     return
-                self._current = ticket = self._waiting.popleft()
             try:
-                last = self._answer(ticket)
+                self._scheduler.turn()
+                self._failed = False
             except Exception:
                 logger.exception("the engine failed")
-                last = Event(finish_reason="failed", usage=_no_usage(ticket))
-                self._failed = True
-            assert last.finish_reason is not None and last.usage is not None
-            with self._changed:
-                self._finished[last.finish_reason] = self._finished.get(last.finish_reason, 0) + 1
-                self._counts["prompt_tokens"] += last.usage.prompt_tokens
-                self._counts["new_tokens"] += last.usage.new_tokens
-            ticket.give(last)
+                self._start_again()
+            total = sum(self._scheduler.finished.values())
+            if total > ended:
+                now = time.perf_counter()
+                self._interval = (self._interval + (now - since) / (total - ended)) / 2
+                ended, since = total, now
 
-    def _answer(self, ticket: Ticket) -> Event:
-        """Gives the events of a request but the last, which is returned."""
-        begun = time.perf_counter()
-        request = ticket.request
-
-        class Stop(Exception):
-            pass
-
-        def show(text: str) -> None:
-            ticket.give(Event(text=text))
-            if ticket.cancelled:
-                raise Stop
-
-        try:
-            if ticket.cancelled:
-                raise Stop
-            done = self.engine.generate_tokens(
-                request.tokens, max_tokens=request.max_tokens, sampling=request.sampling, on_text=show
-            )
-        except Stop:
-            return Event(finish_reason="cancelled", usage=_no_usage(ticket))
-        usage = Usage(
-            prompt_tokens=done.prompt_tokens,
-            cached_tokens=0,
-            new_tokens=len(done.tokens),
-            steps=done.decode_steps,
-            seconds_queued=begun - ticket.submitted,
-            seconds_prefill=done.seconds_prefill,
-            seconds_decode=done.seconds_decode,
-        )
-        return Event(tokens=done.tokens, finish_reason=done.finish_reason, usage=usage)
-
-
-def _no_usage(ticket: Ticket) -> Usage:
-    return Usage(
-        prompt_tokens=len(ticket.request.tokens),
-        cached_tokens=0,
-        new_tokens=0,
-        steps=0,
-        seconds_queued=0.0,
-        seconds_prefill=0.0,
-        seconds_decode=0.0,
-    )
+    def _start_again(self) -> None:
+        """After a defect: ends all that run, whose cache may be gone, and goes on with those that wait."""
+        self._failed = True
+        broken = self._scheduler
+        broken.fail()
+        with self._changed:
+            try:
+                self._scheduler = self._make_scheduler()
+                self._scheduler.waiting.extend(broken.waiting)
+                broken.waiting.clear()
+            except Exception:
+                logger.exception("the engine cannot start again")
+                self._scheduler = broken
+                self._closed = True
+                while broken.waiting:
+                    broken.waiting.popleft().finish("failed")
+            self._scheduler.finished = broken.finished
+            self._scheduler.counts = broken.counts

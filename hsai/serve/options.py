@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import json
 import secrets
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hsai.errors import InputError
 from hsai.infer import Engine
@@ -17,6 +17,9 @@ from hsai.serve.fields import Fields, check_text, show
 
 HOTTEST = 2.0
 """The largest temperature, as of OpenAI."""
+
+STRONGEST_PENALTY = 10.0
+"""The largest repetition_penalty; useful ones are near 1."""
 
 LARGEST_SEED = 2**32 - 1
 
@@ -108,27 +111,23 @@ def read_length(fields: Fields, *names: str) -> int | None:
 
 
 def _read_sampling(fields: Fields, defaults: GenerationDefaults) -> SamplingConfig:
-    """What narrows the choice is dropped at temperature 0: it always leaves the likeliest token."""
+    """At temperature 0, what narrows the choice is dropped: it always leaves the likeliest token."""
     temperature = fields.number("temperature", 0, HOTTEST)
-    top_k = fields.integer("top_k", 1)
-    top_p = fields.number("top_p", 0, 1, open=True)
-    min_p = fields.number("min_p", 0, 1)
+    narrowing: dict[str, Any] = {
+        "top_k": fields.integer("top_k", 1),
+        "top_p": fields.number("top_p", 0, 1, open=True),
+        "min_p": fields.number("min_p", 0, 1),
+    }
+    penalty = fields.number("repetition_penalty", 0, STRONGEST_PENALTY, open=True)
     seed = fields.integer("seed", 0, LARGEST_SEED)
-    temperature = defaults.temperature if temperature is None else temperature
+    if (defaults.temperature if temperature is None else temperature) == 0:
+        narrowing = {}
     if seed is None:
         seed = secrets.randbelow(LARGEST_SEED + 1)
     try:
-        if temperature == 0:
-            return SamplingConfig(seed=seed)
-        return SamplingConfig(
-            temperature=temperature,
-            top_k=defaults.top_k if top_k is None else top_k,
-            top_p=defaults.top_p if top_p is None else top_p,
-            min_p=defaults.min_p if min_p is None else min_p,
-            seed=seed,
-        )
+        return defaults.sampling(temperature=temperature, repetition_penalty=penalty, seed=seed, **narrowing)
     except InputError as error:
-        raise refuse_input(error, param="temperature") from error  # too small for float32, all else was checked
+        raise refuse_input(error, param="temperature") from error  # too small for float32; all else was checked
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:

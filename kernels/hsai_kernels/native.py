@@ -25,6 +25,9 @@ ATTENTION = "hsai_attention"
 
 _TARGETS = {ATTENTION: "HsaiAttention", QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
 
+NAMES = tuple(_TARGETS)
+"""What the library's custom calls are called in a program."""
+
 _REMEDY = (
     "low-bit and sparse products rebuild dense weights and are many times slower, and so is decoding over a cache; "
     "to mend it, put a C++17 compiler on the PATH and install hsai from its source folder again "

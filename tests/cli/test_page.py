@@ -22,6 +22,27 @@ LEDGER = {
         {"weight": "layers.mlp.up", "layer": layer, "output_error": 0.03 * (layer + 1), "damping": damping, "note": ""}
         for layer, damping in ((0, 0.01), (1, None))
     ],
+    "blocks": [
+        {"layer": 0, "error_solved": 0.05, "error_tuned": 0.03, "tuned": True},
+        {"layer": 1, "error_solved": 0.07, "error_tuned": 0.08, "tuned": False},
+    ],
+    "allocation": {
+        "budget": 9000,
+        "choices": [
+            {
+                "weight": "layers.mlp.up",
+                "layer": layer,
+                "format": "int4 g64",
+                "bytes": 4352,
+                "loss": loss,
+                "candidates": [
+                    {"format": "int2 g64", "bytes": 2304, "loss": 0.1},
+                    {"format": "int4 g64", "bytes": 4352, "loss": loss},
+                ],
+            }
+            for layer, loss in ((0, 0.01), (1, 0.0))
+        ],
+    },
     "parameters": 16384,
     "bytes": 8704,
     "bits_per_weight": 4.25,
@@ -75,7 +96,7 @@ def test_numbers_ledgers_and_plots() -> None:
     page = make_page(make_results(), origins)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen
-    assert (read.seen["table"], read.seen["svg"]) == (2, 2)
+    assert (read.seen["table"], read.seen["svg"]) == (2, 4)
     text = " ".join(read.words)
     for part in (
         "A <fast> one",
@@ -87,6 +108,8 @@ def test_numbers_ledgers_and_plots() -> None:
         "int4 g64",
         "ff00",
         "8.00%",
+        "Reconstruction of each layer",
+        "Sensitivity of each layer",
     ):
         assert part in text, part
     assert make_page(make_results(), origins) == page

@@ -44,7 +44,7 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
     """The grams of the last layer are those of a plain pass, and each product has the input it should."""
     seen = {}
 
-    def keep(layer, block, grams):
+    def keep(layer, block, grams, streams):
         seen[layer] = grams
         return block
 
@@ -64,7 +64,7 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
 def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> None:
     seen = {}
 
-    def silence(layer, block, grams):
+    def silence(layer, block, grams, streams):
         seen[layer] = grams
         zero = {
             n: jnp.zeros_like(p.get_value()) for n, p in named_weights(block).items() if n.endswith((".o", ".down"))
@@ -123,7 +123,7 @@ def test_masks_of_wanda_and_magnitude_are_theirs(model: Transformer) -> None:
     w = model.layers.mlp.down.get_value()
     np.testing.assert_array_equal(masks("magnitude"), NMConfig(n=2).mask(w))
     grams = []
-    stream_blocks(model, TOKENS, batch=4, solve=lambda layer, block, g: (grams.append(g["mlp.down"]), block)[1])
+    stream_blocks(model, TOKENS, batch=4, solve=lambda layer, block, g, _: (grams.append(g["mlp.down"]), block)[1])
     first = NMConfig(n=2).mask(w[0] * jnp.sqrt(jnp.diagonal(grams[0]))[:, None])
     np.testing.assert_array_equal(masks("wanda")[0], first)
     assert (masks("joint") != masks("magnitude")).any()

@@ -239,3 +239,18 @@ def test_buckets_are_cut_to_the_context() -> None:
 def test_graphs_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GraphConfig(**options)
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.8.0"])
+def test_a_chosen_version_is_written(version: str, tmp_path: Path) -> None:
+    directory = tmp_path / "bundle"
+    for record in export(directory, make_model("int4"), stablehlo_version=version).values():
+        content = (directory / record.stablehlo_file).read_bytes()
+        assert record.stablehlo_version == version and f"StableHLO_v{version}".encode() in content[:40]
+        assert "stablehlo.dot_general" in read_portable(directory / record.stablehlo_file)
+
+
+@pytest.mark.parametrize("version", ["0.8.0", "99.0.0", "one", "1.0", "1.0.0.0", ""])
+def test_a_version_that_cannot_be_written_is_refused(version: str) -> None:
+    with pytest.raises(InputError, match=r"stablehlo_version='.*' cannot be written; valid are 0\.9\.0 to"):
+        GraphConfig(stablehlo_version=version)

@@ -4,15 +4,14 @@ from typing import Any
 
 import pytest
 
-from hsai.infer import SamplingConfig
+from hsai.infer import JsonSchema, SamplingConfig
 from hsai.infer.defaults import GenerationDefaults
-from hsai.infer.request import JsonSchema
 from hsai.serve.chat import read_chat_request
 from hsai.serve.completion import read_completion_request
 from hsai.serve.errors import ApiError
 
 GREEDY = GenerationDefaults()
-DRAWING = GenerationDefaults(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, max_tokens=5)
+DRAWING = GenerationDefaults(temperature=0.7, top_k=40, top_p=0.9, min_p=0.1, repetition_penalty=1.1, max_tokens=5)
 USER = {"role": "user", "content": "x"}
 
 
@@ -32,6 +31,7 @@ def test_what_is_not_said_is_the_models() -> None:
     assert wanted.max_tokens == 5 and wanted.logprobs is None
     sampling = wanted.options.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.7, 40, 0.9, 0.1)
+    assert sampling.repetition_penalty == 1.1
     assert chat().max_tokens is None and complete().max_tokens == 16
     assert chat().options.sampling.temperature == 0
     options = chat().options
@@ -40,18 +40,22 @@ def test_what_is_not_said_is_the_models() -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_said_comes_first(reader: str) -> None:
-    said = {"temperature": 1, "top_k": 3, "top_p": 0.5, "min_p": 0, "seed": 7}
+    said = {"temperature": 1, "top_k": 3, "top_p": 0.5, "min_p": 0, "repetition_penalty": 1.5, "seed": 7}
     options = READERS[reader](
         DRAWING, **said, stop=["a", "b"], stream=True, stream_options={"include_usage": True}, max_tokens=9
     ).options
-    assert options.sampling == SamplingConfig(temperature=1.0, top_k=3, top_p=0.5, min_p=0.0, seed=7)
+    assert options.sampling == SamplingConfig(
+        temperature=1.0, top_k=3, top_p=0.5, min_p=0.0, repetition_penalty=1.5, seed=7
+    )
     assert (options.stop, options.stream, options.include_usage) == (("a", "b"), True, True)
     assert READERS[reader](stop="a").options.stop == ("a",)
 
 
 def test_narrowings_have_no_say_at_temperature_0() -> None:
     """Clients send them together, and the likeliest token is always kept."""
-    assert chat(temperature=0, top_p=0.9, top_k=5, min_p=0.5, seed=3).options.sampling == SamplingConfig(seed=3)
+    said = {"temperature": 0, "top_p": 0.9, "top_k": 5, "min_p": 0.5, "repetition_penalty": 2, "seed": 3}
+    wanted = SamplingConfig(repetition_penalty=2.0, seed=3)
+    assert chat(**said).options.sampling == chat(DRAWING, **said).options.sampling == wanted
 
 
 def test_another_seed_each_time_where_none_is_said() -> None:
@@ -125,6 +129,8 @@ COMMON: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"top_k": 0}, "top_k", ("0", "at least 1")),
     ({"top_k": 1.5}, "top_k", ("an integer", "1.5")),
     ({"min_p": 2}, "min_p", ("2", "between 0 and 1")),
+    ({"repetition_penalty": 0}, "repetition_penalty", ("0", "above 0 and at most 10")),
+    ({"repetition_penalty": 1e9}, "repetition_penalty", ("1000000000.0", "at most 10")),
     ({"seed": -1}, "seed", ("-1", "4294967295")),
     ({"seed": 2**32}, "seed", ("4294967296", "4294967295")),
     ({"max_tokens": 0}, "max_tokens", ("0", "at least 1")),

@@ -1,0 +1,162 @@
+"""Reconstruction, block by block: what a solver packed is tuned until the block gives what the dense model gave.
+
+A solver answers for one product at a time. Here all weights of a block answer together for its output: on what the
+packed blocks before it hand on, it shall give what the dense block gave in the dense model, so that it also makes up
+for the errors before it (BRECQ, 2102.05426; inputs and targets as in AdaQuant, 2006.10518, section 3.2). Values and
+scales are tuned behind the rounding (`hsai.compress.latent`); masks stay those of the solver.
+
+The distance is |y - t|^2 / |t|^2 of a token, averaged over tokens. Without the division the few tokens on which a
+trained model parks its attention, whose activations are a hundred times the others', would be all that is fitted.
+
+A part of the windows is kept out of the tuning and decides: a block that does not get better on them stays as the
+solver left it.
+
+N windows, B of them in a batch, T tokens each, D embed.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hsai.compress.grid import grid_of
+from hsai.compress.latent import Latent, Straight, begin_latent, pack_latent, see_weight
+from hsai.compress.ledger import BlockRow
+from hsai.compress.stream import Streams, apply_block
+from hsai.errors import InputError
+from hsai.formats import FormatConfig, Weight, to_dense
+from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import Transformer
+from hsai.models.transformer import Block
+
+Ways = tuple[tuple[str, Straight], ...]
+"""How each weight of a block, by its name within the block, is seen."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructionConfig:
+    """How long and how fast each block is tuned."""
+
+    steps: int = 128
+    """Updates of each block, one batch of the calibration each."""
+
+    learning_rate: float = 0.03
+    """Of Adam at the start, as a share of what packing changed of each weight (the root mean square of it); falls to
+    zero along a cosine. So few bits take the larger steps that they need."""
+
+    scale_rate: float = 0.003
+    """The same for the exponents of scales: 0.01 is a step of 0.7 %."""
+
+    held_share: float = 0.125
+    """Share of the windows that are not tuned on and decide whether a block got better; at least one batch."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"reconstruction.steps={self.steps} must be at least 1")
+        for name in ("learning_rate", "scale_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"reconstruction.{name}={getattr(self, name)} must be above 0 and below 1")
+        if not 0 < self.held_share < 1:
+            raise InputError(f"reconstruction.held_share={self.held_share} must be above 0 and below 1")
+
+    def count_held(self, batches: int) -> int:
+        """How many of so many batches are held out."""
+        return min(max(round(self.held_share * batches), 1), batches - 1)
+
+
+class Reconstructor:
+    """Tunes the blocks of one model; blocks of the same formats share their programs."""
+
+    def __init__(self, model: Transformer, config: ReconstructionConfig, *, batch: int, seed: int) -> None:
+        """Args:
+        model: whose blocks they are.
+        config: how each is tuned.
+        batch: B.
+        seed: draws the order of the windows.
+        """
+        self._config, self._batch, self._seed = config, batch, seed
+        schedule = optax.cosine_decay_schedule(1.0, config.steps)
+        optimizer = optax.chain(optax.scale_by_adam(b2=0.99), optax.scale_by_learning_rate(schedule))
+        self._optimizer = optimizer
+
+        def measure(
+            latents: dict[str, Weight], block: Block, layer: jax.Array, x: jax.Array, target: jax.Array, ways: Ways
+        ) -> jax.Array:
+            seen: dict[str, Weight] = {name: see_weight(latents[name], how) for name, how in ways}
+            y = apply_block(model, replace_weights(block, seen), layer, x).astype(jnp.float32)
+            wide = target.astype(jnp.float32)
+            missed = jnp.sum(jnp.square(y - wide), axis=-1)
+            return jnp.mean(missed / jnp.maximum(jnp.sum(jnp.square(wide), axis=-1), jnp.finfo(jnp.float32).tiny))
+
+        @functools.partial(jax.jit, static_argnames="ways", donate_argnums=(0, 1))
+        def step(
+            latents: dict[str, Weight],
+            state: optax.OptState,
+            units: dict[str, Weight],
+            block: Block,
+            layer: jax.Array,
+            x: jax.Array,
+            target: jax.Array,
+            ways: Ways,
+        ) -> tuple[dict[str, Weight], optax.OptState]:
+            grads = jax.grad(measure)(latents, block, layer, x, target, ways)
+            updates, state = optimizer.update(grads, state)
+            return jax.tree.map(lambda p, u, unit: p + u * unit, latents, updates, units), state
+
+        self._measure = jax.jit(measure, static_argnames="ways")
+        self._step = step
+
+    def tune(
+        self, layer: int, block: Block, packed: Mapping[str, Weight], formats: Mapping[str, FormatConfig], data: Streams
+    ) -> tuple[dict[str, Weight], BlockRow]:
+        """The packed weights of a block, tuned, and how far its output was and is from the dense one.
+
+        Args:
+          layer: its number.
+          block: with dense weights; those that are not in `packed` stay as they are.
+          packed: by the weight's name within the block.
+          formats: of `packed`.
+          data: what reaches the block, and what it shall give.
+        """
+        assert data.targets is not None, "the dense stream was not followed"
+        ways = tuple(
+            (name, Straight(format=format, learned=grid_of(format) is not None, fixed=hasattr(format, "mask"), decay=0))
+            for name, format in formats.items()
+        )
+        latents = {name: begin_latent(packed[name], how) for name, how in ways}
+        dense = named_weights(block)
+        units = {name: self._find_unit(latent, dense[name].get_value()) for name, latent in latents.items()}
+        batches = np.arange(len(data.inputs)).reshape(-1, self._batch)
+        held = self._config.count_held(len(batches))
+        order = np.random.default_rng((self._seed, layer)).permutation(len(batches))
+        tuned_on, held_out = order[held:], order[:held]
+        number = jnp.int32(layer)
+
+        def take(index: int) -> tuple[jax.Array, jax.Array]:
+            assert data.targets is not None
+            return jnp.asarray(data.inputs[batches[index]]), jnp.asarray(data.targets[batches[index]])
+
+        def judge(latents: dict[str, Weight]) -> float:
+            errors = [float(self._measure(latents, block, number, *take(i), ways=ways)) for i in held_out]
+            return float(np.sqrt(np.mean(errors)))
+
+        before = judge(latents)
+        state = self._optimizer.init(latents)
+        for count in range(self._config.steps):
+            x, target = take(tuned_on[count % len(tuned_on)])
+            latents, state = self._step(latents, state, units, block, number, x, target, ways=ways)
+        after = judge(latents)
+        row = BlockRow(layer=layer, error_solved=before, error_tuned=after, tuned=after < before)
+        if not row.tuned:  # of NaN as well
+            return dict(packed), row
+        return {name: pack_latent(latents[name], how) for name, how in ways}, row
+
+    def _find_unit(self, latent: Weight, dense: jax.Array) -> Weight:
+        """How large a step is at the start, in the tree of the latent weight."""
+        changed = jnp.square(to_dense(latent) - dense.astype(jnp.float32))
+        size = self._config.learning_rate * jnp.sqrt(jnp.mean(changed))
+        return Latent(size, jnp.float32(self._config.scale_rate)) if isinstance(latent, Latent) else size

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import flax
 import jax
 import numpy as np
 from flax import nnx
@@ -20,8 +21,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hsai.errors import InputError
 
 # Module attributes declare logical axes ("embed", "mlp"); this file alone turns them into mesh axes, for real or absent
-# devices. With eager sharding on, nnx would read the logical names as mesh axes and refuse them.
-nnx.use_eager_sharding(False)
+# devices. With eager sharding on, nnx would read the logical names as mesh axes and refuse them. Off for every thread:
+# what nnx.use_eager_sharding says holds for the one that says it.
+flax.config.update("flax_always_shard_variable", False)
 
 Axes = tuple[str | None, ...]
 T = TypeVar("T")

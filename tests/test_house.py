@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ("hsai.cli",),
     ("hsai.evaluate",),
+    ("hsai.serve",),
     ("hsai.infer",),
     ("hsai.export",),
     ("hsai.interop",),

@@ -28,6 +28,8 @@ COMMANDS = {
     "export": "write a model as a bundle with StableHLO graphs, as a checkpoint of transformers, or as a GGUF file",
     "eval": "measure models on held-out text and benchmarks, side by side",
     "generate": "continue a prompt with a model, or answer it",
+    "chat": "talk with a model",
+    "serve": "answer over HTTP in the form of OpenAI's API, with a chat page",
     "fetch": "bring a model or task data by name into a cache",
 }
 

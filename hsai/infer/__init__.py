@@ -1,11 +1,27 @@
 """Runs a bundle on one device: `Engine.load(directory).generate("def main(")`.
 
-A prompt flows through `engine.py` (prefill bucket by bucket, then decode token by token), over the programs of
-`runtime.py` (traced here, or shipped in the bundle); `sampling.py` chooses each token, `streaming.py` makes them text.
+A request (`request.py`) goes to a service (`service.py`), whose one thread turns the scheduler (`scheduler.py`):
+prompts are read in chunks, and rows (`row.py`) write tokens in blocks, into pages that are found again (`pages.py`).
+That runs on the device as programs (`programs.py`, `choose.py`) that are traced here (`runtime.py`), or shipped in the
+bundle (`graphs.py`). `streaming.py` makes tokens text, `constraint.py` says which may come next. The engine
+(`engine.py`) is for one text at a time.
 """
 
 from hsai.infer.engine import Engine, Generation
-from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
+from hsai.infer.request import Event, JsonSchema, Regex, Request
 from hsai.infer.sampling import SamplingConfig
+from hsai.infer.service import Busy, Closed, Service, Ticket
 
-__all__ = ["Engine", "Generation", "Runtime", "SamplingConfig", "load_runtime", "trace_runtime"]
+__all__ = [
+    "Busy",
+    "Closed",
+    "Engine",
+    "Event",
+    "Generation",
+    "JsonSchema",
+    "Regex",
+    "Request",
+    "SamplingConfig",
+    "Service",
+    "Ticket",
+]

@@ -12,7 +12,6 @@ from hsai.errors import InputError
 from hsai.infer.sampling import LOWEST_TEMPERATURE, SamplingConfig
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1, 1.0),
     "encoder_repetition_penalty": (None, 1, 1.0),
     "no_repeat_ngram_size": (None, 0),
     "typical_p": (None, 1, 1.0),
@@ -47,28 +46,40 @@ class GenerationDefaults:
     min_p: float | None = None
     """As `SamplingConfig` has it."""
 
+    repetition_penalty: float = 1.0
+    """As `SamplingConfig` has it; holds where nothing is drawn, too."""
+
     max_tokens: int | None = None
     """New tokens at most; none if they do not say."""
 
     ignored: tuple[str, ...] = ()
-    """Settings, such as repetition_penalty=1.1, that the sampler does not have."""
+    """Settings, such as no_repeat_ngram_size=3, that the sampler does not have."""
 
     def sampling(
-        self, *, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int = 0
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
     ) -> SamplingConfig:
-        """These defaults where the user says nothing; at temperature 0 nothing of them is left.
+        """These defaults where the user says nothing; to one who asks for temperature 0 nothing of them is left.
 
         Raises:
           InputError: as `SamplingConfig`.
         """
-        temperature = self.temperature if temperature is None else temperature
+        own = GenerationDefaults() if temperature == 0 else self
+        temperature = own.temperature if temperature is None else temperature
         if temperature == 0:
-            return SamplingConfig(temperature=0.0, top_k=top_k, top_p=top_p, seed=seed)
+            own = GenerationDefaults(repetition_penalty=own.repetition_penalty)
         return SamplingConfig(
+            repetition_penalty=own.repetition_penalty if repetition_penalty is None else repetition_penalty,
             temperature=temperature,
-            top_k=self.top_k if top_k is None else top_k,
-            top_p=self.top_p if top_p is None else top_p,
-            min_p=self.min_p,
+            top_k=own.top_k if top_k is None else top_k,
+            top_p=own.top_p if top_p is None else top_p,
+            min_p=own.min_p if min_p is None else min_p,
             seed=seed,
         )
 
@@ -85,16 +96,18 @@ def read_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
         raise InputError(f"{GENERATION_CONFIG}: max_new_tokens={max_tokens} must be at least 1")
     temperature = _number(config, "temperature", float)
     temperature = 1.0 if temperature is None else temperature
-    if config.get("do_sample") is not True or 0 <= temperature < LOWEST_TEMPERATURE:
-        return GenerationDefaults(max_tokens=max_tokens, ignored=ignored)
+    penalty = _number(config, "repetition_penalty", float)
     defaults = GenerationDefaults(
-        temperature=temperature,
-        top_k=_number(config, "top_k", int) or None,  # 0 keeps all
-        top_p=_number(config, "top_p", float),
-        min_p=_number(config, "min_p", float),
-        max_tokens=max_tokens,
-        ignored=ignored,
+        repetition_penalty=1.0 if penalty is None else penalty, max_tokens=max_tokens, ignored=ignored
     )
+    if config.get("do_sample") is True and not 0 <= temperature < LOWEST_TEMPERATURE:
+        defaults = dataclasses.replace(
+            defaults,
+            temperature=temperature,
+            top_k=_number(config, "top_k", int) or None,  # 0 keeps all
+            top_p=_number(config, "top_p", float),
+            min_p=_number(config, "min_p", float),
+        )
     try:
         defaults.sampling()
     except InputError as error:

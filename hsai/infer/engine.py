@@ -1,17 +1,16 @@
-"""The engine: a prompt in, text out, one prompt at a time on one device.
+"""The engine for one text at a time: a prompt in, text out, in the thread of the caller.
 
-What a request costs is measured apart: reading the prompt (bound by compute) and writing tokens (bound by the bytes of
-weights a token). Compilation is no part of either; it happens once, before the clock starts.
+It is a client of its own service with one row, so that there is one way to write a token; `hsai.infer.service` is for
+many texts at a time. What a text costs is measured apart: reading the prompt (bound by compute) and writing tokens
+(bound by the bytes of weights a token). Compilation is no part of either; it happens once, before the clock starts.
 """
 
 import dataclasses
+import functools
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict, Unpack
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hsai.data.assets import Assets
@@ -20,12 +19,13 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.stablehlo import GraphConfig
-from hsai.infer.runtime import Runtime, load_runtime, trace_runtime
-from hsai.infer.sampling import Sampler, SamplingConfig
-from hsai.infer.streaming import TextStream
+from hsai.infer.bench import Bench
+from hsai.infer.graphs import load_graphs
+from hsai.infer.request import Constraint, FinishReason, Request, TokenLogprob
+from hsai.infer.runtime import Runtime, TracedRuntime
+from hsai.infer.sampling import SamplingConfig
+from hsai.infer.service import Service
 from hsai.models import CacheFormat, Transformer
-
-FinishReason = Literal["end_of_text", "max_tokens", "context"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,13 @@ class Generation:
     """Tokens of the prompt, those that the tokenizer puts before it included."""
 
     finish_reason: FinishReason
-    """The model ended the text, `max_tokens` were made, or the context is full."""
+    """Why the text ended."""
+
+    cached_tokens: int
+    """Those of the prompt that were still in the cache, so that they were not read again."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
 
     seconds_prefill: float
     """From the prompt to the first token."""
@@ -57,6 +63,28 @@ class Generation:
     def tokens_per_second(self) -> float:
         """Of decoding; 0 if the first token was the last, so that there was none."""
         return self.decode_steps / self.seconds_decode if self.decode_steps else 0.0
+
+
+class Options(TypedDict, total=False):
+    """What a text may be asked for with; what is left out is as in `hsai.infer.request.Request`."""
+
+    max_tokens: int
+    """How many tokens are made at most."""
+
+    sampling: SamplingConfig
+    """How they are chosen; greedy by default."""
+
+    stop: tuple[str, ...]
+    """The text ends before the first of these that it would hold."""
+
+    logprobs: int
+    """Gives the logarithm of each token's probability, and of this many likeliest ones' in its place."""
+
+    constraint: Constraint
+    """What the text must be."""
+
+    on_text: Callable[[str], None]
+    """Called with each piece of text as soon as it is certain; pieces end between characters."""
 
 
 class Engine:
@@ -86,7 +114,7 @@ class Engine:
           cache: what its numbers are stored as, by default the activations' dtype; shipped graphs have theirs.
           verify: checks the SHA-256 of every file.
         Raises:
-          InputError: what `read_bundle` and `load_runtime` refuse; a context beyond the model's; an unknown cache;
+          InputError: what `read_bundle` and `load_graphs` refuse; a context beyond the model's; an unknown cache;
             either of them given with graphs.
         """
         if graphs and context is not None:
@@ -95,7 +123,7 @@ class Engine:
             raise InputError(f"cache={cache} cannot be chosen with graphs: theirs is fixed")
         config = GraphConfig(context=context, cache=cache or "activations")
         bundle = read_bundle(directory, verify=verify)
-        runtime = load_runtime(bundle) if graphs else trace_runtime(bundle.model, config)
+        runtime: Runtime = load_graphs(bundle) if graphs else TracedRuntime(bundle.model, config)
         return cls(runtime, bundle.tokenizer, Assets.parse(bundle.assets))
 
     @classmethod
@@ -113,119 +141,97 @@ class Engine:
         Raises:
           InputError: a context beyond the model's, or an unknown cache.
         """
-        return cls(trace_runtime(model, GraphConfig(context=context, cache=cache)), tokenizer, assets)
+        return cls(TracedRuntime(model, GraphConfig(context=context, cache=cache)), tokenizer, assets)
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int = 128,
-        sampling: SamplingConfig | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> Generation:
+    def generate(self, prompt: str, **options: Unpack[Options]) -> Generation:
         """Continues `prompt`: the tokenizer's prefix stands before it, and its end of text before an empty one.
 
         Args:
           prompt: the text.
-          max_tokens: how many tokens are made at most.
-          sampling: greedy by default.
-          on_text: called with each piece of text as soon as it is certain; pieces end between characters.
+          options: see `Options`.
         Raises:
           InputError: as `generate_tokens`.
         """
-        ids = [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
-        return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
+        return self.generate_tokens(self.encode_prompt(prompt), **options)
 
     def chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        prefill: str = "",
-        max_tokens: int = 128,
-        sampling: SamplingConfig | None = None,
-        on_text: Callable[[str], None] | None = None,
+        self, messages: Sequence[Mapping[str, Any]], *, prefill: str = "", **options: Unpack[Options]
     ) -> Generation:
-        """Answers a conversation through the model's chat template; other arguments as for `generate`.
+        """Answers a conversation through the model's chat template.
 
         Args:
           messages: each with a role (system, user, assistant) and a content.
           prefill: how the answer begins; the model goes on from there, and what it returns is the rest.
+          options: see `Options`.
         Raises:
           InputError: the model has no chat template; what `encode_chat` and `generate_tokens` refuse.
         """
-        template = ChatTemplate.of_model(self.assets, self.tokenizer)
-        ids = encode_chat(template, self.tokenizer, messages, prefill=prefill)
-        return self.generate_tokens(ids, max_tokens=max_tokens, sampling=sampling, on_text=on_text)
+        return self.generate_tokens(self.encode_chat(messages, prefill=prefill), **options)
 
-    def generate_tokens(
-        self,
-        ids: Sequence[int],
-        *,
-        max_tokens: int = 128,
-        sampling: SamplingConfig | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> Generation:
-        """Continues the tokens `ids` as they are, with no token before them; arguments as for `generate`.
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """The tokens that `generate` continues."""
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(prompt)] or [self.tokenizer.eot]
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, prefill: str = "") -> list[int]:
+        """The tokens that `chat` continues; arguments and what is raised as there."""
+        template = ChatTemplate.of_model(self.assets, self.tokenizer)
+        return encode_chat(template, self.tokenizer, messages, prefill=prefill)
+
+    def generate_tokens(self, ids: Sequence[int], **options: Unpack[Options]) -> Generation:
+        """Continues the tokens `ids` as they are, with no token before them.
+
+        Whatever is raised meanwhile, in `on_text` or by Ctrl-C, ends the work as well.
 
         Raises:
-          InputError: no tokens, more than the context holds, one out of range, or max_tokens below 1.
+          InputError: no tokens, more than the context holds, one out of range; an option that cannot be.
+          RuntimeError: the engine failed, which is a defect and stands in the log.
         """
-        prompt = self._check_prompt(ids)
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens} must be at least 1")
-        sampler = Sampler(sampling or SamplingConfig(), self.tokenizer.vocab_size)
-        self._prepare(len(prompt), sampler)
-        stream = TextStream(self.tokenizer)
-        pieces: list[str] = []
-        tokens: list[int] = []
-        reason: FinishReason = "context"
-        times = [time.perf_counter()]
-        for token in self._continue(prompt, sampler):
-            times.append(time.perf_counter())
-            if token in self.tokenizer.stops:
-                reason = "end_of_text"
-                break
-            tokens.append(token)
-            _give(stream.push(token), pieces, on_text)
-            if len(tokens) == max_tokens:
-                reason = "max_tokens"
-                break
-        _give(stream.finish(), pieces, on_text)
+        self.check_prompt(ids)
+        on_text = options.pop("on_text", None)
+        ticket = self.service.submit(Request(tokens=tuple(map(int, ids)), **options))  # type: ignore[misc]
+        events = []
+        try:
+            for event in ticket:
+                events.append(event)
+                if event.text and on_text is not None:
+                    on_text(event.text)
+        finally:
+            ticket.cancel()
+        usage, reason = events[-1].usage, events[-1].finish_reason
+        assert usage is not None and reason is not None, "the last event has both"
+        if reason == "failed":
+            raise RuntimeError("the engine failed; the log says how")
         return Generation(
-            text="".join(pieces),
-            tokens=tuple(tokens),
-            prompt_tokens=len(prompt),
+            text="".join(event.text for event in events),
+            tokens=tuple(token for event in events for token in event.tokens),
+            logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
             finish_reason=reason,
-            seconds_prefill=times[1] - times[0],
-            seconds_decode=times[-1] - times[1],
-            decode_steps=len(times) - 2,
+            seconds_prefill=usage.seconds_prefill,
+            seconds_decode=usage.seconds_decode,
+            decode_steps=usage.steps,
         )
+
+    @functools.cached_property
+    def service(self) -> Service:
+        """What answers this engine's own calls, one after the other; it keeps the beginnings of earlier prompts."""
+        return Service(self, rows=1, queue=2**16)
 
     def decode_speeds(self, tokens: int = 64, repeats: int = 9) -> list[float]:
         """Tokens a second of greedy decoding from an empty prompt, `repeats` times after a warm-up, slowest first.
 
-        Every repeat makes `tokens` tokens beyond the first, whatever they are, and waits for each of them.
+        Every repeat makes `tokens` tokens, whatever they are.
 
         Raises:
           InputError: tokens or repeats below 1, or more tokens than the context holds.
         """
         if tokens < 1 or repeats < 1:
             raise InputError(f"tokens={tokens} and repeats={repeats} must be at least 1")
-        if tokens > self.runtime.slots - 1:
+        if tokens > self.runtime.slots:
             raise InputError(f"tokens={tokens} do not fit the context of {self.runtime.slots}")
-        sampler = Sampler(SamplingConfig(), self.tokenizer.vocab_size)
-        prompt = np.array([self.tokenizer.eot], np.int32)
-        self._prepare(1, sampler)
-        speeds = []
-        for repeat in range(repeats + 1):
-            made = self._continue(prompt, sampler)
-            next(made)
-            start = time.perf_counter()
-            for _ in range(tokens):
-                next(made)
-            if repeat > 0:  # the first one warms caches and threads
-                speeds.append(tokens / (time.perf_counter() - start))
-        return sorted(speeds)
+        bench = Bench(self.runtime, self.tokenizer)
+        return bench.repeat(lambda: bench.write(0, tokens), tokens, repeats)
 
     def prefill_speeds(self, tokens: int, repeats: int = 5) -> list[float]:
         """Tokens a second of reading a prompt of `tokens`, up to the next token, `repeats` times after a warm-up,
@@ -236,34 +242,21 @@ class Engine:
         """
         if tokens < 1 or repeats < 1:
             raise InputError(f"tokens={tokens} and repeats={repeats} must be at least 1")
-        sampler = Sampler(SamplingConfig(), self.tokenizer.vocab_size)
-        prompt = self._check_prompt([index % self.tokenizer.vocab_size for index in range(tokens)])
-        self._prepare(tokens, sampler)
-        speeds = []
-        for repeat in range(repeats + 1):
-            start = time.perf_counter()
-            next(self._continue(prompt, sampler))
-            if repeat > 0:
-                speeds.append(tokens / (time.perf_counter() - start))
-        return sorted(speeds)
+        prompt = self.check_prompt([index % self.tokenizer.vocab_size for index in range(tokens)])
+        bench = Bench(self.runtime, self.tokenizer)
 
-    def _continue(self, prompt: np.ndarray, sampler: Sampler) -> Iterator[int]:
-        """New tokens until the cache is full; the last one is made from a full cache and never read."""
-        logits, cache = self.runtime.prefill(prompt, self.runtime.make_cache())
-        token = sampler(logits, 0)
-        yield int(token[0])
-        for step in range(1, self.runtime.slots - len(prompt) + 1):
-            logits, cache = self.runtime.decode(token, cache)
-            token = sampler(logits, step)
-            yield int(token[0])
+        def read() -> None:
+            bench.read(prompt[:-1])
+            bench.write(tokens - 1, 1)
 
-    def _prepare(self, tokens: int, sampler: Sampler) -> None:
-        """Compiles everything that a prompt of `tokens` and its continuation need."""
-        self.runtime.prepare(tokens)
-        jax.block_until_ready(sampler(jnp.zeros((1, self.runtime.vocab), jnp.float32), 0))
+        return bench.repeat(read, tokens, repeats)
 
-    def _check_prompt(self, ids: Sequence[int]) -> np.ndarray:
-        """The prompt as int32 (T,)."""
+    def check_prompt(self, ids: Sequence[int]) -> np.ndarray:
+        """The prompt as int32 (T,).
+
+        Raises:
+          InputError: it has no tokens, more than the context holds, or one that the tokenizer does not have.
+        """
         if len(ids) == 0:
             raise InputError(f"the prompt has no tokens; an empty text begins with token {self.tokenizer.eot}")
         if len(ids) > self.runtime.slots:
@@ -272,10 +265,3 @@ class Engine:
             if not 0 <= token < self.tokenizer.vocab_size:
                 raise InputError(f"token id {token} is out of range; valid are 0 to {self.tokenizer.vocab_size - 1}")
         return np.asarray(ids, np.int32)
-
-
-def _give(piece: str, pieces: list[str], on_text: Callable[[str], None] | None) -> None:
-    if piece:
-        pieces.append(piece)
-        if on_text is not None:
-            on_text(piece)

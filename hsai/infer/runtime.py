@@ -1,177 +1,175 @@
-"""Compiled programs and the weights they run on, for one prompt at a time on one device.
+"""The model on the device: compiled programs and the weights they run on, over pages that the caller keeps.
 
-There are two ways to a program: trace the model here, with the kernels of this machine, or take the graph that the
-bundle ships. Both have the calling convention of `hsai.export.steps`, so everything above is written once.
+There are two ways to a program: trace the model here, with the kernels of this machine, for many rows over many pages
+(below); or take the graphs that the bundle ships, for one row in one page as long as the context (graphs.py).
+Everything above is written once, over what they share.
 
-T query, V vocabulary.
+B rows, T tokens of a chunk, P pages, M pages of a row, R tokens of a page.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.stages import Wrapped
 
-from hsai.errors import InputError
-from hsai.export.bundle import Bundle
-from hsai.export.manifest import GraphRecord
-from hsai.export.stablehlo import GraphConfig, load_graph
-from hsai.export.steps import CACHE_NAMES, DECODE_INPUTS, PREFILL_INPUTS, cache_shapes, make_decode, make_prefill
-from hsai.export.targets import find_target
+from hsai.export.stablehlo import GraphConfig
 from hsai.formats.storage import describe, named_arrays
+from hsai.infer.choose import Extras, Kind, stack_settings
+from hsai.infer.programs import Made, Rows, Vocabulary, make_read, make_write
+from hsai.infer.sampling import SamplingConfig
 from hsai.models import KVCache, Transformer
-from hsai_kernels.dispatch import BackendMissing
-from hsai_kernels.native import load_library
 
-logger = logging.getLogger(__name__)
+PAGE = 64
+"""R: what the CPU's attention takes at a time, and little enough for prompts to share their beginnings."""
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Rows that a block is padded to."""
 
 
-class Runtime:
-    """Reads tokens into a cache and gives the logits of the next one.
+class Runtime(Protocol):
+    """Reads tokens into pages, and writes the tokens that follow."""
 
-    Attributes:
-      buckets: ascending numbers of tokens for which there is a prefill.
-      slots: how many tokens the cache holds.
-      vocab: V, how many logits there are.
-    """
+    slots: int
+    """Tokens that the context of a row holds."""
 
-    def __init__(
-        self,
-        weights: Mapping[str, jax.Array],
-        prefill: Mapping[int, Wrapped],
-        decode: Wrapped,
-        cache: Sequence[jax.ShapeDtypeStruct],
-        vocab: int,
-    ) -> None:
-        """Wraps the steps.
+    page: int
+    """R."""
+
+    width: int
+    """M: pages of a row as long as the context."""
+
+    buckets: tuple[int, ...]
+    """Ascending numbers of tokens that a chunk of a prompt is padded to."""
+
+    batches: tuple[int, ...]
+    """Ascending numbers of rows that a block is padded to."""
+
+    def make_pages(self, count: int) -> KVCache:
+        """P pages which hold nothing."""
+
+    def read(self, tokens: np.ndarray, start: int, table: np.ndarray, pages: KVCache) -> KVCache:
+        """Reads a chunk of a prompt.
 
         Args:
-          weights: by name, resident on the device.
-          prefill: a jitted prefill for each bucket, donating the cache.
-          decode: the jitted decode step, donating the cache.
-          cache: shapes of the cache's arrays, in the order of `CACHE_NAMES`.
-          vocab: V.
+          tokens: int32 (T,), at most those of the largest bucket.
+          start: how many tokens stand before it, in the row's pages.
+          table: int32 (1, M): the row's pages, with places for all of these; P where it has none.
+          pages: is used up.
         """
-        self.buckets = tuple(sorted(prefill))
-        self.slots: int = cache[0].shape[2]
-        self.vocab = vocab
-        self._weights = dict(weights)
-        self._prefill = dict(prefill)
-        self._decode = decode
-        self._cache = tuple(cache)
-        self._programs: dict[int | None, Callable[..., Any]] = {}
 
-    def make_cache(self) -> KVCache:
-        """An empty cache."""
-        return KVCache(*(jnp.zeros(part.shape, part.dtype) for part in self._cache))
+    def write(
+        self, rows: Rows, extras: Extras | None, steps: int, kind: Kind, vocabulary: Vocabulary, pages: KVCache
+    ) -> tuple[Made, KVCache]:
+        """Makes tokens, as `hsai.infer.programs.make_write` says; B is one of `batches`. Waits for them."""
 
-    def prefill(self, tokens: np.ndarray, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Reads `tokens`, int32 (T,) with T at least 1 and within the cache, bucket by bucket.
+    def prepare_read(self, tokens: int, pages: KVCache) -> None:
+        """Compiles what reading a chunk of so many tokens needs, so that timings hold no compilation."""
 
-        Returns: float32 (1, V) logits of what follows the last token, and the cache; the one given is used up.
+    def prepare_write(self, batch: int, kind: Kind, vocabulary: Vocabulary, pages: KVCache) -> None:
+        """Compiles what writing blocks of B rows needs."""
+
+
+class TracedRuntime:
+    """A `Runtime` of programs that are traced here, and compiled when they are first needed."""
+
+    def __init__(self, model: Transformer, graphs: GraphConfig, *, page: int = PAGE) -> None:
+        """For `model` in the prefill buckets, context and cache format that `graphs` says, and pages of `page` tokens.
+
+        Raises:
+          InputError: a context beyond the model's.
         """
-        logits: jax.Array | None = None
-        start = 0
-        for bucket in plan_buckets(len(tokens), self.buckets):
-            part = tokens[start : start + bucket]
-            padded = np.zeros((1, bucket), np.int32)
-            padded[0, : len(part)] = part
-            count = np.full((1,), len(part), np.int32)
-            step = self._compile(bucket)
-            logits, *state = step(self._weights, padded, count, *cache.arrays)
-            cache = KVCache(*state)
-            start += len(part)
-        if logits is None:
-            raise ValueError("prefill of no tokens")
-        return logits, cache
+        self._model = jax.eval_shape(lambda: model)
+        self._formats = describe(model)
+        self._weights = named_arrays(model)
+        self._cache = graphs.cache
+        self.slots = graphs.slots(model.config)
+        self.buckets = graphs.buckets(model.config)
+        self.page = min(page, self.slots)
+        self.width = -(-self.slots // self.page)
+        self.batches = BATCHES
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def decode(self, token: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Reads one token, int32 (1,); returns as `prefill`."""
-        step = self._compile(None)
-        logits, *state = step(self._weights, token[:, None], *cache.arrays)
-        return logits, KVCache(*state)
+    def make_pages(self, count: int) -> KVCache:
+        """As of `Runtime`."""
+        return self._model.make_cache(count, self.page, self._cache)
 
-    def prepare(self, tokens: int) -> None:
-        """Compiles what a prompt of `tokens` and its continuation need, so that timings hold no compilation."""
-        for bucket in (*plan_buckets(tokens, self.buckets), None):
-            self._compile(bucket)
+    def read(self, tokens: np.ndarray, start: int, table: np.ndarray, pages: KVCache) -> KVCache:
+        """As of `Runtime`."""
+        bucket = _fit(len(tokens), self.buckets)
+        padded = np.zeros((1, bucket), np.int32)
+        padded[0, : len(tokens)] = tokens
+        read: KVCache = self._compile_read(bucket, pages)(
+            self._weights, padded, np.int32(start), np.int32(len(tokens)), table, pages
+        )
+        return read
 
-    def _compile(self, bucket: int | None) -> Callable[..., Any]:
-        """The prefill program of `bucket`, or the decode program."""
-        if bucket not in self._programs:
-            tokens = jax.ShapeDtypeStruct((1, bucket or 1), jnp.int32)
-            count = () if bucket is None else (jax.ShapeDtypeStruct((1,), jnp.int32),)
-            step = self._decode if bucket is None else self._prefill[bucket]
-            self._programs[bucket] = step.lower(self._weights, tokens, *count, *self._cache).compile()
-        return self._programs[bucket]
+    def write(
+        self, rows: Rows, extras: Extras | None, steps: int, kind: Kind, vocabulary: Vocabulary, pages: KVCache
+    ) -> tuple[Made, KVCache]:
+        """As of `Runtime`."""
+        program = self._compile_write(len(rows.tokens), kind, vocabulary, pages)
+        made, pages = program(self._weights, rows, extras, np.int32(steps), pages)
+        return jax.device_get(made), pages
+
+    def prepare_read(self, tokens: int, pages: KVCache) -> None:
+        """As of `Runtime`."""
+        self._compile_read(_fit(tokens, self.buckets), pages)
+
+    def prepare_write(self, batch: int, kind: Kind, vocabulary: Vocabulary, pages: KVCache) -> None:
+        """As of `Runtime`."""
+        self._compile_write(batch, kind, vocabulary, pages)
+
+    def _compile_read(self, bucket: int, pages: KVCache) -> Callable[..., Any]:
+        key = (bucket, pages.keys.shape)
+        if key not in self._programs:
+            step = jax.jit(make_read(self._model.config, self._formats), donate_argnames="pages")
+            number, table = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1, self.width), jnp.int32)
+            tokens = jax.ShapeDtypeStruct((1, bucket), jnp.int32)
+            self._programs[key] = step.lower(self._weights, tokens, number, number, table, pages).compile()
+        return self._programs[key]
+
+    def _compile_write(
+        self, batch: int, kind: Kind, vocabulary: Vocabulary, pages: KVCache
+    ) -> Callable[..., tuple[Made, KVCache]]:
+        key = (batch, kind, vocabulary, pages.keys.shape)
+        if key not in self._programs:
+            step = make_write(self._model.config, self._formats, vocabulary, kind)
+            rows = make_rows([], batch, self.width, pages.keys.shape[1])
+            extras = make_extras(batch, vocabulary.size) if kind == "full" else None
+            compiled = jax.jit(step, donate_argnames="pages").lower(self._weights, rows, extras, np.int32(1), pages)
+            self._programs[key] = compiled.compile()
+        return self._programs[key]
 
 
-def trace_runtime(model: Transformer, graphs: GraphConfig) -> Runtime:
-    """Traces `model` for this machine, with its kernels, in the buckets, context and cache that `graphs` says."""
-    config, formats = model.config, describe(model)
-    prefill = jax.jit(make_prefill(config, formats), donate_argnames=CACHE_NAMES)
-    decode = jax.jit(make_decode(config, formats), donate_argnames=CACHE_NAMES)
-    cache = cache_shapes(config, 1, graphs.slots(config), graphs.cache)
-    return Runtime(named_arrays(model), dict.fromkeys(graphs.buckets(config), prefill), decode, cache, config.vocab)
+def make_rows(
+    rows: Sequence[tuple[int, int, int, Sequence[int], SamplingConfig, int]], batch: int, width: int, pages: int
+) -> Rows:
+    """Rows of numpy, padded to `batch`.
 
-
-def load_runtime(bundle: Bundle) -> Runtime:
-    """Takes the graphs that the bundle ships; see `choose_graphs`.
-
-    Raises:
-      InputError: it ships none, or they are for several rows at a time, or this jax cannot read them.
+    Args:
+      rows: of each its last token, where that stands, how many it may make, its pages, and how it chooses which of its
+        new tokens.
+      batch: B.
+      width: M.
+      pages: P.
     """
-    graphs = choose_graphs(bundle.manifest.graphs)
-    if not graphs:
-        raise InputError(f"{bundle.directory} holds no graphs: export it with graphs, or run the model without them")
-    steps: dict[str, dict[int, Wrapped]] = {"prefill": {}, "decode": {}}
-    for graph in graphs:
-        if graph.batch != 1:
-            raise InputError(f"{bundle.directory}: graph {graph.name} has batch={graph.batch}; one prompt needs 1")
-        steps[graph.step][graph.tokens] = _wrap_graph(bundle.directory, graph)
-    for step, found in steps.items():
-        if not found or (step == "decode" and 1 not in found):
-            raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
-    cache = _read_cache(bundle.directory, graphs)
-    return Runtime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
+    tokens, limits = np.zeros((2, batch), np.int32)
+    positions = np.full(batch, -1, np.int32)
+    table = np.full((batch, width), pages, np.int32)
+    for index, (token, position, limit, own, _, _) in enumerate(rows):
+        tokens[index], positions[index], limits[index] = token, position, limit
+        table[index, : len(own)] = own
+    settings = stack_settings([(config, step) for *_, config, step in rows], batch)
+    return Rows(tokens, positions, limits, table, settings)  # type: ignore[arg-type]  # numpy's
 
 
-def choose_graphs(graphs: Sequence[GraphRecord]) -> tuple[GraphRecord, ...]:
-    """Those with the kernels of the device here, if there are any that it can run; else the portable ones."""
-    here = find_target()
-    chosen = tuple(graph for graph in graphs if graph.kernels == here)
-    if here is None or not chosen:
-        return tuple(graph for graph in graphs if graph.kernels is None)
-    if here == "cpu":
-        try:
-            load_library()  # and tells XLA of its custom calls
-        except BackendMissing as error:
-            logger.warning("the portable graphs run in the place of those with kernels: %s", error)
-            return tuple(graph for graph in graphs if graph.kernels is None)
-    return chosen
-
-
-def _read_cache(directory: Path, graphs: Sequence[GraphRecord]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The arrays of the cache that the graphs hand on; `InputError` if they differ about it."""
-    caches = [
-        tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in graph.inputs if array.name in CACHE_NAMES)
-        for graph in graphs
-    ]
-    for graph, cache in zip(graphs, caches, strict=True):
-        if cache != caches[0]:
-            raise InputError(f"{directory}: graphs {graphs[0].name} and {graph.name} have different caches")
-    return caches[0]
-
-
-def _wrap_graph(directory: Path, graph: GraphRecord) -> Wrapped:
-    """The graph as a jitted function that takes over the cache's buffers: `Exported.call` by itself does not."""
-    inputs = PREFILL_INPUTS if graph.step == "prefill" else DECODE_INPUTS
-    donated = tuple(inputs.index(array.name) for array in graph.inputs if array.name in CACHE_NAMES)
-    return jax.jit(load_graph(directory, graph).call, donate_argnums=donated)
+def make_extras(batch: int, vocab: int) -> Extras:
+    """Of rows that have no token, may choose any, and do not want to know probabilities; of numpy, to be changed."""
+    seen = np.zeros((batch, vocab), bool)
+    allowed = np.full((batch, -(-vocab // 32)), 2**32 - 1, np.uint32)
+    return Extras(seen, allowed, np.zeros((), bool))  # type: ignore[arg-type]
 
 
 def plan_buckets(tokens: int, buckets: Sequence[int]) -> Iterator[int]:
@@ -186,3 +184,8 @@ def plan_buckets(tokens: int, buckets: Sequence[int]) -> Iterator[int]:
         bucket = fitting[0] if fitting else full[-1] if full else buckets[0]
         yield bucket
         tokens -= bucket
+
+
+def _fit(tokens: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds them."""
+    return next(bucket for bucket in buckets if tokens <= bucket)

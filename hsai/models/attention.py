@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hsai.formats import project
-from hsai.models.cache import LayerCache
+from hsai.models.cache import LayerView
 from hsai.models.heads import attend_heads
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.rope import Rotation, rotate
@@ -54,9 +54,9 @@ class Attention(nnx.Module):
         positions: jax.Array,
         rotation: Rotation,
         segments: jax.Array | None,
-        cache: LayerCache | None,
+        cache: LayerView | None,
         is_global: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, LayerView | None]:
         """Attends from x to itself, or, with a cache, to everything in the cache after x was written to it.
 
         Args:
@@ -83,27 +83,23 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)
-        k_scale = v_scale = None
-        if cache is None:
-            kv_positions, kv_segments = positions, segments
-        else:
+        scale = None if c.query_scalar is None else c.query_scalar**-0.5
+        if cache is not None:
             cache = cache.write(k, v, positions)
-            k, v, k_scale, v_scale = cache.read()
-            kv_positions, kv_segments = jnp.broadcast_to(jnp.arange(k.shape[1]), (batch, k.shape[1])), None
 
         def attend(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if cache is not None:
+                return cache.attend(q, positions, window=window, scale=scale)
             return attend_heads(
                 q,
                 k,
                 v,
-                k_scale=k_scale,
-                v_scale=v_scale,
                 q_positions=positions,
-                kv_positions=kv_positions,
+                kv_positions=positions,
                 q_segments=segments,
-                kv_segments=kv_segments,
+                kv_segments=segments,
                 window=window,
-                scale=None if c.query_scalar is None else c.query_scalar**-0.5,
+                scale=scale,
             )
 
         if is_global is None:

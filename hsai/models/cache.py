@@ -1,4 +1,6 @@
-"""The key/value cache of a decoder: one array of keys and one of values for all layers.
+"""The key/value cache of a decoder whose rows lie in slots of their own (paged.py has rows in shared pages).
+
+There is one array of keys and one of values for all layers.
 
 What a cached number is stored as is the deployer's choice (`CacheFormat`): decoding over a long context reads the whole
 cache for each token, so its bytes are time. Attention reads a cache as it is stored; nothing here widens it.
@@ -7,13 +9,14 @@ L layers, B batch, S slots, K kv heads, H head dim, T new tokens.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, Self, get_args
 
 import jax
 import jax.numpy as jnp
 
 from hsai.errors import InputError
 from hsai.formats.packed import invert_scale
+from hsai.models.heads import attend_heads
 from hsai.sharding import Axes, constrain
 
 CACHE_AXES: Axes = ("layers", "batch", "cache", "kv_heads", "head_dim")
@@ -53,6 +56,18 @@ class KVCache:
         """What the layers read and write; bfloat16 as bit patterns, uint16."""
         return _as_bits(self.keys), _as_bits(self.values), self.key_scales, self.value_scales
 
+    def follow(self, tokens: int) -> jax.Array:
+        """As of `Cache`."""
+        return self.lengths[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+
+    def view(self, stored: "StoredArrays", layer: jax.Array) -> "LayerCache":
+        """As of `Cache`."""
+        return LayerCache(stored, layer)
+
+    def advance(self, stored: "StoredArrays", tokens: int) -> "KVCache":
+        """As of `Cache`."""
+        return KVCache.from_stored(stored, self.lengths + tokens)
+
     @classmethod
     def from_stored(cls, stored: "StoredArrays", lengths: jax.Array) -> "KVCache":
         """The inverse of `stored`."""
@@ -62,6 +77,37 @@ class KVCache:
 
 StoredArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
 """keys, values, and the scales of an int8 cache."""
+
+
+class Cache(Protocol):
+    """What a model asks of a cache, wherever its tokens lie."""
+
+    @property
+    def stored(self) -> StoredArrays:
+        """The state that the scan over layers hands on."""
+
+    def follow(self, tokens: int) -> jax.Array:
+        """Positions (B, tokens) behind what each row holds."""
+
+    def view(self, stored: StoredArrays, layer: jax.Array) -> "LayerView":
+        """One layer of this cache, of which `stored` is the state."""
+
+    def advance(self, stored: StoredArrays, tokens: int) -> Self:
+        """This cache with another state, to which each row's next `tokens` were written."""
+
+
+class LayerView(Protocol):
+    """What attention asks of one layer of a `Cache`."""
+
+    @property
+    def stored(self) -> StoredArrays:
+        """The state of all layers, which the scan over them hands on."""
+
+    def write(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> Self:
+        """Stores (B, T, K, H) keys and values of the tokens at `positions` (B, T)."""
+
+    def attend(self, q: jax.Array, positions: jax.Array, *, window: int | None, scale: float | None) -> jax.Array:
+        """Attention of queries (B, T, N, H) at `positions` (B, T) over what is stored; (B, T, N, H)."""
 
 
 def make_cache(
@@ -100,20 +146,21 @@ class LayerCache:
     def write(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> "LayerCache":
         """Stores (B, T, K, H) keys and values at `positions` (B, T); positions beyond the last slot are dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
-        at = (self.layer, rows, positions)
+        return LayerCache(put_tokens(self.stored, keys, values, (self.layer, rows, positions)), self.layer)
 
-        def put(stored: jax.Array, new: jax.Array) -> jax.Array:
-            new = _as_bits(new.astype(jnp.bfloat16)) if stored.dtype == jnp.uint16 else new.astype(stored.dtype)
-            return stored.at[at].set(new, mode="drop")
-
-        stored_keys, stored_values, key_scales, value_scales = self.stored
-        if key_scales is not None and value_scales is not None:
-            keys, new_key_scales = quantize_heads(keys)
-            values, new_value_scales = quantize_heads(values)
-            key_scales, value_scales = put(key_scales, new_key_scales), put(value_scales, new_value_scales)
-        return LayerCache(
-            (put(stored_keys, keys), put(stored_values, values), key_scales, value_scales),
-            self.layer,
+    def attend(self, q: jax.Array, positions: jax.Array, *, window: int | None, scale: float | None) -> jax.Array:
+        """As of `LayerView`."""
+        k, v, k_scale, v_scale = self.read()
+        return attend_heads(
+            q,
+            k,
+            v,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            q_positions=positions,
+            kv_positions=jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]),
+            window=window,
+            scale=scale,
         )
 
     def read(self) -> StoredArrays:
@@ -126,6 +173,22 @@ class LayerCache:
             None if key_scales is None else key_scales[self.layer],
             None if value_scales is None else value_scales[self.layer],
         )
+
+
+def put_tokens(stored: StoredArrays, keys: jax.Array, values: jax.Array, at: tuple[Any, ...]) -> StoredArrays:
+    """Stores (B, T, K, H) keys and values, in the format of `stored`, at indices of its first axes; what lies outside
+    is dropped."""
+
+    def put(stored: jax.Array, new: jax.Array) -> jax.Array:
+        new = _as_bits(new.astype(jnp.bfloat16)) if stored.dtype == jnp.uint16 else new.astype(stored.dtype)
+        return stored.at[at].set(new, mode="drop")
+
+    stored_keys, stored_values, key_scales, value_scales = stored
+    if key_scales is not None and value_scales is not None:
+        keys, new_key_scales = quantize_heads(keys)
+        values, new_value_scales = quantize_heads(values)
+        key_scales, value_scales = put(key_scales, new_key_scales), put(value_scales, new_value_scales)
+    return put(stored_keys, keys), put(stored_values, values), key_scales, value_scales
 
 
 def _as_bits(x: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ B batch, T query, D embed, V vocabulary, L layers.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from hsai.errors import InputError
 from hsai.formats import lookup, project, scan_layers
 from hsai.models.attention import Attention
-from hsai.models.cache import CacheFormat, KVCache, LayerCache, StoredArrays, make_cache
+from hsai.models.cache import Cache, CacheFormat, KVCache, LayerView, StoredArrays, make_cache
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.mlp import Activation, Mlp
 from hsai.models.moe import MoE, MoEConfig
@@ -21,6 +21,7 @@ from hsai.models.rope import RopeConfig, Rotation, make_rotation
 from hsai.sharding import constrain
 
 Remat = Literal["none", "dots", "full"]
+C = TypeVar("C", bound=Cache)
 # What the scan over layers hands on: activations, and the keys and values of all layers where there is a cache.
 Carry = tuple[jax.Array, StoredArrays | None]
 
@@ -154,10 +155,10 @@ class Block(nnx.Module):
         positions: jax.Array,
         rotation: Rotation,
         segments: jax.Array | None,
-        cache: LayerCache | None,
+        cache: LayerView | None,
         is_global: jax.Array | None = None,
         counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, LayerView | None, jax.Array | None]:
         """(B, T, D) -> (B, T, D); the cache with this block's keys and values written to it; and the imbalance of its
         experts over the tokens that are `counted`, where it has experts and is told those."""
         y, cache = self.attention(self.attention_norm(x), positions, rotation, segments, cache, is_global)
@@ -201,9 +202,9 @@ class Transformer(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: C | None = None,
         remat: Remat = "none",
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, C | None]:
         """Hidden states of `tokens`: for training without a cache, for prefill and decoding with one.
 
         Args:
@@ -244,20 +245,21 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array | None,
         segments: jax.Array | None,
-        cache: KVCache | None,
+        cache: C | None,
         counted: jax.Array | None,
         remat: Remat,
-    ) -> tuple[jax.Array, KVCache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, C | None, jax.Array | None]:
         if positions is None:
-            start = jnp.zeros((), jnp.int32) if cache is None else cache.lengths[:, None]
-            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+            length = tokens.shape[1]
+            positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.follow(length)
+            positions = jnp.broadcast_to(positions, tokens.shape)
         x = self.embed_tokens(tokens)
         rotations = self.make_rotations(positions)
 
         def step(carry: Carry, scanned: tuple[Block, jax.Array]) -> tuple[Carry, jax.Array | None]:
             x, stored = carry
             block, layer = scanned
-            view = None if stored is None else LayerCache(stored, layer)
+            view = None if cache is None or stored is None else cache.view(stored, layer)
             x, view, imbalance = self.apply_block(block, layer, x, positions, rotations, segments, view, counted)
             return (x, None if view is None else view.stored), imbalance
 
@@ -268,7 +270,7 @@ class Transformer(nnx.Module):
         carry: Carry = (x, None if cache is None else cache.stored)
         (x, stored), imbalances = scan_layers(step, carry, self.layers, self.config.layers)
         if cache is not None and stored is not None:
-            cache = KVCache.from_stored(stored, cache.lengths + tokens.shape[1])
+            cache = cache.advance(stored, tokens.shape[1])
         return self.final_norm(x), cache, imbalances
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -291,9 +293,9 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         rotations: tuple[Rotation, Rotation],
         segments: jax.Array | None = None,
-        view: LayerCache | None = None,
+        view: LayerView | None = None,
         counted: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, LayerView | None, jax.Array | None]:
         """One layer: `block` holds the weights of number `layer`, int32 (); the rest as for `Block`."""
         far, near = rotations
         is_global, rotation = None, far

@@ -10,6 +10,7 @@ from hsai_kernels.ops.attention.api import attention
 from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
+from hsai_kernels.ops.paged_attention.api import paged_attention
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int8, dequantize_words, find_zero
 from hsai_kernels.ops.rope.api import rope
@@ -30,6 +31,7 @@ __all__ = [
     "gated_mlp",
     "norm_matmul",
     "pack_words",
+    "paged_attention",
     "prefer",
     "quantized_matmul",
     "rank_chosen",

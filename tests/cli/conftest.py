@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hsai.cli import main
+from hsai.export import write_bundle
+from hsai.export.source import open_model
 from tests.cli.snapshots import snapshot
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,6 +58,23 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         models = [str(made["compressed"] / name) for name in RECIPES]
         assert main(["export", *models, "--out", str(made["bundles"]), "--prefill-buckets", "8", "32"]) == 0
     return Workshop(**made, said=said.getvalue())
+
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="session")
+def talking(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a chat template, made by compressing one that has it."""
+    base = tmp_path_factory.mktemp("talking")
+    source = open_model(workshop.run)
+    generation = {"do_sample": True, "temperature": 1.5, "top_k": 40, "max_new_tokens": 7}
+    generation |= {"repetition_penalty": 1.1, "no_repeat_ngram_size": 3}
+    assets = {"chat_template.jinja": TEMPLATE.encode(), "generation_config.json": json.dumps(generation).encode()}
+    write_bundle(base / "plain", source.model, source.tokenizer, assets=assets)
+    assert main(["compress", str(base / "plain"), "--recipe", recipe("int8"), "--out", str(base / "int8")]) == 0
+    assert main(["export", str(base / "int8"), "--out", str(base / "out"), "--prefill-buckets", "8"]) == 0
+    return base / "out"
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`hsai generate`: the same text by both ways, and what it refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from hsai.cli import main
-from hsai.export import write_bundle
 from hsai.export.source import open_model
 from hsai.files import sha256
 from hsai.infer import Engine
-from tests.cli.conftest import RECIPES, Workshop, recipe
+from tests.cli.conftest import RECIPES, Workshop
 from tests.export.manifests import edit
 from tests.export.tiny_models import make_tokenizer
 
@@ -63,6 +63,12 @@ def test_draws_follow_the_seed(workshop: Workshop, capsys: pytest.CaptureFixture
         (["x", "--temperature", "1", "--top-p", "2"], ("top_p=2.0", "at most 1")),
         (["x", "--temperature", "1", "--top-k", "0"], ("top_k=0", "at least 1")),
         (["x", "--top-k", "3"], ("top_k=3", "temperature")),
+        (["x", "--temperature", "1", "--min-p", "2"], ("min_p=2.0", "between 0 and 1")),
+        (["x", "--repetition-penalty", "0"], ("repetition_penalty=0.0", "positive")),
+        (["x", "--stop", ""], ("stop", "0 characters")),
+        (["x", "--regex", "("], ("regular expression", "unclosed group")),
+        (["x", "--regex", "a", "--json-schema", "s"], ("--json-schema", "--regex")),
+        (["x", "--json-schema", "missing.json"], ("missing.json",)),
         (["x", "--seed", "-1"], ("--seed -1", "4294967295")),
         (["x", "--seed", "99999999999999999999"], ("--seed 99999999999999999999", "4294967295")),
     ],
@@ -171,22 +177,6 @@ def test_a_run_is_a_model_too(workshop: Workshop, capsys: pytest.CaptureFixture[
     assert generate(capsys, workshop.run, PROMPT, "--max-tokens", 8) == f"{PROMPT}{wanted}\n"
 
 
-TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
-
-
-@pytest.fixture(scope="module")
-def talking(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a chat template, made by compressing one that has it."""
-    base = tmp_path_factory.mktemp("talking")
-    source = open_model(workshop.run)
-    generation = {"do_sample": True, "temperature": 1.5, "top_k": 40, "max_new_tokens": 7, "repetition_penalty": 1.1}
-    assets = {"chat_template.jinja": TEMPLATE.encode(), "generation_config.json": json.dumps(generation).encode()}
-    write_bundle(base / "plain", source.model, source.tokenizer, assets=assets)
-    assert main(["compress", str(base / "plain"), "--recipe", recipe("int8"), "--out", str(base / "int8")]) == 0
-    assert main(["export", str(base / "int8"), "--out", str(base / "out"), "--prefill-buckets", "8"]) == 0
-    return base / "out"
-
-
 def test_chat_goes_through_the_template(talking: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Which came with the bundle through compression and export; only the answer is printed."""
     settings = ("--temperature", 0, "--max-tokens", 9)
@@ -225,9 +215,9 @@ def test_the_generation_config_holds_where_nothing_is_said(talking: Path, capsys
         return printed.out, printed.err
 
     text, said = run()
-    assert "note: generation_config.json's repetition_penalty=1.1 is not applied\n" in said
+    assert "note: generation_config.json's no_repeat_ngram_size=3 is not applied\n" in said
     assert "[7 tokens" in said
-    asked, _ = run("--temperature", 1.5, "--top-k", 40, "--max-tokens", 7)
+    asked, _ = run("--temperature", 1.5, "--top-k", 40, "--max-tokens", 7, "--repetition-penalty", 1.1)
     assert text == asked != run("--temperature", 0)[0]
     assert run("--seed", 5)[0] != text
     assert "[3 tokens" in run("--max-tokens", 3)[1]
@@ -242,3 +232,16 @@ def test_chats_that_cannot_be(workshop: Workshop, talking: Path, place: Path, re
     (place / "b" / "chat_template.jinja").write_text("{% for %}")
     resign(place / "b", "chat_template.jinja")
     refuse("generate", "b", "x", "--chat", names=("chat template", "no Jinja", "line 1"))
+
+
+def test_a_text_can_be_told_what_to_be(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = workshop.bundles / "int8"
+    assert re.fullmatch(
+        "[0-9]{3}-[a-c]\n", generate(capsys, bundle, PROMPT, "--regex", "[0-9]{3}-[a-c]")[len(PROMPT) :]
+    )
+    (place / "schema.json").write_text('{"enum": ["yes", "no"]}')
+    text = generate(capsys, bundle, PROMPT, "--json-schema", place / "schema.json")
+    assert text[len(PROMPT) :] in ('"yes"\n', '"no"\n')
+    assert generate(capsys, bundle, PROMPT, "--json-schema", place / "schema.json", "--stop", "o", "--stop", "e")[
+        len(PROMPT) :
+    ] in ('"y\n', '"n\n')

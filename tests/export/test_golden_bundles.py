@@ -41,7 +41,7 @@ def test_it_computes_what_it_computed(path: Path) -> None:
 def test_its_graphs_run(path: Path) -> None:
     engine = Engine.load(path, graphs=True)
     runtime = engine.runtime
-    logits, cache = runtime.prefill(np.array(PROMPT[:-1], np.int32), runtime.make_cache())
+    logits, cache = runtime.prefill(np.array(PROMPT[:-1], np.int32), runtime.make_pages(1))
     logits, _ = runtime.decode(jnp.array(PROMPT[-1:], jnp.int32), cache)
     expected = np.load(path.with_name(f"{path.name}_{LOGITS}"))[-1]
     rounding = 0.1 if read_bundle(path).config.dtype == "bfloat16" else TOLERANCE["float32"]  # and an int8 cache

@@ -12,7 +12,7 @@ from hsai.export import GraphConfig, write_bundle
 from hsai.export.stablehlo import find_custom_calls
 from hsai.export.targets import TARGETS, find_target
 from hsai.infer import Engine
-from hsai.infer import runtime as runtimes
+from hsai.infer import graphs as runtimes
 from hsai_kernels.dispatch import BackendMissing
 from tests.export.test_stablehlo import export, read_portable
 from tests.export.tiny_models import make_model
@@ -50,7 +50,7 @@ def test_on_a_cpu_they_run_and_compute_the_same(bundle: Path, monkeypatch: pytes
 
     def compute() -> tuple[np.ndarray, tuple[int, ...]]:
         engine = Engine.load(bundle, graphs=True)
-        logits, cache = engine.runtime.prefill(PROMPT, engine.runtime.make_cache())
+        logits, cache = engine.runtime.prefill(PROMPT, engine.runtime.make_pages(1))
         after, _ = engine.runtime.decode(jnp.array([7], jnp.int32), cache)
         return np.concatenate([logits, after]), engine.generate_tokens(PROMPT.tolist(), max_tokens=8).tokens
 

@@ -32,7 +32,7 @@ for directory in sys.argv[3:]:
     name = directory.rsplit("/", 1)[-1]
     engine = Engine.load(directory, graphs=True)
     runtime = engine.runtime
-    step, cache = runtime.prefill(np.array(prompt, np.int32), runtime.make_cache())
+    step, cache = runtime.prefill(np.array(prompt, np.int32), runtime.make_pages(1))
     steps = [step]
     for token in following:
         step, cache = runtime.decode(jnp.array([token], jnp.int32), cache)

@@ -4,20 +4,34 @@ from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hsai.errors import InputError
-from hsai.infer.sampling import LOWEST_TEMPERATURE, Sampler, SamplingConfig
+from hsai.infer.choose import BLOCK, Chosen, Extras, choose_tokens, stack_settings
+from hsai.infer.runtime import make_extras
+from hsai.infer.sampling import LOWEST_TEMPERATURE, SamplingConfig
 
 VOCAB = 12
 LOGITS = np.random.default_rng(3).normal(0, 1.5, VOCAB).astype(np.float32)
 
+choose = jax.jit(choose_tokens, static_argnames=("kind", "vocab"))
+
 
 def draw(config: SamplingConfig, logits: np.ndarray = LOGITS, rows: int = 4096, vocab: int = VOCAB) -> np.ndarray:
-    """`rows` draws from the same logits."""
-    return np.asarray(Sampler(config, vocab)(jnp.tile(jnp.asarray(logits), (rows, 1)), 0))
+    """The first `rows` draws of a text whose logits never change."""
+    settings = stack_settings([(config, step) for step in range(rows)], rows)
+    return np.asarray(choose(jnp.tile(jnp.asarray(logits), (rows, 1)), settings, None, kind="drawn", vocab=vocab).token)
+
+
+def choose_fully(
+    rows: list[tuple[SamplingConfig, int]], logits: np.ndarray, extras: Extras, vocab: int = VOCAB
+) -> Chosen:
+    return jax.device_get(
+        choose(jnp.asarray(logits), stack_settings(rows, len(rows)), extras, kind="full", vocab=vocab)
+    )
 
 
 def narrow(config: SamplingConfig, logits: np.ndarray = LOGITS) -> np.ndarray:
@@ -105,15 +119,83 @@ def test_tokens_without_text_are_never_chosen(temperature: float) -> None:
     assert draw(SamplingConfig(temperature=temperature), logits).max() < VOCAB
 
 
-def test_draws_are_a_function_of_seed_and_step() -> None:
-    logits = jnp.zeros((64, VOCAB))
+def test_draws_of_a_large_vocabulary_follow_its_distribution() -> None:
+    """Over many blocks, most of them without any weight, one that ends in the middle, and equals at the threshold."""
+    vocab = 5 * BLOCK + 7
+    logits = np.full(vocab, -1000.0, np.float32)
+    chances = {3: 0.1, BLOCK - 1: 0.2, BLOCK: 0.3, 3 * BLOCK + 9: 0.15, vocab - 1: 0.25}
+    for token, chance in chances.items():
+        logits[token] = np.log(chance)
+    counts = np.bincount(draw(SamplingConfig(temperature=1.0), logits, vocab=vocab), minlength=vocab)
+    for token, chance in chances.items():
+        assert abs(counts[token] - 4096 * chance) < 5 * np.sqrt(4096 * chance * (1 - chance))
+    assert counts.sum() == sum(counts[token] for token in chances)
+    logits[[3, BLOCK, 2 * BLOCK]] = 5.0
+    kept = set(draw(SamplingConfig(temperature=1.0, top_k=2), logits, vocab=vocab).tolist())
+    assert kept == {3, BLOCK, 2 * BLOCK}
 
-    def choose(seed: int, step: int) -> list[int]:
-        return np.asarray(Sampler(SamplingConfig(temperature=1.0, seed=seed), VOCAB)(logits, step)).tolist()
 
-    assert choose(1, 5) == choose(1, 5)
-    assert choose(1, 5) != choose(2, 5)
-    assert choose(1, 5) != choose(1, 6)
+def test_a_draw_is_a_function_of_seed_and_step_alone() -> None:
+    """Not of the row's place, of what others ask for, or of what the program can do besides."""
+    rows = [(SamplingConfig(temperature=1.0, seed=seed), step) for seed in (1, 2) for step in range(40)]
+    logits = np.tile(LOGITS, (len(rows), 1))
+    extras = make_extras(len(rows), VOCAB)
+    found = choose_fully(rows, logits, extras).token.tolist()
+    assert found[:40] == draw(rows[0][0], rows=40).tolist()
+    assert found[:40] != found[40:] and len(set(found[:40])) > 2
+    others = [(SamplingConfig(temperature=2.0, top_k=3, min_p=0.1, repetition_penalty=2.0), 7), *rows[::-1]]
+    logits = np.vstack([LOGITS[::-1], logits])
+    assert choose_fully(others, logits, make_extras(len(others), VOCAB)).token.tolist()[1:] == found[::-1]
+
+
+def test_a_penalty_is_for_tokens_that_were_seen() -> None:
+    """As in transformers: positive logits are divided, negative ones multiplied."""
+    logits = np.tile(np.array([3.0, 2.0, -1.0, -2.5], np.float32), (4, 1))
+    extras = make_extras(4, 4)
+    extras.seen[:, 0] = True  # type: ignore[index]
+    extras.seen[2, 1] = True  # type: ignore[index]
+    extras.seen[3] = True  # type: ignore[index]
+    penalties = [1.4, 1.6, 1.6, 1.6]
+    rows = [(SamplingConfig(repetition_penalty=penalty), 0) for penalty in penalties]
+    assert choose_fully(rows, logits, extras, vocab=4).token.tolist() == [0, 1, 0, 0]
+    # A draw sees the changed logits: what is left of a token is what the penalty leaves.
+    rows = [(SamplingConfig(repetition_penalty=1000.0, temperature=1.0, top_k=1, seed=seed), 0) for seed in range(4)]
+    extras.seen[:] = [True, True, False, True]  # type: ignore[index]
+    assert choose_fully(rows, np.abs(logits), extras, vocab=4).token.tolist() == [2] * 4
+
+
+def test_only_what_is_allowed_is_chosen() -> None:
+    """Greedily and by draws; bits of a word, and a second word."""
+    vocab = 40
+    rng = np.random.default_rng(0)
+    logits, allowed = rng.normal(0, 3, (200, vocab)).astype(np.float32), rng.random((200, vocab)) < 0.1
+    allowed[:, 39] |= ~allowed.any(axis=1)
+    extras = make_extras(200, vocab)
+    padded = np.pad(allowed, ((0, 0), (0, 24)))
+    extras.allowed[:] = np.packbits(padded, axis=1, bitorder="little").view(np.uint32)  # type: ignore[index]
+    rows = [(SamplingConfig(temperature=2.0 * (row % 2), seed=row), 0) for row in range(200)]
+    found = choose_fully(rows, logits, extras, vocab).token
+    assert allowed[np.arange(200), found].all()
+    likeliest = np.where(allowed, logits, -np.inf).argmax(axis=1)
+    assert (found == likeliest)[::2].all() and not (found == likeliest)[1::2].all()
+
+
+def test_probabilities_are_the_models_own() -> None:
+    """Before penalty, temperature and mask; likeliest first, and as many as there are tokens."""
+    extras = make_extras(1, VOCAB)
+    extras.allowed[:] = 1 << 5  # type: ignore[index]
+    extras.seen[:] = True  # type: ignore[index]
+    rows = [(SamplingConfig(temperature=0.3, repetition_penalty=3.0), 0)]
+    silent = choose_fully(rows, LOGITS[None], extras)
+    assert silent.token.tolist() == [5] and silent.logprob is not None and not silent.logprob.any()
+    extras.probable[...] = True  # type: ignore[index]
+    found = choose_fully(rows, LOGITS[None], extras)
+    assert found.logprob is not None and found.top_tokens is not None and found.top_logprobs is not None
+    expected = np.asarray(jax.nn.log_softmax(LOGITS))
+    np.testing.assert_allclose(found.logprob[0], expected[5], rtol=1e-5)
+    order = np.argsort(-expected)
+    assert found.top_tokens[0].tolist() == [*order.tolist(), *[-1] * (20 - VOCAB)]
+    np.testing.assert_allclose(found.top_logprobs[0, :VOCAB], expected[order], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +203,8 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be 0"),
         ({"temperature": 1e-39}, "temperature=1e-39 must be 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be positive"),
         ({"seed": -1}, "seed=-1 must be between 0 and 4294967295"),
         ({"seed": 2**32}, "seed=4294967296 must be between 0 and"),
         ({"temperature": float("nan")}, "temperature=nan must be 0"),

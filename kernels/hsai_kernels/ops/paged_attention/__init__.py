@@ -1,0 +1,1 @@
+"""Attention over a cache in pages that rows share; see api.py."""

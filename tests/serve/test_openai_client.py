@@ -1,0 +1,118 @@
+"""PyPI's own `openai` client, against the real service: whole and streamed texts are what the engine makes engine."""
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from hsai.infer import Engine
+from hsai.infer.defaults import GenerationDefaults
+from hsai.infer.sampling import SamplingConfig
+from hsai.infer.service import Service
+from tests.serve.scripted import MODEL, RunningServer, ScriptedService
+
+KEY = "a key of the test"
+MESSAGES = [{"role": "system", "content": "def"}, {"role": "user", "content": "return 'héron'"}]
+
+
+@pytest.fixture(scope="module")
+def served(engine: Engine) -> Iterator[RunningServer]:
+    with RunningServer(engine, Service(engine), api_key=KEY) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(served: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "hsai"
+    with pytest.raises(openai.NotFoundError, match='"other" is not served'):
+        client.models.retrieve("other")
+
+
+def test_chats(client: openai.OpenAI, engine: Engine) -> None:
+    expected = engine.chat(MESSAGES, max_tokens=6)
+    settings = {"model": MODEL, "messages": MESSAGES, "max_completion_tokens": 6, "temperature": 0}
+    whole = client.chat.completions.create(**settings)
+    assert whole.choices[0].message.content == expected.text and expected.text
+    assert whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (expected.prompt_tokens, 6)
+    chunks = list(client.chat.completions.create(**settings, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == expected.text
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage
+    with client.chat.completions.stream(**settings) as stream:
+        assert "".join(event.delta for event in stream if event.type == "content.delta") == expected.text
+
+
+def test_completions(client: openai.OpenAI, engine: Engine) -> None:
+    expected = engine.generate("def main", max_tokens=6)
+    settings = {"model": MODEL, "prompt": "def main", "max_tokens": 6, "temperature": 0}
+    whole = client.completions.create(**settings)
+    assert whole.choices[0].text == expected.text and expected.text
+    chunks = client.completions.create(**settings, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
+
+
+def test_draws_follow_the_seed(client: openai.OpenAI, engine: Engine) -> None:
+    sampling = SamplingConfig(temperature=1.5, top_p=0.95, top_k=50, seed=11)
+    expected = engine.generate("def", max_tokens=8, sampling=sampling).text
+    texts = [
+        client.completions.create(
+            model=MODEL,
+            prompt="def",
+            max_tokens=8,
+            temperature=1.5,
+            top_p=0.95,
+            seed=seed,
+            extra_body={"top_k": 50},
+        )
+        .choices[0]
+        .text
+        for seed in (11, 11, 12)
+    ]
+    assert texts[0] == texts[1] == expected != texts[2]
+
+
+def test_the_context_ends_a_text(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model=MODEL, prompt=[5] * 46, max_tokens=30, temperature=0)
+    assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 3
+
+
+def test_errors_have_the_clients_types(client: openai.OpenAI, served: RunningServer) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt=[5] * 49)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="tools are not supported") as caught:
+        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=[tool])
+    assert caught.value.param == "tools"
+    with pytest.raises(openai.NotFoundError, match="embeddings are not served"):
+        client.embeddings.create(model=MODEL, input="x")
+    with pytest.raises(openai.AuthenticationError, match="no valid API key"):
+        client.with_options(api_key="another").models.list()
+
+
+def test_a_stream_that_is_left_ends(client: openai.OpenAI, served: RunningServer) -> None:
+    settings = {"model": MODEL, "prompt": [5], "max_tokens": 40, "temperature": 0}
+    with client.completions.create(**settings, stream=True) as stream:
+        next(iter(stream))
+    whole = client.completions.create(**settings)
+    assert whole.choices[0].text
+    stats = served.service.stats()
+    assert (stats.queued, stats.running) == (0, 0)
+
+
+def test_what_a_model_draws_with_holds_where_nothing_is_said(engine: Engine) -> None:
+    service = ScriptedService()
+    defaults = GenerationDefaults(temperature=0.7, top_k=5, max_tokens=4)
+    with (
+        RunningServer(engine, service, defaults=defaults) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused") as client,
+    ):
+        client.chat.completions.create(model=MODEL, messages=MESSAGES)
+    request = service.tickets[0].request
+    assert (request.sampling.temperature, request.sampling.top_k, request.max_tokens) == (0.7, 5, 4)

@@ -39,7 +39,7 @@ def made(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("smollm2")
     assert main(["import", str(file), str(directory / "bundle")]) == 0
     export = ["export", str(directory / "bundle"), "--to"]
-    for kind in ("f32", "q8_0"):
+    for kind in ("f32", "f16", "q8_0", "q4_0"):
         assert main([*export, "gguf", "--gguf-type", kind, "--out", str(directory / f"{kind}.gguf")]) == 0
     assert main([*export, "huggingface", "--out", str(directory / "checkpoint")]) == 0
     return directory
@@ -72,10 +72,11 @@ def test_continued_with_paris(name: str, file: Path, made: Path, capsys: pytest.
     assert capsys.readouterr().out == f"{BEGUN} Paris.\n"
 
 
-@pytest.mark.parametrize("name", ["f32.gguf", "q8_0.gguf"])
+@pytest.mark.parametrize("name", ["f32", "f16", "q8_0", "q4_0"])
 def test_continued_with_paris_by_llama_cpp(name: str, made: Path) -> None:
-    answer = open_llama(made / name).create_completion(CHAT, max_tokens=4, temperature=0.0)
-    assert answer["choices"][0]["text"].startswith(" Paris.")
+    answer = open_llama(made / f"{name}.gguf").create_completion(CHAT, max_tokens=4, temperature=0.0)
+    # Rounded to Q4_0 from what Q4_1 has left, it goes on with a comma.
+    assert answer["choices"][0]["text"].startswith(" Paris" if name == "q4_0" else " Paris.")
 
 
 def test_continued_with_paris_by_transformers(made: Path) -> None:
@@ -102,6 +103,22 @@ def test_logits_are_those_of_llama_cpp(file: Path, source: ModelSource, made: Pa
         theirs = llama_logits(open_llama(path), ids)
         assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * largest
         assert np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)) > 0.9
+
+
+@pytest.mark.parametrize(("name", "error", "agreement"), [("f16", 1e-3, 1.0), ("q4_0", 0.02, 0.85)])
+def test_logits_of_rounded_files_are_those_of_llama_cpp(
+    name: str, error: float, agreement: float, source: ModelSource, made: Path
+) -> None:
+    """Both read the same file; llama.cpp rounds activations to float16, or to 8 bits."""
+    ids = source.tokenizer.encode(CHAT, special=True)
+    ours, theirs = (
+        our_logits(open_model(made / f"{name}.gguf").model, ids),
+        llama_logits(open_llama(made / f"{name}.gguf"), ids),
+    )
+    assert np.sqrt(np.mean((ours - theirs) ** 2)) < error * np.abs(ours).max()
+    assert np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)) >= agreement
+    for logits in (ours, theirs):
+        assert source.tokenizer.decode([int(logits[-1].argmax())]) == " Paris"
 
 
 def test_exported_numbers_are_those_of_the_file(file: Path, made: Path) -> None:

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import openai
+import pydantic
 import pytest
 
 from hsai.infer import Engine
 from hsai.infer.defaults import GenerationDefaults
 from hsai.infer.sampling import SamplingConfig
 from hsai.infer.service import Service
-from tests.serve.scripted import MODEL, RunningServer, ScriptedService
+from tests.serve.scripted import MODEL, RunningServer, ScriptedService, eventually
 
 KEY = "a key of the test"
 MESSAGES = [{"role": "system", "content": "def"}, {"role": "user", "content": "return 'héron'"}]
@@ -77,6 +79,44 @@ def test_draws_follow_the_seed(client: openai.OpenAI, engine: Engine) -> None:
     assert texts[0] == texts[1] == expected != texts[2]
 
 
+def test_probabilities_stops_and_penalties(client: openai.OpenAI, engine: Engine) -> None:
+    expected = engine.generate("def", max_tokens=8, logprobs=2, sampling=SamplingConfig(repetition_penalty=1.3))
+    stop = expected.text[3:5]
+    whole = client.completions.create(
+        model=MODEL,
+        prompt="def",
+        max_tokens=8,
+        logprobs=2,
+        temperature=0,
+        stop=[stop],
+        extra_body={"repetition_penalty": 1.3},
+    )
+    choice = whole.choices[0]
+    assert choice.text == expected.text[: expected.text.index(stop)] and choice.finish_reason == "stop"
+    found = choice.logprobs.token_logprobs
+    np.testing.assert_allclose(found, [entry.logprob for entry in expected.logprobs[: len(found)]], atol=1e-4)
+    assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
+
+
+class Verdict(pydantic.BaseModel):
+    """What an answer must be."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    good: bool
+
+
+def test_answers_of_a_form(client: openai.OpenAI) -> None:
+    """Whatever a random model would say."""
+    settings = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "temperature": 1}
+    for seed in range(3):
+        done = client.chat.completions.parse(**settings, seed=seed, response_format=Verdict)
+        assert done.choices[0].message.parsed.good in (True, False)
+    with pytest.raises(openai.BadRequestError) as caught:
+        schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "no such type"}}}
+        client.chat.completions.create(**settings, response_format=schema)
+    assert caught.value.param == "response_format"
+
+
 def test_the_context_ends_a_text(client: openai.OpenAI) -> None:
     whole = client.completions.create(model=MODEL, prompt=[5] * 46, max_tokens=30, temperature=0)
     assert whole.choices[0].finish_reason == "length" and whole.usage.completion_tokens == 3
@@ -102,8 +142,9 @@ def test_a_stream_that_is_left_ends(client: openai.OpenAI, served: RunningServer
         next(iter(stream))
     whole = client.completions.create(**settings)
     assert whole.choices[0].text
+    eventually(lambda: served.service.stats().running == 0)
     stats = served.service.stats()
-    assert (stats.queued, stats.running) == (0, 0)
+    assert (stats.queued, stats.pages_used, stats.finished["cancelled"]) == (0, 0, 1)
 
 
 def test_what_a_model_draws_with_holds_where_nothing_is_said(engine: Engine) -> None:

@@ -1,6 +1,7 @@
 """Answers a request to generate: at once, or as server-sent events while the text comes."""
 
 import asyncio
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from hsai.errors import InputError
 from hsai.infer.defaults import GenerationDefaults
 from hsai.infer.request import Event, Request
 from hsai.infer.service import Busy, Closed, OnEvent
-from hsai.serve.answers import Answer
+from hsai.serve.answers import FINISH_REASONS, Answer
 from hsai.serve.body import read_body
 from hsai.serve.errors import (
     ApiError,
@@ -145,12 +146,11 @@ async def _stream(exchange: Exchange, answer: Answer, stream: EventStream) -> No
         except TimeoutError:
             await stream.remark("still at it")
             continue
-        if event.finish_reason is None:
-            await stream.say(answer.chunks(event))
-        else:
-            _check_end(event)
+        if event.finish_reason in FINISH_REASONS:
             await stream.end(answer.chunks(event))
             return
+        await stream.say(answer.chunks(dataclasses.replace(event, finish_reason=None)))
+        _check_end(event)
 
 
 def _check_end(event: Event) -> None:

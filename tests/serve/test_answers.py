@@ -123,6 +123,7 @@ def test_a_failure_in_the_middle(server: RunningServer, service: ScriptedService
     """A stream that ends without [DONE] is known not to be whole."""
     service.script = fail
     *chunks, last = read_stream(server.chat(stream=True))
+    assert joined(chunks, "delta", "content") == "so far "
     assert last["error"]["type"] == "server_error" and "log" in last["error"]["message"]
     assert "[DONE]" not in chunks
     response = server.chat()

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.errors import InputError
 from hsai.evaluate import EvaluationConfig, Scorer, evaluate_tasks
@@ -21,7 +21,6 @@ from hsai.fetch.cache import Progress
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
-from hsai.sharding import MeshConfig, make_mesh
 
 BATCH_TOKENS = 2048
 Dtype = Literal["bfloat16", "float32"]
@@ -80,7 +79,7 @@ def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
         window=arguments.window,
         stride=arguments.stride,
     )
-    mesh = None if arguments.mesh is None else _make_mesh(arguments.mesh)
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
     batch_tokens = (
         BATCH_TOKENS * (mesh.size if mesh else 1) if arguments.batch_tokens is None else arguments.batch_tokens
     )
@@ -90,14 +89,6 @@ def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # a CPU has no fast products of bfloat16
     return TaskPlan(config=config, dtype=dtype, batch_tokens=batch_tokens, mesh=mesh, cache=arguments.cache)
-
-
-def _make_mesh(text: str) -> Mesh:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if found is None:
-        raise InputError(f"--mesh {text} is no mesh; say DATAxFSDPxMODEL, such as 4x1x2")
-    data, fsdp, model = map(int, found.groups())
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, model=model))
 
 
 def measure_tasks(

@@ -73,17 +73,16 @@ def _read_messages(value: Any) -> tuple[dict[str, str], ...]:
 
 def _read_message(fields: Fields) -> dict[str, str]:
     role = fields.choice("role", ROLES)
-    for name in ("tool_calls", "function_call"):
-        fields.only(name, ([],), TOOLS)
-    for name in ("audio", "refusal"):
-        fields.only(name, (), "a message is text")
     content = fields.demand(fields.take("content"), "content")
-    name = fields.text("name")
-    # What comes with a message of OpenAI's client that is sent back as it came.
-    fields.only("annotations", ([],), "a message is text")
+    author = fields.text("name")
+    # What OpenAI's client has in an answer, which may come back as it was.
+    for field in ("tool_calls", "function_call"):
+        fields.only(field, ([],), TOOLS)
+    for field in ("audio", "refusal", "annotations"):
+        fields.only(field, ([],), "a message is text")
     fields.finish()
     message = {"role": "system" if role == "developer" else role, "content": _read_content(content, fields)}
-    return message if name is None else message | {"name": name}
+    return message if author is None else message | {"name": author}
 
 
 def _read_content(value: Any, fields: Fields) -> str:

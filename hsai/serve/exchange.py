@@ -38,7 +38,9 @@ class Exchange:
         def take(event: Event) -> None:
             if event.finish_reason is not None:
                 on_last(event)
-            self._loop.call_soon_threadsafe(self._put, event)
+            with self._lock:
+                if not self._left:  # the loop may be gone otherwise
+                    self._loop.call_soon_threadsafe(self._put, event)
 
         ticket = service.submit(request, on_event=take)
         with self._lock:

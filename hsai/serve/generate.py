@@ -75,14 +75,11 @@ class Generate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, stream: EventStream) -> None:
         body = await read_body(scope, receive, self._limits)
-        wanted = self._read(read_object(body), self._served.defaults)
-        if wanted.model != self._served.name:
-            raise refuse_model(wanted.model, self._served.name)
         exchange = Exchange()
         watcher = asyncio.create_task(_watch(receive, exchange))
         try:
-            # Both may take a while: a long prompt, a template, a schema.
-            await asyncio.to_thread(self._submit, wanted, exchange)
+            # All of it may take a while: a long body, a long prompt, a template, a schema.
+            wanted = await asyncio.to_thread(self._submit, body, exchange)
             answer = wanted.form(
                 self._served.name,
                 self._served.engine.tokenizer,
@@ -99,9 +96,13 @@ class Generate:
             exchange.leave()
             watcher.cancel()
 
-    def _submit(self, wanted: Wanted, exchange: Exchange) -> None:
+    def _submit(self, body: bytes, exchange: Exchange) -> Wanted:
+        """Hands what is wanted to the service."""
         engine = self._served.engine
         context = engine.runtime.slots
+        wanted = self._read(read_object(body), self._served.defaults)
+        if wanted.model != self._served.name:
+            raise refuse_model(wanted.model, self._served.name)
         try:
             tokens = wanted.encode(engine)
             if len(tokens) > context:
@@ -125,6 +126,7 @@ class Generate:
             raise refuse_busy(str(error), error.retry_after) from error
         except Closed:
             raise refuse_closing() from None
+        return wanted
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

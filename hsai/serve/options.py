@@ -18,8 +18,8 @@ from hsai.serve.fields import Fields, check_text, show
 HOTTEST = 2.0
 """The largest temperature, as of OpenAI."""
 
-STRONGEST_PENALTY = 10.0
-"""The largest repetition_penalty; useful ones are near 1."""
+PENALTIES = (0.1, 10.0)
+"""The least and the largest repetition_penalty; useful ones are near 1, and far from it logits leave float32."""
 
 LARGEST_SEED = 2**32 - 1
 
@@ -118,7 +118,7 @@ def _read_sampling(fields: Fields, defaults: GenerationDefaults) -> SamplingConf
         "top_p": fields.number("top_p", 0, 1, open=True),
         "min_p": fields.number("min_p", 0, 1),
     }
-    penalty = fields.number("repetition_penalty", 0, STRONGEST_PENALTY, open=True)
+    penalty = fields.number("repetition_penalty", *PENALTIES)
     seed = fields.integer("seed", 0, LARGEST_SEED)
     if (defaults.temperature if temperature is None else temperature) == 0:
         narrowing = {}

@@ -1,6 +1,7 @@
 """PyPI's own `openai` client, against the real service: whole and streamed texts are what the engine makes engine."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import openai
@@ -96,6 +97,24 @@ def test_probabilities_stops_and_penalties(client: openai.OpenAI, engine: Engine
     found = choice.logprobs.token_logprobs
     np.testing.assert_allclose(found, [entry.logprob for entry in expected.logprobs[: len(found)]], atol=1e-4)
     assert all(len(top) <= 2 for top in choice.logprobs.top_logprobs)
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-4},
+        {"temperature": 2, "top_k": 10**30},
+        {"temperature": 1, "top_p": 5e-324},
+        {"temperature": 1, "min_p": 1},
+        {"temperature": 1, "min_p": 5e-324, "seed": 2**32 - 1},
+        {"temperature": 1e-4, "repetition_penalty": 10},
+        {"temperature": 2, "repetition_penalty": 0.1},
+        {"max_tokens": 10**300},
+    ],
+)
+def test_extremes(extreme: dict[str, Any], client: openai.OpenAI, served: RunningServer) -> None:
+    done = client.completions.create(model=MODEL, prompt=[5] * 40, extra_body={"max_tokens": 4, **extreme})
+    assert done.usage.completion_tokens > 0 and served.service.healthy
 
 
 class Verdict(pydantic.BaseModel):

@@ -49,7 +49,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--cache",
         choices=get_args(CacheFormat),
-        help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+        help="bundle: how graphs store keys and values: in the activations' dtype (default), bfloat16, int8, or int4",
     )
     parser.add_argument("--reuse", action="store_true", help="bundle: keep what was exported of the same weights")
     parser.add_argument(

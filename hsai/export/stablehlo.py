@@ -54,7 +54,7 @@ class GraphConfig:
     """Tokens that the cache holds for each row; none takes the model's max_length."""
 
     cache: CacheFormat = "activations"
-    """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 with scales."""
+    """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 or int4 with scales."""
 
     def __post_init__(self) -> None:
         if not self.prefill_buckets:

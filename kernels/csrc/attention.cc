@@ -37,7 +37,7 @@ Plan plan_tiles(const Attention& a) {
 
 // Floats that a tile of that many rows works in (attend_tile.h lays them out).
 std::int64_t count_scratch(std::int64_t rows, std::int64_t width) {
-  return rows * (width + kBlockKeys) + (rows <= kFewRows ? 1 : 2) * kBlockKeys * width;
+  return rows * (width + kMostParts * kBlockKeys) + (rows <= kFewRows ? 1 : 2) * kBlockKeys * width;
 }
 
 // Floats of a partial result.

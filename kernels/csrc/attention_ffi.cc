@@ -45,7 +45,8 @@ ffi::Error read_queries(const AnyBuffer& q, const AnyBuffer& out, hsai::Attentio
 // Fills in k, v, their type and sizes; q's must be there.
 ffi::Error read_cache(const AnyBuffer& k, const AnyBuffer& v, hsai::Attention& a) {
   const std::vector<std::int64_t> sizes = list_sizes(k);
-  if (sizes.size() != 4 || sizes[0] != a.batch || sizes[3] != a.head_dim) {
+  const std::int64_t a_byte = k.element_type() == DataType::U8 ? 2 : 1;
+  if (sizes.size() != 4 || sizes[0] != a.batch || sizes[3] * a_byte != a.head_dim) {
     return invalid("k has shape " + describe(sizes) + " for a batch of " + std::to_string(a.batch) + " and head dim " +
                    std::to_string(a.head_dim));
   }
@@ -58,12 +59,14 @@ ffi::Error read_cache(const AnyBuffer& k, const AnyBuffer& v, hsai::Attention& a
   }
   if (k.element_type() == DataType::S8) {
     a.cache = CacheType::kInt8;
+  } else if (k.element_type() == DataType::U8) {
+    a.cache = CacheType::kInt4;
   } else if (k.element_type() == DataType::BF16) {
     a.cache = CacheType::kBfloat16;
   } else if (k.element_type() == DataType::F32) {
     a.cache = CacheType::kFloat32;
   } else {
-    return invalid("k must be float32, bfloat16 or int8");
+    return invalid("k must be float32, bfloat16, int8, or uint8 of two 4-bit integers");
   }
   a.k = k.untyped_data();
   a.v = v.untyped_data();
@@ -78,8 +81,8 @@ ffi::Error read_array(const std::string& name, const AnyBuffer& buffer, DataType
                       const std::vector<std::int64_t>& sizes, bool absent, const T*& data) {
   const std::vector<std::int64_t> wanted = absent ? std::vector<std::int64_t>{0} : sizes;
   if (list_sizes(buffer) != wanted || buffer.element_type() != type) {
-    return invalid(name + " has shape " + describe(list_sizes(buffer)) + ", needs " + describe(wanted) +
-                   (type == DataType::S32 ? " of int32" : " of float32"));
+    const char* names = type == DataType::S32 ? " of int32" : type == DataType::F32 ? " of float32" : " of bfloat16";
+    return invalid(name + " has shape " + describe(list_sizes(buffer)) + ", needs " + describe(wanted) + names);
   }
   data = absent ? nullptr : static_cast<const T*>(buffer.untyped_data());
   return ffi::Error::Success();
@@ -87,7 +90,8 @@ ffi::Error read_array(const std::string& name, const AnyBuffer& buffer, DataType
 
 bool is_absent(const AnyBuffer& buffer) { return list_sizes(buffer) == std::vector<std::int64_t>{0}; }
 
-// q, out (B, T, N, H); k, v (B, S, K, H); scales (B, S, K), for int8 only; positions and segments (B, T) and (B, S).
+// q, out (B, T, N, H); k, v (B, S, K, H), of int4 (B, S, K, H / 2); scales of int8 float32 (B, S, K), of int4 bfloat16
+// (B, S, K, 2); positions and segments (B, T) and (B, S).
 // Scales and segments that are not there have shape (0). window and softcap are 0 for none.
 ffi::Error attend(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, AnyBuffer q_positions,
                   AnyBuffer kv_positions, AnyBuffer q_segments, AnyBuffer kv_segments, AnyBuffer k_scale,
@@ -96,16 +100,19 @@ ffi::Error attend(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffer v, A
   if (auto error = read_queries(q, *out, a); error.failure()) return error;
   if (auto error = read_cache(k, v, a); error.failure()) return error;
   const std::vector<std::int64_t> of_q = {a.batch, a.queries}, of_k = {a.batch, a.keys};
-  const std::vector<std::int64_t> of_scale = {a.batch, a.keys, a.kv_heads};
-  const bool unscaled = a.cache != CacheType::kInt8, together = is_absent(q_segments);
+  std::vector<std::int64_t> of_scale = {a.batch, a.keys, a.kv_heads};
+  const bool halves = a.cache == CacheType::kInt4;
+  if (halves) of_scale.push_back(2);
+  const DataType scales = halves ? DataType::BF16 : DataType::F32;
+  const bool unscaled = a.cache != CacheType::kInt8 && !halves, together = is_absent(q_segments);
   ffi::Error error = read_array("q_positions", q_positions, DataType::S32, of_q, false, a.q_positions);
   if (!error.failure()) {
     error = read_array("kv_positions", kv_positions, DataType::S32, of_k, false, a.kv_positions);
   }
   if (!error.failure()) error = read_array("q_segments", q_segments, DataType::S32, of_q, together, a.q_segments);
   if (!error.failure()) error = read_array("kv_segments", kv_segments, DataType::S32, of_k, together, a.kv_segments);
-  if (!error.failure()) error = read_array("k_scale", k_scale, DataType::F32, of_scale, unscaled, a.k_scale);
-  if (!error.failure()) error = read_array("v_scale", v_scale, DataType::F32, of_scale, unscaled, a.v_scale);
+  if (!error.failure()) error = read_array("k_scale", k_scale, scales, of_scale, unscaled, a.k_scale);
+  if (!error.failure()) error = read_array("v_scale", v_scale, scales, of_scale, unscaled, a.v_scale);
   if (error.failure()) return error;
   if (window < 0 || window > std::numeric_limits<std::int32_t>::max()) {
     return invalid("window=" + std::to_string(window) + " is no number of positions");

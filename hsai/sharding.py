@@ -48,6 +48,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("model",),
     "head_dim": (),
     "vocab": ("model",),
+    # Of calibration: the rows of a Gram matrix, and the outputs of a weight that solvers treat each for itself.
+    "gram": ("data", "fsdp", "model"),
+    "columns": ("data", "fsdp", "model"),
 }
 
 # Key and value heads may be fewer than the devices of a tensor-parallel group: several devices then use the same head.
@@ -180,6 +183,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, dict(mesh.shape)))
+
+
+def lay_out(x: Any, *axes: str | None) -> jax.Array:
+    """An array of the host on the devices of the mesh in use, by its logical axes; without one, on the default device.
+
+    Not for functions that are traced: there `constrain` says the same.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.device_put(x)
+    return jax.device_put(x, array_sharding(mesh, axes, x.shape))
 
 
 def array_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:

@@ -54,7 +54,7 @@ def add_answer_arguments(parser: Parser, *, max_tokens: int) -> None:
     parser.add_argument(
         "--cache",
         choices=get_args(CacheFormat),
-        help="how keys and values are stored: in the activations' dtype (default), in bfloat16, or in int8",
+        help="how keys and values are stored: in the activations' dtype (default), bfloat16, int8, or int4",
     )
     parser.add_argument("--graphs", action="store_true", help="run the StableHLO graphs of the bundle as they are")
 

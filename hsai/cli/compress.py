@@ -4,18 +4,23 @@ hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quick
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
 model's own corpus, or a file: --calibration text.txt. If it is killed, the same command goes on at the layer it was in.
 A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
+With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine.
 """
 
 import argparse
+import contextlib
 import functools
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import hsai
 from hsai.cli.corpora import open_own_corpus
+from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
@@ -29,9 +34,10 @@ from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
-from hsai.export.source import ModelSource, open_model
+from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.machine import find_commit
 from hsai.progress import ProgressBar, console, say
+from hsai.sharding import check_mesh, tree_shardings, use_mesh
 
 
 def add_arguments(parser: Parser) -> None:
@@ -42,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
     parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
     parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
+    parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 1x8x1 (default: one device); see `hsai train`")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
     parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
 
@@ -55,7 +62,11 @@ def run(parser: Parser, argv: list[str]) -> None:
     targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
     recipes = set_budget(recipes, arguments)
     check_targets(targets.values(), arguments)
-    source = open_model(arguments.model)
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
+    if mesh is not None:
+        check_mesh(mesh, inspect_model(arguments.model).config.axis_sizes)
+        check_batches(recipes, mesh)
+    source = open_model(arguments.model, mesh=mesh)
     for name, recipe in recipes.items():
         try:
             match_weights(recipe, source.model)
@@ -66,7 +77,8 @@ def run(parser: Parser, argv: list[str]) -> None:
     for name, drawn in windows.items():
         made[name]["calibration_sha256"] = digest_windows(drawn)
     kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
-    with no_empty_directories(targets.values()):
+    with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
+        dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
         for name, recipe in recipes.items():
             if name in kept:
                 say(f"reusing {targets[name]}")
@@ -81,7 +93,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
                     model, ledger = compress(
-                        source.model, recipe, calibration=windows.get(name), workbench=workbench, progress=report
+                        dense, recipe, calibration=windows.get(name), workbench=workbench, progress=report
                     )
                 command = shlex.join(["hsai", "compress", *argv])
                 extra |= {"ledger": ledger.to_dict(), "command": command, "commit": find_commit()}
@@ -99,6 +111,17 @@ def run(parser: Parser, argv: list[str]) -> None:
                 if ledger.allocation is not None:
                     _tell_allocation(ledger.allocation)
                 say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+
+
+def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
+    """Raises `InputError` for a recipe whose batches a mesh does not split evenly."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, recipe in recipes.items():
+        if recipe.calibration is not None and recipe.calibration.batch % parts:
+            raise InputError(
+                f"recipe {name}: calibration.batch={recipe.calibration.batch} does not divide by the {parts} devices "
+                f"that --mesh splits a batch over (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+            )
 
 
 def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) -> dict[str, RecipeConfig]:

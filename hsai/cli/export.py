@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--cache",
         choices=get_args(CacheFormat),
-        help="bundle: how graphs store keys and values: in the activations' dtype (default), in bfloat16, or in int8",
+        help="bundle: how graphs store keys and values: in the activations' dtype (default), bfloat16, int8, or int4",
     )
     parser.add_argument(
         "--stablehlo-version", help="bundle: of the portable graphs, such as 1.0.0 for older runtimes (default: jax's)"

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import Mesh
 
+from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.errors import InputError
 from hsai.evaluate import EvaluationConfig, Scorer, evaluate_tasks
@@ -19,9 +19,8 @@ from hsai.evaluate.runner import NAMES
 from hsai.export.source import ModelSource
 from hsai.fetch.cache import Progress
 from hsai.formats.storage import describe, named_arrays, restore
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 from hsai.models.transformer import abstract_transformer
-from hsai.sharding import MeshConfig, make_mesh
 
 BATCH_TOKENS = 2048
 Dtype = Literal["bfloat16", "float32"]
@@ -36,6 +35,8 @@ class TaskPlan:
     batch_tokens: int
     mesh: Mesh | None
     cache: Path | None
+    kv_caches: tuple[CacheFormat, ...]
+    """How keys and values are stored, one after the other for each model."""
 
 
 def add_task_arguments(parser: Parser) -> None:
@@ -57,6 +58,12 @@ def add_task_arguments(parser: Parser) -> None:
     parser.add_argument("--batch-tokens", type=int, help=f"computed together (default: {BATCH_TOKENS} a device)")
     parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 4x1x2 (default: one device); see `hsai train`")
     parser.add_argument("--cache", type=Path, help="directory of the cache (default: $XDG_CACHE_HOME/hsai)")
+    parser.add_argument(
+        "--kv-cache",
+        choices=get_args(CacheFormat),
+        nargs="+",
+        help="how keys and values are stored before they are read, several to compare (default: activations)",
+    )
 
 
 def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
@@ -66,7 +73,7 @@ def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
       InputError: an unknown task, a value that cannot be, a mesh that this machine has not, or an option that only
         goes with --tasks and stands alone.
     """
-    given = ("few_shot", "limit", "seed", "window", "stride", "dtype", "batch_tokens", "mesh", "cache")
+    given = ("few_shot", "limit", "seed", "window", "stride", "dtype", "batch_tokens", "mesh", "cache", "kv_cache")
     if arguments.tasks is None:
         for name in given:
             if getattr(arguments, name) is not None:
@@ -80,7 +87,7 @@ def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
         window=arguments.window,
         stride=arguments.stride,
     )
-    mesh = None if arguments.mesh is None else _make_mesh(arguments.mesh)
+    mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
     batch_tokens = (
         BATCH_TOKENS * (mesh.size if mesh else 1) if arguments.batch_tokens is None else arguments.batch_tokens
     )
@@ -89,31 +96,45 @@ def plan_tasks(arguments: argparse.Namespace) -> TaskPlan | None:
     dtype: Dtype | None = arguments.dtype
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"  # a CPU has no fast products of bfloat16
-    return TaskPlan(config=config, dtype=dtype, batch_tokens=batch_tokens, mesh=mesh, cache=arguments.cache)
-
-
-def _make_mesh(text: str) -> Mesh:
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
-    if found is None:
-        raise InputError(f"--mesh {text} is no mesh; say DATAxFSDPxMODEL, such as 4x1x2")
-    data, fsdp, model = map(int, found.groups())
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, model=model))
+    kv_caches = tuple(arguments.kv_cache or ("activations",))
+    if len(set(kv_caches)) < len(kv_caches):
+        raise InputError(f"--kv-cache {' '.join(kv_caches)} names one twice")
+    return TaskPlan(
+        config=config,
+        dtype=dtype,
+        batch_tokens=batch_tokens,
+        mesh=mesh,
+        cache=arguments.cache,
+        kv_caches=kv_caches,
+    )
 
 
 def measure_tasks(
-    source: ModelSource, plan: TaskPlan, reference: Reference | None, progress: Progress
+    source: ModelSource,
+    plan: TaskPlan,
+    reference: Reference | None,
+    progress: Progress,
+    *,
+    kv_cache: CacheFormat = "activations",
 ) -> tuple[dict[str, Any], Reference]:
-    """One model's results, as JSON, compared on texts with `reference`; and the one to compare the next model with, by
-    default this one."""
+    """One model's results with one cache, as JSON, compared on texts with `reference`; and the one to compare the next
+    with, by default this one."""
     model = compute_in(source.model, plan.dtype or source.config.dtype)
-    scorer = Scorer(model, batch_tokens=plan.batch_tokens, mesh=plan.mesh)
-    name = source.directory.name
-    about = describe_evaluation(name, model, source.tokenizer, batch_tokens=plan.batch_tokens, mesh=plan.mesh)
-    reference = reference or Reference(scorer.model, source.tokenizer)
+    scorer = Scorer(model, batch_tokens=plan.batch_tokens, mesh=plan.mesh, cache=kv_cache)
+    name = name_row(source, kv_cache)
+    about = describe_evaluation(
+        name, model, source.tokenizer, batch_tokens=plan.batch_tokens, mesh=plan.mesh, kv_cache=kv_cache
+    )
+    reference = reference or Reference(scorer, source.tokenizer)
     results = evaluate_tasks(
         scorer, source.tokenizer, plan.config, cache=plan.cache, reference=reference, progress=progress
     )
     return {**about, "tasks": [describe_result(result, plan.config) for result in results]}, reference
+
+
+def name_row(source: ModelSource, kv_cache: CacheFormat) -> str:
+    """What a model with a cache is called in tables: "int4", or "int4, int8 cache"."""
+    return source.directory.name + ("" if kv_cache == "activations" else f", {kv_cache} cache")
 
 
 def compute_in(model: Transformer, dtype: Dtype) -> Transformer:

@@ -31,6 +31,7 @@ from hsai.formats.observed import Tapped, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
+from hsai.sharding import lay_out
 
 CHUNK = 128
 """Positions of a row whose logits exist together."""
@@ -131,7 +132,7 @@ def sum_gradients(
     sums: dict[str, jax.Array] = {}
     for start in range(0, len(tokens), batch):
         key = jax.random.fold_in(jax.random.key(seed), start)
-        found = pull(model, jnp.asarray(tokens[start : start + batch]), key)
+        found = pull(model, lay_out(tokens[start : start + batch], "batch", "seq"), key)
         sums = found if not sums else {name: sums[name] + found[name] for name in sums}
         if progress is not None:
             progress("measuring gradients", start + batch, len(tokens))

@@ -29,6 +29,7 @@ import numpy as np
 from hsai.compress.grid import Grid, Pattern, search_scale
 from hsai.formats.nm import nm_mask
 from hsai.formats.vnm import CHOSEN
+from hsai.sharding import constrain
 
 BLOCK = 128
 """Positions whose errors reach the rows behind them in one product (2210.17323, step 2)."""
@@ -72,7 +73,8 @@ def solve(
         was. None goes from the first position to the last, and searches a group's scale when it gets there.
     Returns: what a format's `pack` takes.
     """
-    w = w.astype(jnp.float32)
+    # No output needs another one: on a mesh each device solves its share of them.
+    w = constrain(w.astype(jnp.float32), None, "columns")
     importance = jnp.square(1.0 / jnp.diagonal(upper))[:, None]
     if order is None:
         fixed = None

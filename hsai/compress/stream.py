@@ -5,6 +5,9 @@ the dense model a second one, of it; on the devices are one block and one batch.
 dense weights, then solved, and the next block reads what the solved one gives, so that it can make up for the errors
 before it.
 
+On a mesh a batch is split over its sequences, and the Gram matrices over their rows: each device holds its part of what
+all of them saw.
+
 N sequences, B of them in a batch, T tokens each, D embed.
 """
 
@@ -23,6 +26,7 @@ from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.layers import is_matrix
 from hsai.models.transformer import Block
+from hsai.sharding import lay_out
 
 Grams = Mapping[str, jax.Array]
 """X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block; of experts
@@ -71,10 +75,10 @@ def stream_blocks(
     config = model.config
     count, length = tokens.shape
     starts = range(0, count, batch)
-    embed = jax.jit(model.embed_tokens)
+    embed = jax.jit(lambda model, tokens: model.embed_tokens(tokens))
     hidden = np.empty((count, length, config.embed), jnp.dtype(config.dtype))
     for start in starts:
-        hidden[start : start + batch] = embed(jnp.asarray(tokens[start : start + batch]))
+        hidden[start : start + batch] = embed(model, lay_out(tokens[start : start + batch], "batch", "seq"))
     targets = hidden.copy() if follow_dense else None
 
     @jax.jit
@@ -93,9 +97,12 @@ def stream_blocks(
     def forward(block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
         return apply_block(model, block, layer, x)
 
+    def read(stream: np.ndarray, start: int) -> jax.Array:
+        return lay_out(stream[start : start + batch], "batch", "seq", "embed")
+
     def advance(stream: np.ndarray, block: Block, number: jax.Array) -> None:
         for start in starts:
-            stream[start : start + batch] = forward(block, number, jnp.asarray(stream[start : start + batch]))
+            stream[start : start + batch] = forward(block, number, read(stream, start))
 
     owner: dict[str, int] = {}
     for layer in range(config.layers):
@@ -107,7 +114,7 @@ def stream_blocks(
         if solved is None:
             sums: tuple[list[jax.Array], list[jax.Array]] | None = None
             for start in starts:
-                found = observe(block, number, jnp.asarray(hidden[start : start + batch]))
+                found = observe(block, number, read(hidden, start))
                 sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
             assert sums is not None
             grams = {name: sums[0][index] for name, index in owner.items()}
@@ -121,8 +128,8 @@ def stream_blocks(
         if progress is not None:
             progress("calibrating", layer + 1, config.layers)
     if finish is not None:
-        measure = jax.jit(lambda x: sum_squares(model.final_norm(x)))
-        finish(sum((measure(jnp.asarray(hidden[start : start + batch])) for start in starts), start=jnp.float32(0)))
+        measure = jax.jit(lambda norm, x: sum_squares(norm(x)))
+        finish(sum((measure(model.final_norm, read(hidden, start)) for start in starts), start=jnp.float32(0)))
 
 
 def take_block(model: Transformer, layer: int) -> Block:

@@ -16,7 +16,7 @@ import numpy as np
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.evaluate.metrics import Metric, average
-from hsai.evaluate.scorer import CHUNK
+from hsai.evaluate.scorer import CHUNK, Scorer
 from hsai.models import Transformer
 
 
@@ -24,13 +24,13 @@ class Reference:
     """The model that others are compared with, and what it made of each text.
 
     Attributes:
-      model: dense, mostly.
+      scorer: of a model that is dense, mostly, and its cache exact.
       tokenizer: of it; a model with another one is not compared.
       hidden: by the text's name, of each pair, float32 (tokens, D), of `Scorer.score_and_read`.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model = model
+    def __init__(self, scorer: Scorer, tokenizer: Tokenizer) -> None:
+        self.scorer = scorer
         self.tokenizer = tokenizer
         self.hidden: dict[str, list[np.ndarray]] = {}
 

@@ -22,7 +22,7 @@ from hsai.evaluate.perplexity import cut_windows
 from hsai.evaluate.scorer import Scorer
 from hsai.export.source import open_model
 from hsai.infer import Engine, SamplingConfig
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 
 try:
     from lm_eval.api.model import LM
@@ -39,13 +39,20 @@ class HarnessModel(LM):
     """A model of ours as the harness knows them."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, *, batch_tokens: int = 2048, mesh: Mesh | None = None
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 2048,
+        mesh: Mesh | None = None,
+        cache: CacheFormat = "activations",
     ) -> None:
         """Wraps a model; arguments as of `hsai.evaluate.Scorer`. Text is generated on one device."""
         super().__init__()
         self._model = model
         self._tokenizer = tokenizer
-        self._scorer = Scorer(model, batch_tokens=batch_tokens, mesh=mesh)
+        self._cache: CacheFormat = cache
+        self._scorer = Scorer(model, batch_tokens=batch_tokens, mesh=mesh, cache=cache)
         self._engine: Engine | None = None
 
     @classmethod
@@ -83,7 +90,7 @@ class HarnessModel(LM):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """The text that follows each context, up to the first of the request's stop texts, which is left out."""
         if self._engine is None:
-            self._engine = Engine.trace(self._model, self._tokenizer)
+            self._engine = Engine.trace(self._model, self._tokenizer, cache=self._cache)
         texts = []
         for request in requests:
             context, settings = request.args

@@ -13,11 +13,17 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.evaluate.runner import EvaluationConfig, TaskResult
 from hsai.formats.storage import describe
 from hsai.machine import find_commit
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 
 
 def describe_evaluation(
-    name: str, model: Transformer, tokenizer: Tokenizer, *, batch_tokens: int, mesh: jax.sharding.Mesh | None
+    name: str,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    batch_tokens: int,
+    mesh: jax.sharding.Mesh | None,
+    kv_cache: CacheFormat = "activations",
 ) -> dict[str, Any]:
     """What the results of one model share, as JSON."""
     formats = collections.Counter(record["format"] for record in describe(model).values())
@@ -31,6 +37,7 @@ def describe_evaluation(
         },
         "batch_tokens": batch_tokens,
         "mesh": None if mesh is None else dict(mesh.shape),
+        "kv_cache": kv_cache,
         "hsai": hsai.__version__,
         "commit": find_commit(),
     }

@@ -102,7 +102,7 @@ def evaluate_tasks(
       tokenizer: of the model.
       config: what to measure.
       cache: where documents are kept, and fetched to, by default `hsai.fetch.default_cache()`.
-      reference: what it makes of texts is kept if it is the scorer's own model; another model is compared with it.
+      reference: what it makes of texts is kept if it is of this scorer; another is compared with it.
       progress: called with (what is done, how much of it, of how much).
     Raises:
       InputError: documents cannot be had, a text cannot be read or is too short.
@@ -235,10 +235,10 @@ def _measure_text(
         bits = -sum(values) / math.log(2) / size
         metrics.append(Metric(name="bits_per_byte", value=bits, standard_error=None, n=size))
     if reference is not None and hidden is not None:
-        if scorer.model is reference.model:
+        if scorer is reference.scorer:
             reference.hidden[name] = hidden
         else:
-            metrics += measure_divergence(reference.model, reference.hidden[name], scorer.model, hidden)
+            metrics += measure_divergence(reference.scorer.model, reference.hidden[name], scorer.model, hidden)
     return TaskResult(
         task=name,
         metrics=tuple(metrics),

@@ -6,6 +6,8 @@ text. Inputs are padded to few lengths, so that few programs are compiled, and g
 together. Logits exist for a few hundred tokens at a time.
 
 A number depends on batches and meshes by float32 rounding only: no row reads another, and padding is never attended to.
+With a cache of fewer bits than activations, every token is read through it, as decoding reads all but what it computes:
+then that is what is measured.
 
 R rows, S tokens of a row, C scored tokens whose logits exist together, D embed, V vocabulary; the others are those of
 hsai/evaluate/batches.py.
@@ -13,6 +15,7 @@ hsai/evaluate/batches.py.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
@@ -22,8 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hsai.errors import InputError
 from hsai.evaluate.batches import Batch, Pair, Row, cut_groups, plan_batches, stack_rows
-from hsai.models import KVCache, Transformer
-from hsai.models.cache import CACHE_AXES
+from hsai.models import CacheFormat, KVCache, Transformer
+from hsai.models.cache import CACHE_AXES, check_cache_format
 from hsai.sharding import constrain, tree_shardings, use_mesh
 
 Report = Callable[[int, int], None]
@@ -52,7 +55,14 @@ class Score:
 class Scorer:
     """Scores pairs with one model; programs are compiled when a length is first met, and kept."""
 
-    def __init__(self, model: Transformer, *, batch_tokens: int = 2048, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        batch_tokens: int = 2048,
+        mesh: Mesh | None = None,
+        cache: CacheFormat = "activations",
+    ) -> None:
         """Places the model.
 
         Args:
@@ -60,9 +70,11 @@ class Scorer:
           batch_tokens: tokens, padding included, that are computed together (one text may be longer).
           mesh: where to compute; rows are split over its data and fsdp axes, weights as `hsai.sharding` says. Without
             one, on the device where the model is.
+          cache: what keys and values are stored as before any query, that of their own token included, reads them.
         Raises:
-          InputError: batch_tokens is below 1.
+          InputError: batch_tokens is below 1, or an unknown cache.
         """
+        check_cache_format(cache)
         if batch_tokens < 1:
             raise InputError(f"batch_tokens={batch_tokens} must be at least 1")
         self.max_length: int = model.config.max_length
@@ -71,8 +83,8 @@ class Scorer:
         self._mesh = mesh
         self._parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.model = model if mesh is None else jax.device_put(model, tree_shardings(model, mesh))
-        self._read = jax.jit(_read)
-        self._read_prefix = jax.jit(_read_prefix, static_argnames="slots")
+        self._read = jax.jit(functools.partial(_read, format=cache))
+        self._read_prefix = jax.jit(functools.partial(_read_prefix, format=cache), static_argnames="slots")
         self._read_suffix = jax.jit(_read_suffix)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # every process gets all numbers
         self._score = jax.jit(_score, out_shardings=whole)
@@ -145,23 +157,30 @@ def _regroup(results: Mapping[int, Score], groups: Sequence[Sequence[Pair]]) -> 
     return [[next(scores) for _ in group] for group in groups]
 
 
-def _read(model: Transformer, tokens: jax.Array) -> jax.Array:
-    """(R, S) -> (R, S, D): whole texts, each from position 0."""
-    return model(constrain(tokens, "batch", "seq"))[0]
+def _read(model: Transformer, tokens: jax.Array, *, format: CacheFormat) -> jax.Array:
+    """(R, S) -> (R, S, D): whole texts, each from position 0; what a cache would hold exactly needs none."""
+    tokens = constrain(tokens, "batch", "seq")
+    cache = None if format == "activations" else model.make_cache(tokens.shape[0], tokens.shape[1], format)
+    return model(tokens, cache=cache)[0]
 
 
-def _read_prefix(model: Transformer, tokens: jax.Array, lengths: jax.Array, *, slots: int) -> KVCache:
+def _read_prefix(
+    model: Transformer, tokens: jax.Array, lengths: jax.Array, *, slots: int, format: CacheFormat
+) -> KVCache:
     """The cache (G, slots) that prefixes (G, P) of `lengths` (G,) leave; padding lies behind each row's length."""
     tokens = constrain(tokens, "batch", "seq")
-    cache = model(tokens, cache=model.make_cache(tokens.shape[0], slots))[1]
+    cache = model(tokens, cache=model.make_cache(tokens.shape[0], slots, format))[1]
     assert cache is not None, "a model that is given a cache returns one"
     return dataclasses.replace(cache, lengths=lengths)
 
 
 def _read_suffix(model: Transformer, tokens: jax.Array, cache: KVCache, owners: jax.Array) -> jax.Array:
     """(R, S) -> (R, S, D), each row behind the prefix `owners` (R,) of `cache`."""
-    keys, values = (constrain(part[:, owners], *CACHE_AXES) for part in (cache.keys, cache.values))
-    own = KVCache(keys, values, cache.lengths[owners])
+
+    def take(array: jax.Array) -> jax.Array:
+        return constrain(array[:, owners], *CACHE_AXES[: array.ndim])
+
+    own = KVCache.from_stored(jax.tree.map(take, cache.stored), cache.lengths[owners])
     return model(constrain(tokens, "batch", "seq"), cache=own)[0]
 
 

@@ -62,7 +62,7 @@ class GraphConfig:
     """Tokens that the cache holds for each row; none takes the model's max_length."""
 
     cache: CacheFormat = "activations"
-    """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 with scales."""
+    """What the cache stores its numbers as: the activations' dtype, bfloat16, or int8 or int4 with scales."""
 
     stablehlo_version: str | None = None
     """Of the portable bytecode, such as "1.0.0", for runtimes older than this jax; none takes the one that jax takes

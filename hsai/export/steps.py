@@ -2,7 +2,7 @@
 
 The same two functions are traced for this machine by `hsai.infer` and exported by `hsai.export.stablehlo`. Weights come
 in as one `{name: array}` dict, with the names of weights.safetensors, since an exported graph knows no class of ours;
-the cache comes in and goes out as its three arrays, or five where it is int8.
+the cache comes in and goes out as its three arrays, or five where it is of integers.
 
 L layers, B batch, T query, S slots of the cache, K kv heads, H head dim, V vocabulary.
 """
@@ -20,14 +20,14 @@ from hsai.models.transformer import abstract_transformer
 
 Arrays = Mapping[str, jax.Array]
 State = tuple[jax.Array, ...]
-"""keys and values (L, B, S, K, H) as the cache stores them, lengths int32 (B,); of an int8 cache, also the scales of
-keys and of values, float32 (L, B, S, K)."""
+"""keys and values as the cache stores them, lengths int32 (B,); of a cache of integers also the scales of keys and of
+values: see `hsai.models.cache.KVCache`."""
 
 CACHE_NAMES = tuple(field.name for field in dataclasses.fields(KVCache))
 PREFILL_INPUTS = ("weights", "tokens", "count", *CACHE_NAMES)
 DECODE_INPUTS = ("weights", "tokens", *CACHE_NAMES)
 OUTPUTS = ("logits", *CACHE_NAMES)
-"""The last two of each are there for an int8 cache only."""
+"""The last two of each are there for a cache of integers only."""
 
 
 def make_prefill(config: TransformerConfig, formats: Mapping[str, Mapping[str, Any]]) -> Callable[..., Any]:

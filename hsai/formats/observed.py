@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.formats.packed import Packed, Weight, to_dense
+from hsai.sharding import constrain
 
 ROWS = 128
 """Of an expert that are multiplied at a time."""
@@ -57,9 +58,9 @@ class Notes:
 
 
 def sum_squares(x: jax.Array) -> jax.Array:
-    """X^T X of (..., D), float32 (D, D)."""
+    """X^T X of (..., D), float32 (D, D); on a mesh each device has some rows of it."""
     wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST)
+    return constrain(jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST), "gram", None)
 
 
 def sum_squares_sorted(x: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -84,7 +85,7 @@ def sum_squares_sorted(x: jax.Array, sizes: jax.Array) -> jax.Array:
 
     most = -(-rows // block) + count
     grams, _ = jax.lax.scan(step, jnp.zeros((count, width, width), jnp.float32), jnp.arange(most))
-    return grams
+    return constrain(grams, "experts", "gram", None)
 
 
 @jax.tree_util.register_dataclass

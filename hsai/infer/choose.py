@@ -10,7 +10,7 @@ B rows, V tokens, C blocks of E tokens.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -93,15 +93,16 @@ def stack_settings(rows: Sequence[tuple[SamplingConfig, int]], batch: int) -> Se
     """The settings and steps of rows, as numpy's arrays; those up to `batch` choose the likeliest."""
     rows = [*rows, *[(SamplingConfig(), 0)] * (batch - len(rows))]
     configs = [config for config, _ in rows]
-    return Settings(  # type: ignore[arg-type]
-        temperature=np.array([c.temperature for c in configs], np.float32),
-        top_k=np.array([min(c.top_k or KEEP_ALL, KEEP_ALL) for c in configs], np.int32),
-        top_p=np.array([1.0 if c.top_p is None else c.top_p for c in configs], np.float32),
-        min_p=np.array([c.min_p or 0.0 for c in configs], np.float32),
-        penalty=np.array([c.repetition_penalty for c in configs], np.float32),
-        seed=np.array([c.seed for c in configs], np.uint32),
-        step=np.array([step for _, step in rows], np.int32),
-    )
+    arrays: dict[str, Any] = {
+        "temperature": np.array([c.temperature for c in configs], np.float32),
+        "top_k": np.array([min(c.top_k or KEEP_ALL, KEEP_ALL) for c in configs], np.int32),
+        "top_p": np.array([1.0 if c.top_p is None else c.top_p for c in configs], np.float32),
+        "min_p": np.array([c.min_p or 0.0 for c in configs], np.float32),
+        "penalty": np.array([c.repetition_penalty for c in configs], np.float32),
+        "seed": np.array([c.seed for c in configs], np.uint32),
+        "step": np.array([step for _, step in rows], np.int32),
+    }
+    return Settings(**arrays)
 
 
 def choose_tokens(logits: jax.Array, settings: Settings, extras: Extras | None, *, kind: Kind, vocab: int) -> Chosen:

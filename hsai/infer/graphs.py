@@ -57,7 +57,7 @@ class GraphRuntime:
         self.slots: int = cache[0].shape[2]
         self.page, self.width = self.slots, 1
         self.buckets = tuple(sorted(prefill))
-        self.batches = (1,)
+        self.batches: tuple[int, ...] = (1,)
         self._vocab = vocab
         self._weights = dict(weights)
         self._prefill = dict(prefill)
@@ -96,7 +96,7 @@ class GraphRuntime:
             if int(made[-1].token[0]) in vocabulary.stops:
                 break
             if extras is not None:
-                extras.seen[0, int(made[-1].token[0])] = True  # type: ignore[index]  # numpy's
+                extras.seen[0, int(made[-1].token[0])] = True
         return Made(*jax.tree.leaves(jax.tree.map(lambda *steps: np.stack(steps), *made))), pages
 
     def prepare_read(self, tokens: int, pages: KVCache) -> None:

@@ -121,7 +121,7 @@ def make_write(
             index, tokens, positions, seen, made, pages = state
             hidden, pages = _read(model, tokens[:, None], positions[:, None], PagedCache(pages, rows.table))
             settings = dataclasses.replace(rows.settings, step=rows.settings.step + index)
-            now = None if extras is None else dataclasses.replace(extras, seen=seen)
+            now = None if extras is None or seen is None else dataclasses.replace(extras, seen=seen)
             logits = model.logits(hidden)[:, 0]
             chosen = choose_tokens(logits, settings, now, kind=kind, vocab=vocabulary.size)
             there = positions >= 0

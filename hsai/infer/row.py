@@ -103,11 +103,11 @@ class Row:
             if self._seen is None:
                 self._seen = np.zeros(extras.seen.shape[1], bool)
                 self._seen[self.tokens] = True
-            extras.seen[index] = self._seen  # type: ignore[index]
+            extras.seen[index] = self._seen
         if self.follower is not None:
-            extras.allowed[index] = self.follower.allowed  # type: ignore[index]
+            extras.allowed[index] = self.follower.allowed
         if self.request.logprobs is not None:
-            extras.probable[...] = True  # type: ignore[index]
+            extras.probable[...] = True
 
     def take(self, index: int, made: Made) -> None:
         """Goes on with what a block made in its row `index`, and tells what became certain."""

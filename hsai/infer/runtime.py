@@ -88,7 +88,7 @@ class TracedRuntime:
         self.buckets = graphs.buckets(model.config)
         self.page = min(page, self.slots)
         self.width = -(-self.slots // self.page)
-        self.batches = BATCHES
+        self.batches: tuple[int, ...] = BATCHES
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def make_pages(self, count: int) -> KVCache:

@@ -9,6 +9,7 @@ L layers, B batch, S slots, K kv heads, H head dim, T new tokens.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol, Self, get_args
 
 import jax
@@ -18,12 +19,13 @@ from hsai.errors import InputError
 from hsai.formats.packed import invert_scale
 from hsai.models.heads import attend_heads
 from hsai.sharding import Axes, constrain
+from hsai_kernels import pack_halves
 
 CACHE_AXES: Axes = ("layers", "batch", "cache", "kv_heads", "head_dim")
 
-CacheFormat = Literal["activations", "bfloat16", "int8"]
-"""The activations' dtype; bfloat16; or int8 codes with a float32 scale for each token and kv head (8 + 32 / H bits a
-number)."""
+CacheFormat = Literal["activations", "bfloat16", "int8", "int4"]
+"""The activations' dtype; bfloat16; int8 codes with a float32 scale for each token and kv head (8 + 32 / H bits a
+number); or 4-bit codes, two a byte, with a bfloat16 scale for each half of a head (4 + 32 / H bits)."""
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +34,9 @@ class KVCache:
     """keys, values (L, B, S, K, H); lengths int32 (B,): how many slots of each row hold tokens.
 
     Slot s of a row holds the token at position s. What lies at or beyond a row's length is never read: its position
-    exceeds that of every query. An int8 cache has scales, float32 (L, B, S, K), for `keys * key_scales[..., None]`.
+    exceeds that of every query. An int8 cache has scales, float32 (L, B, S, K), for `keys * key_scales[..., None]`. An
+    int4 cache has keys and values of uint8 (L, B, S, K, H / 2), whose bytes `hsai_kernels.unpack_halves` splits, and
+    scales, bfloat16 (L, B, S, K, 2), of these halves.
     """
 
     keys: jax.Array
@@ -54,7 +58,8 @@ class KVCache:
     @property
     def stored(self) -> "StoredArrays":
         """What the layers read and write; bfloat16 as bit patterns, uint16."""
-        return _as_bits(self.keys), _as_bits(self.values), self.key_scales, self.value_scales
+        stored: StoredArrays = jax.tree.map(_as_bits, (self.keys, self.values, self.key_scales, self.value_scales))
+        return stored
 
     def follow(self, tokens: int) -> jax.Array:
         """As of `Cache`."""
@@ -71,12 +76,12 @@ class KVCache:
     @classmethod
     def from_stored(cls, stored: "StoredArrays", lengths: jax.Array) -> "KVCache":
         """The inverse of `stored`."""
-        keys, values, key_scales, value_scales = stored
-        return cls(_from_bits(keys), _from_bits(values), lengths, key_scales, value_scales)
+        keys, values, *scales = jax.tree.map(_from_bits, stored)
+        return cls(keys, values, lengths, *scales)
 
 
 StoredArrays = tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]
-"""keys, values, and the scales of an int8 cache."""
+"""keys, values, and the scales of a cache of integers."""
 
 
 class Cache(Protocol):
@@ -119,15 +124,18 @@ def make_cache(
       InputError: an unknown format.
     """
     check_cache_format(format)
-    shape = (layers, batch, slots, kv_heads, head_dim)
-    stored = dtype if format == "activations" else format
+    heads = (layers, batch, slots, kv_heads)
     # Arrays, not one several times: a step that takes over the cache's memory must find memory for each.
-    keys, values = (constrain(jnp.zeros(shape, stored), *CACHE_AXES) for _ in range(2))
-    lengths = jnp.zeros((batch,), jnp.int32)
-    if format != "int8":
-        return KVCache(keys, values, lengths)
-    scales = [constrain(jnp.zeros(shape[:-1], jnp.float32), *CACHE_AXES[:-1]) for _ in range(2)]
-    return KVCache(keys, values, lengths, *scales)
+    shapes: Sequence[tuple[tuple[int, ...], str]]
+    match format:
+        case "int8":
+            shapes = [((*heads, head_dim), "int8")] * 2 + [(heads, "float32")] * 2
+        case "int4":
+            shapes = [((*heads, head_dim // 2), "uint8")] * 2 + [((*heads, 2), "bfloat16")] * 2
+        case _:
+            shapes = [((*heads, head_dim), dtype if format == "activations" else format)] * 2
+    keys, values, *scales = (constrain(jnp.zeros(shape, stored), *CACHE_AXES[: len(shape)]) for shape, stored in shapes)
+    return KVCache(keys, values, jnp.zeros((batch,), jnp.int32), *scales)
 
 
 def check_cache_format(format: str) -> None:
@@ -165,14 +173,8 @@ class LayerCache:
 
     def read(self) -> StoredArrays:
         """This layer's keys and values (B, S, K, H) as they are stored, and their scales (B, S, K) if there are any."""
-
-        keys, values, key_scales, value_scales = self.stored
-        return (
-            _from_bits(keys[self.layer]),
-            _from_bits(values[self.layer]),
-            None if key_scales is None else key_scales[self.layer],
-            None if value_scales is None else value_scales[self.layer],
-        )
+        read: StoredArrays = jax.tree.map(lambda stored: _from_bits(stored[self.layer]), self.stored)
+        return read
 
 
 def put_tokens(stored: StoredArrays, keys: jax.Array, values: jax.Array, at: tuple[Any, ...]) -> StoredArrays:
@@ -185,8 +187,9 @@ def put_tokens(stored: StoredArrays, keys: jax.Array, values: jax.Array, at: tup
 
     stored_keys, stored_values, key_scales, value_scales = stored
     if key_scales is not None and value_scales is not None:
-        keys, new_key_scales = quantize_heads(keys)
-        values, new_value_scales = quantize_heads(values)
+        quantize = quantize_halves if stored_keys.dtype == jnp.uint8 else quantize_heads
+        keys, new_key_scales = quantize(keys)
+        values, new_value_scales = quantize(values)
         key_scales, value_scales = put(key_scales, new_key_scales), put(value_scales, new_value_scales)
     return put(stored_keys, keys), put(stored_values, values), key_scales, value_scales
 
@@ -210,3 +213,19 @@ def quantize_heads(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     codes = jnp.clip(jnp.round(x * invert_scale(scale)[..., None]), -127, 127)
     return codes.astype(jnp.int8), scale
+
+
+def quantize_halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, T, K, H) of any float dtype -> 4-bit codes, two a byte, uint8 (B, T, K, H / 2), and bfloat16 (B, T, K, 2).
+
+    The number of largest magnitude in each half of a head is level -8 of its scale, which is negative where that number
+    is positive: all sixteen levels are used, and a step is an eighth of it, where one of -7 to 7 is a seventh. A number
+    is off by half a step at most; one of the other sign, for which the levels end at 7, by a step. (Halves, since a
+    byte then has one number of each, and kernels read both without moving one.)
+    """
+    *lead, width = x.shape
+    halves = x.astype(jnp.float32).reshape(*lead, 2, width // 2)
+    at = jnp.argmax(jnp.abs(halves), axis=-1, keepdims=True)
+    scale = (jnp.take_along_axis(halves, at, axis=-1)[..., 0] / -8.0).astype(jnp.bfloat16)
+    codes = jnp.clip(jnp.round(halves * invert_scale(scale)[..., None]), -8, 7)
+    return pack_halves(codes.astype(jnp.int8)), scale

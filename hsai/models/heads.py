@@ -13,6 +13,7 @@ from hsai_kernels import attention
 HEADS: Axes = ("batch", "seq", "heads", "head_dim")
 KEYS: Axes = ("batch", "cache", "heads", "head_dim")
 SCALES: Axes = ("batch", "cache", "heads")
+HALF_SCALES: Axes = (*SCALES, "head_dim")
 QUERY_MARKS: Axes = ("batch", "seq")
 KEY_MARKS: Axes = ("batch", "cache")
 
@@ -39,7 +40,7 @@ def attend_heads(
 
     Where a sequence is split, the compiler splits plain jax: a device's queries read keys of others.
 
-    Args and result: as of `attention`; q (B, T, N, H), k and v (B, S, K, H), scales (B, S, K).
+    Args and result: as of `attention`.
     """
     splits = dict(find_splits((HEADS, q), (KEY_MARKS, kv_positions)))
 
@@ -79,7 +80,8 @@ def attend_heads(
             copies = devices // kv_heads
             k, v = share_heads(k, copies), share_heads(v, copies)
             k_scale, v_scale = (None if x is None else share_heads(x, copies) for x in (k_scale, v_scale))
-    in_axes = (HEADS, KEYS, KEYS, SCALES, SCALES, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
+    scales = SCALES if k_scale is None or k_scale.ndim == len(SCALES) else HALF_SCALES
+    in_axes = (HEADS, KEYS, KEYS, scales, scales, QUERY_MARKS, KEY_MARKS, QUERY_MARKS, KEY_MARKS)
     y: jax.Array = map_shards(attend, splits, in_axes, HEADS)(q, k, v, k_scale, v_scale, *marks)
     return y
 

@@ -27,9 +27,11 @@ struct Block {
   std::int64_t count;
   std::int32_t positions[kBlockKeys];
   std::int32_t segments[kBlockKeys];
-  float k_scale[kBlockKeys];
-  float v_scale[kBlockKeys];
+  float k_scale[kMostParts][kBlockKeys];
+  float v_scale[kMostParts][kBlockKeys];
 };
+
+using Scales = const float (*)[kBlockKeys];  // of the keys of a block, a row for each part of the head
 
 inline void mark_rows(const Attention& a, const AttentionTile& tile, Marks& marks) {
   for (std::int64_t r = 0; r < tile.rows; ++r) {
@@ -53,15 +55,55 @@ HSAI_INLINE bool may_see(const Attention& a, const Marks& marks, std::int64_t at
   return a.kv_segments[at] >= marks.first_segment && a.kv_segments[at] <= marks.last_segment;
 }
 
-// Fills in the block of the `count` keys from `first` on (counted over the batch).
-inline void fill_block(const Attention& a, std::int64_t kv_head, std::int64_t first, std::int64_t count, Block& block) {
-  block.count = count;
+// Keys that follow one another in memory.
+struct Run {
+  std::int64_t first;     // in their row
+  std::int64_t at;        // in the cache, counted over all rows, or pages
+  std::int64_t count;     // of them, at most kBlockKeys
+  std::int64_t readable;  // that follow, these included
+};
+
+// The next run of the tile, from key `next` of the row on, whose first and last key some row may see; false if none is.
+inline bool find_run(const Attention& a, const AttentionTile& tile, const Marks& marks, std::int64_t next, Run& run) {
+  if (a.table == nullptr) {
+    const std::int64_t row = tile.batch * a.keys;
+    while (next < tile.last_key && !may_see(a, marks, row + next)) ++next;
+    if (next == tile.last_key) return false;
+    const std::int64_t left = tile.last_key - next;
+    run = {next, row + next, left < kBlockKeys ? left : kBlockKeys, left};
+    while (!may_see(a, marks, run.at + run.count - 1)) --run.count;
+    return true;
+  }
+  // Keys stand at their positions: what is seen is an interval.
+  if (a.window != 0 && next <= marks.first_position - a.window) next = marks.first_position - a.window + 1;
+  const std::int64_t end = marks.last_position < tile.last_key ? marks.last_position + 1 : tile.last_key;
+  if (next >= end) return false;
+  const std::int64_t place = next % a.page, page = a.table[tile.batch * a.row_pages + next / a.page];
+  const std::int64_t left = a.page - place < end - next ? a.page - place : end - next;
+  run = {next, (a.layer * a.pages + page) * a.page + place, left < kBlockKeys ? left : kBlockKeys, a.page - place};
+  return true;
+}
+
+// The scale of one part of the head, which is number `at` in (B, S, K).
+template <int kParts>
+float read_scale(const void* scales, std::int64_t at, int part) {
+  if constexpr (kParts == 1) return static_cast<const float*>(scales)[at];
+  return load_bfloat16<1>(static_cast<const std::uint16_t*>(scales) + at * kParts + part)[0];
+}
+
+// Fills in the block of a run; scales where the cache has any.
+template <int kParts>
+void fill_block(const Attention& a, std::int64_t kv_head, const Run& run, Block& block) {
+  block.count = run.count;
   for (std::int64_t i = 0; i < kBlockKeys; ++i) {
-    const std::int64_t at = first + (i < count ? i : count - 1);
-    block.positions[i] = a.kv_positions[at];
+    const std::int64_t place = i < run.count ? i : run.count - 1, at = run.at + place;
+    block.positions[i] = a.table != nullptr ? static_cast<std::int32_t>(run.first + place) : a.kv_positions[at];
     block.segments[i] = a.kv_segments != nullptr ? a.kv_segments[at] : 0;
-    block.k_scale[i] = a.k_scale != nullptr ? a.k_scale[at * a.kv_heads + kv_head] : 1;
-    block.v_scale[i] = a.v_scale != nullptr ? a.v_scale[at * a.kv_heads + kv_head] : 1;
+    for (int part = 0; part < kParts; ++part) {
+      const std::int64_t head = at * a.kv_heads + kv_head;
+      block.k_scale[part][i] = a.k_scale != nullptr ? read_scale<kParts>(a.k_scale, head, part) : 1;
+      block.v_scale[part][i] = a.v_scale != nullptr ? read_scale<kParts>(a.v_scale, head, part) : 1;
+    }
   }
 }
 
@@ -74,17 +116,19 @@ inline void read_queries(const Attention& a, const AttentionTile& tile, float* q
     const std::int64_t head = tile.kv_head * a.group + row % a.group;
     const Rows from = {static_cast<const char*>(a.q) + (query * a.heads + head) * a.head_dim * bytes, 0, 0};
     if (a.bfloat16) {
-      widen_rows<Bfloat16>(from, 1, a.head_dim, a.width, q + r * a.width);
+      widen_rows<Bfloat16>(from, 1, a.head_dim, nullptr, a.width, a.width, q + r * a.width);
     } else {
-      widen_rows<Float32>(from, 1, a.head_dim, a.width, q + r * a.width);
+      widen_rows<Float32>(from, 1, a.head_dim, nullptr, a.width, a.width, q + r * a.width);
     }
   }
 }
 
 // Turns a row of scores into weights times the values' scales, zeros behind the last key, and brings the row's partial
-// sums to the new maximum.
-inline void weigh(const Attention& a, const Block& block, std::int32_t position, std::int32_t segment, float* scores,
-                  float* values, float& largest, float& total) {
+// sums to the new maximum. The scores of the parts of the head, which the keys' scales multiply, are `step` floats apart,
+// and so are the weights for them.
+template <int kParts>
+void weigh(const Attention& a, const Block& block, Scales k_scale, Scales v_scale, std::int32_t position,
+           std::int32_t segment, float* scores, std::int64_t step, float* values, float& largest, float& total) {
   using Float = Lanes<kLanes>::Float;
   using Int = Lanes<kLanes>::Int;
   using Word = Lanes<kLanes>::Word;
@@ -105,7 +149,11 @@ inline void weigh(const Attention& a, const Block& block, std::int32_t position,
     seen &= lane + i * kLanes < static_cast<std::int32_t>(block.count);
     // The key is not after the query, so that the difference is right without a sign.
     if (a.window != 0) seen &= (Int)((Word)here - (Word)there < distance_limit);
-    Float s = load<Float>(scores + i * kLanes) * (load<Float>(block.k_scale + i * kLanes) * a.scale);
+    Float s = load<Float>(scores + i * kLanes) * (load<Float>(k_scale[0] + i * kLanes) * a.scale);
+    for (int part = 1; part < kParts; ++part) {
+      const Float scale = load<Float>(k_scale[part] + i * kLanes) * a.scale;
+      s += load<Float>(scores + part * step + i * kLanes) * scale;
+    }
     if (a.softcap != 0) s = tangent(s / a.softcap) * a.softcap;
     s = seen ? s : lowest;
     most = s > most ? s : most;
@@ -119,7 +167,9 @@ inline void weigh(const Attention& a, const Block& block, std::int32_t position,
   for (int i = 0; i < kVectors; ++i) {
     const Float weight = visible[i] ? exponentiate(score[i] - higher) : zero;
     sum += weight;
-    store(scores + i * kLanes, weight * load<Float>(block.v_scale + i * kLanes));
+    for (int part = 0; part < kParts; ++part) {
+      store(scores + part * step + i * kLanes, weight * load<Float>(v_scale[part] + i * kLanes));
+    }
   }
   float added = 0;
   for (int i = 0; i < kLanes; ++i) added += sum[i];
@@ -133,15 +183,32 @@ inline void weigh(const Attention& a, const Block& block, std::int32_t position,
   total += added;
 }
 
-template <class Type>
+// The rows of a block as floats in `wide`, a.width apart; of several parts of the head each times its `scales`.
+template <class Head>
+void widen_heads(const Attention& a, const Rows& from, std::int64_t count, Scales scales, float* wide) {
+  constexpr int kParts = Head::kParts;
+  const std::int64_t length = a.head_dim / kParts;
+  unroll<kParts>([&](auto part) {
+    const std::int64_t padded = part.value + 1 < kParts ? length : a.width - part.value * length;
+    widen_rows<typename Head::template Part<part.value>>(from, count, length, kParts > 1 ? scales[part.value] : nullptr,
+                                                         padded, a.width, wide + part.value * length);
+  });
+}
+
+template <class Head>
 void attend_typed(const Attention& a, const AttentionTile& tile) {
+  constexpr int kParts = Head::kParts;
+  constexpr std::int64_t kBytes = Head::template Part<0>::kBytes;
+  const std::int64_t part_width = a.head_dim / kParts;
+  // Few keys and values are used as they lie, part by part, if vectors tile the parts; else as floats, scaled already.
   const bool few = tile.rows <= kFewRows;
-  const bool whole = a.width == a.head_dim;
+  const bool direct = few && part_width % kHeadStep == 0;
+  const std::int64_t step = tile.rows * kBlockKeys;
   float* q = tile.scratch;
   float* scores = q + tile.rows * a.width;
-  float* wide = scores + tile.rows * kBlockKeys;  // keys, then values, of a block
-  float* columns = wide + kBlockKeys * a.width;   // keys of a block, transposed
-  const std::int64_t stride = a.kv_heads * a.head_dim * Type::kBytes;
+  float* wide = scores + kParts * step;          // keys, then values, of a block
+  float* columns = wide + kBlockKeys * a.width;  // keys of a block, transposed
+  const std::int64_t stride = a.kv_heads * part_width * kBytes;
   const std::int64_t wide_stride = a.width * Float32::kBytes;
   const Partial& partial = tile.partial;
 
@@ -155,50 +222,67 @@ void attend_typed(const Attention& a, const AttentionTile& tile) {
   }
 
   Block block;
-  const std::int64_t row_of_keys = tile.batch * a.keys;
-  const std::int64_t end = row_of_keys + tile.last_key;
-  std::int64_t first = row_of_keys + tile.first_key;
-  while (true) {
-    while (first < end && !may_see(a, marks, first)) ++first;
-    if (first == end) break;
-    std::int64_t count = end - first < kBlockKeys ? end - first : kBlockKeys;
-    while (!may_see(a, marks, first + count - 1)) --count;
-    fill_block(a, tile.kv_head, first, count, block);
+  float ones[1][kBlockKeys];
+  for (float& one : ones[0]) one = 1;
+  Run run = {};
+  for (std::int64_t next = tile.first_key; find_run(a, tile, marks, next, run); next = run.first + run.count) {
+    fill_block<kParts>(a, tile.kv_head, run, block);
 
-    const std::int64_t offset = (first * a.kv_heads + tile.kv_head) * a.head_dim * Type::kBytes;
-    const Rows keys = {static_cast<const char*>(a.k) + offset, stride, end - first};
-    const Rows values = {static_cast<const char*>(a.v) + offset, stride, end - first};
+    const std::int64_t count = run.count;
+    const std::int64_t offset = (run.at * a.kv_heads + tile.kv_head) * part_width * kBytes;
+    const Rows keys = {static_cast<const char*>(a.k) + offset, stride, run.readable};
+    const Rows values = {static_cast<const char*>(a.v) + offset, stride, run.readable};
     const Rows widened = {reinterpret_cast<const char*>(wide), wide_stride, 0};
-    if (few && whole) {
-      dot<Type>(q, tile.rows, keys, count, a.width, scores);
+    if (direct) {
+      unroll<kParts>([&](auto part) {
+        using Part = typename Head::template Part<part.value>;
+        dot<Part>(q + part.value * part_width, a.width, tile.rows, keys, count, part_width, scores + part.value * step);
+      });
     } else {
-      widen_rows<Type>(keys, count, a.head_dim, a.width, wide);
+      widen_heads<Head>(a, keys, count, block.k_scale, wide);
       if (few) {
-        dot<Float32>(q, tile.rows, widened, count, a.width, scores);
+        dot<Float32>(q, a.width, tile.rows, widened, count, a.width, scores);
       } else {
         transpose_rows(wide, a.width, count, a.width, columns);
         const Rows transposed = {reinterpret_cast<const char*>(columns), kBlockKeys * Float32::kBytes, 0};
         multiply_rows<Float32>(tile.rows, q, a.width, transposed, a.width, kBlockKeys, scores, kBlockKeys, false);
       }
     }
-    for (std::int64_t r = 0; r < tile.rows; ++r) {
-      weigh(a, block, marks.positions[r], marks.segments[r], scores + r * kBlockKeys, partial.values + r * a.width,
-            partial.largest[r], partial.total[r]);
-    }
-    if (few && whole) {
-      multiply_rows<Type>(tile.rows, scores, kBlockKeys, values, count, a.width, partial.values, a.width, true);
+    const auto weigh_rows = [&](auto parts, Scales k_scale, Scales v_scale) {
+      for (std::int64_t r = 0; r < tile.rows; ++r) {
+        weigh<parts.value>(a, block, k_scale, v_scale, marks.positions[r], marks.segments[r], scores + r * kBlockKeys,
+                           step, partial.values + r * a.width, partial.largest[r], partial.total[r]);
+      }
+    };
+    if (kParts == 1 || direct) {
+      weigh_rows(std::integral_constant<int, kParts>{}, block.k_scale, block.v_scale);
     } else {
-      widen_rows<Type>(values, count, a.head_dim, a.width, wide);
+      weigh_rows(std::integral_constant<int, 1>{}, ones, ones);
+    }
+    if (direct) {
+      unroll<kParts>([&](auto part) {
+        using Part = typename Head::template Part<part.value>;
+        multiply_rows<Part>(tile.rows, scores + part.value * step, kBlockKeys, values, count, part_width,
+                            partial.values + part.value * part_width, a.width, true);
+      });
+    } else {
+      widen_heads<Head>(a, values, count, block.v_scale, wide);
       multiply_rows<Float32>(tile.rows, scores, kBlockKeys, widened, count, a.width, partial.values, a.width, true);
     }
-    first += count;
   }
 }
 
 void attend_tile(const Attention& attention, const AttentionTile& tile) {
-  if (attention.cache == CacheType::kFloat32) return attend_typed<Float32>(attention, tile);
-  if (attention.cache == CacheType::kBfloat16) return attend_typed<Bfloat16>(attention, tile);
-  return attend_typed<Int8Cache>(attention, tile);
+  switch (attention.cache) {
+    case CacheType::kFloat32:
+      return attend_typed<WholeHead<Float32>>(attention, tile);
+    case CacheType::kBfloat16:
+      return attend_typed<WholeHead<Bfloat16>>(attention, tile);
+    case CacheType::kInt8:
+      return attend_typed<WholeHead<Int8Cache>>(attention, tile);
+    case CacheType::kInt4:
+      return attend_typed<HeadHalves>(attention, tile);
+  }
 }
 
 }  // namespace

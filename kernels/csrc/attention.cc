@@ -37,7 +37,7 @@ Plan plan_tiles(const Attention& a) {
 
 // Floats that a tile of that many rows works in (attend_tile.h lays them out).
 std::int64_t count_scratch(std::int64_t rows, std::int64_t width) {
-  return rows * (width + kBlockKeys) + (rows <= kFewRows ? 1 : 2) * kBlockKeys * width;
+  return rows * (width + kMostParts * kBlockKeys) + (rows <= kFewRows ? 1 : 2) * kBlockKeys * width;
 }
 
 // Floats of a partial result.
@@ -107,6 +107,10 @@ void write_rows(const Attention& a, const AttentionTile& tile, float* partials, 
 void attend(Attention a, std::int64_t threads, const Schedule& schedule) {
   a.group = a.heads / a.kv_heads;
   a.width = (a.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
+  if (a.table != nullptr) {  // the longest row: what lies behind it costs nothing, and changes no bit
+    a.keys = 1;
+    for (std::int64_t i = 0; i < a.batch * a.queries; ++i) a.keys = std::max<std::int64_t>(a.keys, a.q_positions[i] + 1);
+  }
   const Plan plan = plan_tiles(a);
   if (a.batch * a.heads * a.queries * a.keys * a.head_dim < kAlone || threads < 1) threads = 1;
   threads = std::min(threads, plan.tiles);

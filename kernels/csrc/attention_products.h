@@ -52,6 +52,34 @@ struct Int8Cache {
   }
 };
 
+// The half of a head that its bytes have in their low or their high 4 bits: signed integers.
+template <bool kHigh>
+struct Int4Half {
+  static constexpr std::int64_t kBytes = 1;
+  template <int L>
+  static HSAI_INLINE typename Lanes<L>::Float read(const void* from) {
+    using Int = typename Lanes<L>::Int;
+    using Word = typename Lanes<L>::Word;
+    const Int both = load_int8<L>(from);
+    const Int code = kHigh ? both >> 4 : (Int)((Word)both << 28) >> 28;
+    return __builtin_convertvector(code, typename Lanes<L>::Float);
+  }
+};
+
+// The parts of a head: all of it at once, or its halves, each of elements of its own.
+template <class Type>
+struct WholeHead {
+  static constexpr int kParts = 1;
+  template <int kPart>
+  using Part = Type;
+};
+
+struct HeadHalves {
+  static constexpr int kParts = 2;
+  template <int kPart>
+  using Part = Int4Half<kPart == 1>;
+};
+
 // Rows of elements in memory, `stride` bytes apart; those from `readable` on may not exist.
 struct Rows {
   const char* data;
@@ -59,15 +87,21 @@ struct Rows {
   std::int64_t readable;
 };
 
-// Rows of `length` elements as floats, `width` apart, zeros behind them; reads nothing beyond a row.
+// Rows of `length` elements as floats, times a scale each, `stride` apart, zeros behind them up to `padded`; reads nothing
+// beyond a row.
 template <class Type>
-void widen_rows(const Rows& from, std::int64_t count, std::int64_t length, std::int64_t width, float* to) {
+void widen_rows(const Rows& from, std::int64_t count, std::int64_t length, const float* scales, std::int64_t padded,
+                std::int64_t stride, float* to) {
   for (std::int64_t i = 0; i < count; ++i) {
     const char* row = from.data + i * from.stride;
+    float* out = to + i * stride;
+    const float scale = scales != nullptr ? scales[i] : 1;
     std::int64_t h = 0;
-    for (; h + kLanes <= length; h += kLanes) store(to + i * width + h, Type::template read<kLanes>(row + h * Type::kBytes));
-    for (; h < length; ++h) to[i * width + h] = Type::template read<1>(row + h * Type::kBytes)[0];
-    for (; h < width; ++h) to[i * width + h] = 0;
+    for (; h + kLanes <= length; h += kLanes) {
+      store(out + h, Type::template read<kLanes>(row + h * Type::kBytes) * scale);
+    }
+    for (; h < length; ++h) out[h] = Type::template read<1>(row + h * Type::kBytes)[0] * scale;
+    for (; h < padded; ++h) out[h] = 0;
   }
 }
 
@@ -133,9 +167,10 @@ HSAI_INLINE Lanes<4>::Float sum_four(const typename Lanes<L>::Float& a, const ty
   return fold_quads<L>(add_quads<L>(add_pairs<L>(a, b, all), add_pairs<L>(c, d, all), all));
 }
 
-// scores[r * kBlockKeys + i] = q[r] . keys[i] for R rows of q, `width` apart, and i < count.
+// scores[r * kBlockKeys + i] = q[r][0..width) . keys[i] for R rows of q, `stride` apart, and i < count.
 template <class Type, int R>
-void dot_rows(const float* q, const Rows& keys, std::int64_t count, std::int64_t width, float* scores) {
+void dot_rows(const float* q, std::int64_t stride, const Rows& keys, std::int64_t count, std::int64_t width,
+              float* scores) {
   using Float = Lanes<kLanes>::Float;
   for (std::int64_t i = 0; i < count; i += 4) {
     // The last keys are multiplied several times where there are fewer than four; the scores' rows have room.
@@ -151,7 +186,7 @@ void dot_rows(const float* q, const Rows& keys, std::int64_t count, std::int64_t
     for (std::int64_t h = 0; h < width; h += kLanes) {
       unroll<4>([&](auto j) HSAI_INLINE_LAMBDA {
         const Float key = Type::template read<kLanes>(row[j.value] + h * Type::kBytes);
-        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums[r.value][j.value] += key * load<Float>(q + r.value * width + h); });
+        unroll<R>([&](auto r) HSAI_INLINE_LAMBDA { sums[r.value][j.value] += key * load<Float>(q + r.value * stride + h); });
       });
     }
     unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
@@ -162,19 +197,20 @@ void dot_rows(const float* q, const Rows& keys, std::int64_t count, std::int64_t
 }
 
 template <class Type, int R = kDotRows>
-void dot_few(const float* q, std::int64_t rows, const Rows& keys, std::int64_t count, std::int64_t width,
-             float* scores) {
+void dot_few(const float* q, std::int64_t stride, std::int64_t rows, const Rows& keys, std::int64_t count,
+             std::int64_t width, float* scores) {
   if constexpr (R > 1) {
-    if (rows < R) return dot_few<Type, R - 1>(q, rows, keys, count, width, scores);
+    if (rows < R) return dot_few<Type, R - 1>(q, stride, rows, keys, count, width, scores);
   }
-  dot_rows<Type, R>(q, keys, count, width, scores);
+  dot_rows<Type, R>(q, stride, keys, count, width, scores);
 }
 
 // All rows, as many at a time as there are registers.
 template <class Type>
-void dot(const float* q, std::int64_t rows, const Rows& keys, std::int64_t count, std::int64_t width, float* scores) {
+void dot(const float* q, std::int64_t stride, std::int64_t rows, const Rows& keys, std::int64_t count,
+         std::int64_t width, float* scores) {
   for (std::int64_t r = 0; r < rows; r += kDotRows) {
-    dot_few<Type>(q + r * width, rows - r, keys, count, width, scores + r * kBlockKeys);
+    dot_few<Type>(q + r * stride, stride, rows - r, keys, count, width, scores + r * kBlockKeys);
   }
 }
 

@@ -152,8 +152,8 @@ void run_attention(std::FILE* cases, std::FILE* results) {
   a.k = arrays[1]->data();
   a.v = arrays[2]->data();
   a.cache = static_cast<hsai::CacheType>(header.cache);
-  a.k_scale = floats(3);
-  a.v_scale = floats(4);
+  a.k_scale = arrays[3]->data();
+  a.v_scale = arrays[4]->data();
   a.q_positions = integers(5);
   a.kv_positions = integers(6);
   a.q_segments = integers(7);

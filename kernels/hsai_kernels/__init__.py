@@ -7,6 +7,7 @@ the only branch on the platform, `native.py` the door to the C++ kernels.
 
 from hsai_kernels.dispatch import prefer
 from hsai_kernels.ops.attention.api import attention
+from hsai_kernels.ops.attention.reference import pack_halves, unpack_halves
 from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
@@ -15,7 +16,13 @@ from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int8, dequantize_words, find_zero
 from hsai_kernels.ops.rope.api import rope
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
-from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, densify_nm, rank_chosen
+from hsai_kernels.ops.sparse_matmul.reference import (
+    POSITION_BITS,
+    densify_bits,
+    densify_nm,
+    rank_chosen,
+    unpack_bits,
+)
 from hsai_kernels.packing import count_elements, pack_words, unpack_words
 
 __all__ = [
@@ -24,12 +31,14 @@ __all__ = [
     "count_elements",
     "cross_entropy",
     "cross_entropy_sum",
+    "densify_bits",
     "densify_nm",
     "dequantize_int8",
     "dequantize_words",
     "find_zero",
     "gated_mlp",
     "norm_matmul",
+    "pack_halves",
     "pack_words",
     "paged_attention",
     "prefer",
@@ -37,5 +46,7 @@ __all__ = [
     "rank_chosen",
     "rope",
     "sparse_matmul",
+    "unpack_bits",
+    "unpack_halves",
     "unpack_words",
 ]

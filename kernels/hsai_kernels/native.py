@@ -22,8 +22,14 @@ MAX_INTEGER_ROWS = 1 << 16
 QUANTIZED_MATMUL = "hsai_quantized_matmul"
 SPARSE_MATMUL = "hsai_sparse_matmul"
 ATTENTION = "hsai_attention"
+PAGED_ATTENTION = "hsai_paged_attention"
 
-_TARGETS = {ATTENTION: "HsaiAttention", QUANTIZED_MATMUL: "HsaiQuantizedMatmul", SPARSE_MATMUL: "HsaiSparseMatmul"}
+_TARGETS = {
+    ATTENTION: "HsaiAttention",
+    PAGED_ATTENTION: "HsaiPagedAttention",
+    QUANTIZED_MATMUL: "HsaiQuantizedMatmul",
+    SPARSE_MATMUL: "HsaiSparseMatmul",
+}
 
 NAMES = tuple(_TARGETS)
 """What the library's custom calls are called in a program."""

@@ -48,6 +48,20 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
             assert ours["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5)
 
 
+def test_caches_side_by_side(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One model with each cache: what it costs to read keys and values through it, against the first."""
+    (place / "code.txt").write_text(TEXT)
+    words = ["eval", str(workshop.bundles / "bf16"), "--tasks", "perplexity:code.txt", "--window", "32", "--limit", "4"]
+    assert main([*words, "--kv-cache", "activations", "int8", "int4", "--json", "a.json", "--html", "a.html"]) == 0
+    assert "bf16, int4 cache" in capsys.readouterr().out and "bf16, int8 cache" in (place / "a.html").read_text()
+    found = json.loads((place / "a.json").read_text())
+    names = ["bf16", "bf16, int8 cache", "bf16, int4 cache"]
+    assert [row["model"] for row in found["rows"]] == [each["model"] for each in found["evaluations"]] == names
+    assert [each["kv_cache"] for each in found["evaluations"]] == ["activations", "int8", "int4"]
+    metrics = [each["tasks"][0]["metrics"] for each in found["evaluations"]]
+    assert "kl" not in metrics[0] and 0 < metrics[1]["kl"]["value"] < metrics[2]["kl"]["value"] < 0.1
+
+
 def test_with_held_out_text(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "code.txt").write_text(TEXT)
     words = ["eval", str(workshop.bundles / "bf16"), "--tokens", "500", "--corpus", str(workshop.corpus)]
@@ -69,6 +83,9 @@ def test_with_held_out_text(workshop: Workshop, place: Path, capsys: pytest.Capt
         (("--tasks", "piqa", "--mesh", "1x1x8"), ("mesh.model=8", "model.")),
         (("--tasks", "piqa", "--batch-tokens", "0"), ("--batch-tokens 0",)),
         (("--tasks", "piqa", "--few-shot", "-1"), ("--few-shot -1",)),
+        (("--tasks", "piqa", "--kv-cache", "int3"), ("--kv-cache", "'int3'", "'int4'")),
+        (("--tasks", "piqa", "--kv-cache", "int4", "int4"), ("--kv-cache int4 int4", "twice")),
+        (("--tasks", "piqa", "--kv-cache", "int4", "--corpus", "x"), ("--corpus", "--kv-cache")),
     ],
     ids=lambda value: " ".join(value),
 )

@@ -37,7 +37,7 @@ def test_a_run_is_exported_as_it_is(workshop: Workshop, place: Path) -> None:
         (("--prefill-buckets", "0"), ("prefill_buckets: 0", "at least 1")),
         (("--prefill-buckets", "8", "129"), ("--prefill-buckets 129", "128")),
         (("--prefill-buckets",), ("--prefill-buckets", "at least one")),
-        (("--cache", "int4"), ("--cache", "'int4'", "'activations', 'bfloat16', 'int8'")),
+        (("--cache", "int2"), ("--cache", "'int2'", "'activations', 'bfloat16', 'int8', 'int4'")),
     ],
 )
 def test_graphs_that_cannot_be(

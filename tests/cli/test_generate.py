@@ -35,12 +35,13 @@ def test_graphs_give_the_same_text(recipe: str, workshop: Workshop, capsys: pyte
     assert generate(capsys, *words, "--graphs") == text
 
 
-def test_an_int8_cache_gives_a_text_that_begins_alike(
+def test_a_cache_of_integers_gives_a_text_that_begins_alike(
     workshop: Workshop, refuse: Refuse, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (workshop.bundles / "int4", PROMPT, "--max-tokens", 12)
-    texts = [generate(capsys, *words, *more) for more in ((), ("--cache", "int8"))]
+    texts = [generate(capsys, *words, *more) for more in ((), ("--cache", "int8"), ("--cache", "int4"))]
     assert texts[0][: len(PROMPT) + 3] == texts[1][: len(PROMPT) + 3]
+    assert texts[0][: len(PROMPT) + 1] == texts[2][: len(PROMPT) + 1] and len(texts[2]) > len(PROMPT) + 1
     names = ("cache=int8", "cannot be chosen with graphs")
     refuse("generate", *words, "--cache", "int8", "--graphs", names=names, beside=(words[0],))
     refuse("generate", *words, "--cache", "8", names=("--cache", "'8'", "'int8'"), beside=(words[0],))

@@ -50,10 +50,10 @@ def unseen_windows() -> np.ndarray:
 
 
 @functools.cache
-def trained_model() -> Transformer:
+def trained_model(steps: int = STEPS) -> Transformer:
     """Trained anew in each process that asks for it: some seconds."""
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
-    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, STEPS))
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(model: Transformer, state: optax.OptState, tokens: jax.Array) -> tuple[Transformer, optax.OptState]:
@@ -62,7 +62,7 @@ def trained_model() -> Transformer:
 
     state = optimizer.init(model)
     stream, draw = training_stream(), np.random.default_rng(0)
-    for _ in range(STEPS):
+    for _ in range(steps):
         starts = draw.integers(0, len(stream) - 64, 16)
         model, state = step(model, state, jnp.asarray(np.stack([stream[at : at + 64] for at in starts])))
     return model

@@ -3,19 +3,24 @@
 import re
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hsai.errors import InputError
 from hsai.evaluate.batches import Pair, pad_length
 from hsai.evaluate.scorer import Score, Scorer
-from hsai.models import Transformer
+from hsai.models import CacheFormat, Transformer
 from hsai.sharding import MeshConfig, make_mesh
 from tests.export.tiny_models import full_logits
 
 TOLERANCE = 1e-5
 """Nats a token, in float32: sums are added in another order, and nothing else differs."""
 
+
+TURNED: dict[CacheFormat, float] = {"int8": 5e-3, "int4": 5e-2}
+"""Nats a token: sums in another order may turn the rounding of a code, as in tests/infer/test_cache.py."""
 
 ON_MESH = slice(2, 7)
 """Groups of every kind, whose programs are fewer."""
@@ -105,6 +110,27 @@ def check_same(scores: list[list[Score]], other: Scorer, part: slice = slice(Non
             assert choices[0] == choices[1]
 
 
+@pytest.mark.parametrize("cache", TURNED)
+def test_a_narrow_cache_is_what_every_query_reads(model: Transformer, cache: CacheFormat) -> None:
+    """Whole texts, prefixes and what follows them, and on a mesh: as decoding token by token through such a cache."""
+    groups = draw_groups(1)[2:5]
+    mesh = None if cache == "int8" else make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    found = Scorer(model, batch_tokens=512, mesh=mesh, cache=cache).score(groups)
+    step = jax.jit(lambda model, token, state: model(token, cache=state))
+    moved = 0.0
+    for pair, score in zip(sum(groups, []), sum(found, []), strict=True):
+        tokens = np.array(pair.context + pair.continuation, np.int32)
+        state, rows = model.make_cache(1, model.config.max_length, cache), []
+        for token in tokens[:-1]:
+            hidden, state = step(model, token[None, None], state)
+            rows.append(hidden[0, 0])
+        logits = np.asarray(model.logits(jnp.stack(rows)[None])[0], np.float64)[-len(pair.continuation) :]
+        picked = logits[np.arange(len(logits)), list(pair.continuation)] - np.log(np.exp(logits).sum(axis=1))
+        np.testing.assert_allclose(score.token_log_likelihoods, picked, atol=TURNED[cache], rtol=0)
+        moved = max(moved, np.abs(score_plainly(model, pair)[0] - picked).max())
+    assert moved > 2 * TURNED[cache]
+
+
 def test_shared_prefixes_are_computed_once(model: Transformer) -> None:
     """Work follows what differs: five answers to one question cost little more than one."""
     scorer = Scorer(model)
@@ -134,6 +160,8 @@ def test_empty_parts_are_refused(model: Transformer) -> None:
             Scorer(model).score([[pair]])
     with pytest.raises(InputError, match="batch_tokens=0"):
         Scorer(model, batch_tokens=0)
+    with pytest.raises(InputError, match="cache='int3' is unknown; valid are activations, bfloat16, int8, int4"):
+        Scorer(model, cache="int3")  # type: ignore[arg-type]
 
 
 def test_padding_is_short() -> None:

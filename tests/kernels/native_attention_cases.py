@@ -11,7 +11,7 @@ import numpy as np
 from tests.kernels import oracles
 from tests.kernels.native_cases import ATTENTION, DTYPES, THREADS, Case
 
-CACHES = ("float32", "bfloat16", "int8")
+CACHES = ("float32", "bfloat16", "int8", "int4")
 """In the order of CacheType in attention_tile.h."""
 
 SHAPES = {
@@ -19,13 +19,26 @@ SHAPES = {
     "decode": (2, 1, 67, 6, 2, 20),
     "decode of a long cache, in pieces": (2, 1, 1100, 2, 1, 16),
     "few rows": (2, 3, 65, 2, 2, 8),
-    "prefill": (2, 70, 70, 2, 1, 33),
+    "decode of halves of whole vectors": (2, 1, 67, 6, 2, 64),
+    "prefill": (2, 70, 70, 2, 1, 34),
+    "odd": (2, 9, 70, 2, 1, 33),
     "one of each": (2, 1, 1, 1, 1, 1),
     "heads of a query in two tiles": (2, 2, 5, 70, 1, 4),
 }
 
 EMPTY = 2**31 - 1
 """Position of a slot that holds nothing."""
+
+
+def draw_int4(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys or values (B, S, K, H) of 4 bits, by the definition: bytes (B, S, K, H / 2), scales of either sign bfloat16
+    (B, S, K, 2), and the numbers that they are in float64."""
+    *lead, width = shape
+    codes = rng.integers(-8, 8, (*lead, 2, width // 2))
+    scale = (rng.uniform(0.05, 0.2, (*lead, 2)) * rng.choice([-1, 1], (*lead, 2))).astype(ml_dtypes.bfloat16)
+    low, high = codes[..., 0, :] % 16, codes[..., 1, :] % 16
+    exact = (codes * scale.astype(np.float64)[..., None]).reshape(shape)
+    return (low + 16 * high).astype(np.uint8), scale, exact
 
 
 def make_case(
@@ -54,6 +67,11 @@ def make_case(
             stored.append(rng.integers(-128, 128, numbers.shape).astype(np.int8))
             scales.append(rng.uniform(0.005, 0.02, numbers.shape[:3]).astype(np.float32))
             exact.append(stored[-1].astype(np.float64) * scales[-1][..., None])
+        elif cache == "int4":
+            packed, halves, exact_numbers = draw_int4(rng, numbers.shape)
+            stored.append(packed)
+            scales.append(halves)
+            exact.append(exact_numbers)
         else:
             stored.append(numbers.astype({"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[cache]))
             scales.append(np.zeros(0, np.float32))
@@ -97,13 +115,15 @@ def list_cases() -> Iterator[Case]:
     In the last of each cache every row reads its keys: with fewer of them it must fail.
     """
     for cache in CACHES:
-        for shape in ("decode", "decode of a long cache, in pieces", "few rows"):
+        for shape in ("decode", "decode of halves of whole vectors", "decode of a long cache, in pieces", "few rows"):
             yield make_case(shape, cache=cache, ragged=True)
         for shape in ("decode", "prefill"):
             yield make_case(shape, cache=cache, window=3)
             yield make_case(shape, cache=cache, softcap=2.0)
             yield make_case(shape, cache=cache, segments=True, window=40, softcap=5.0)
         for shape in SHAPES:
+            if cache == "int4" and SHAPES[shape][-1] % 2:
+                continue  # no halves
             yield make_case(shape, cache=cache)
             if cache != "float32":
                 yield make_case(shape, cache=cache, dtype="bfloat16")

@@ -164,6 +164,9 @@ K = jnp.ones((2, 5, 2, 8))
 CODES = jnp.ones((2, 5, 2, 8), jnp.int8)
 SCALE = jnp.ones((2, 5, 2))
 INT8 = {"k": CODES, "v": CODES, "k_scale": SCALE, "v_scale": SCALE}
+HALVES = jnp.ones((2, 5, 2, 4), jnp.uint8)
+HALF_SCALE = jnp.ones((2, 5, 2, 2), jnp.bfloat16)
+INT4 = {"k": HALVES, "v": HALVES, "k_scale": HALF_SCALE, "v_scale": HALF_SCALE}
 AT_Q = jnp.zeros((2, 3), jnp.int32)
 AT_K = jnp.zeros((2, 5), jnp.int32)
 
@@ -179,7 +182,7 @@ AT_K = jnp.zeros((2, 5), jnp.int32)
         ({"k": K.astype(jnp.bfloat16)}, "q, k, v differ in dtype: float32, bfloat16, float32"),
         (
             {"k": CODES},
-            "q, k, v differ in dtype: float32, int8, float32; k and v may both be float32 or int8 or bfloat16",
+            "q, k, v differ in dtype: float32, int8, float32; k and v may both be float32 or int8 or uint8 or bfloat16",
         ),
         ({"q": Q.astype(jnp.bfloat16)}, "q, k, v differ in dtype: bfloat16, float32, float32"),
         ({"k": CODES, "v": CODES}, "k is int8 and comes without k_scale"),
@@ -187,6 +190,10 @@ AT_K = jnp.zeros((2, 5), jnp.int32)
         ({"v_scale": SCALE}, "v is float32 and comes with v_scale"),
         (INT8 | {"k_scale": SCALE[:, :4]}, r"k_scale has shape \(2, 4, 2\), needs \(2, 5, 2\)"),
         (INT8 | {"v_scale": SCALE.astype(jnp.bfloat16)}, "v_scale must be float32, got bfloat16"),
+        ({"k": CODES.astype(jnp.uint8), "v": CODES.astype(jnp.uint8)}, r"k has head dim 16 \(uint8\)"),
+        ({"k": HALVES, "v": HALVES}, "k is uint8 and comes without k_scale"),
+        (INT4 | {"v_scale": SCALE}, r"v_scale has shape \(2, 5, 2\), needs \(2, 5, 2, 2\)"),
+        (INT4 | {"k_scale": HALF_SCALE.astype(jnp.float32)}, "k_scale must be bfloat16, got float32"),
         ({"q": Q.astype(jnp.int32)}, "needs floating q, got int32"),
         ({"q_positions": AT_K}, r"q_positions has shape \(2, 5\), needs \(2, 3\)"),
         ({"kv_positions": AT_Q}, r"kv_positions has shape \(2, 3\), needs \(2, 5\)"),

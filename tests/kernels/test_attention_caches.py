@@ -21,7 +21,7 @@ from tests.kernels.tolerances import assert_close
 pytestmark = pytest.mark.usefixtures("no_races")
 
 INTERPRETERS: dict[str, Callable[..., Any]] = {"tpu": interpret_tpu, "gpu": interpret_gpu}
-CACHES = [("int8", "float32"), ("int8", "bfloat16"), ("bfloat16", "float32")]
+CACHES = [("int8", "float32"), ("int8", "bfloat16"), ("bfloat16", "float32"), ("int4", "float32"), ("int4", "bfloat16")]
 """What the cache holds, and the dtype of the queries."""
 DECODE = AttentionShape(batch=2, queries=1, keys=150, heads=6, kv_heads=2, head_dim=24)
 PREFILL = AttentionShape(batch=1, queries=9, keys=131, heads=3, kv_heads=1, head_dim=20)

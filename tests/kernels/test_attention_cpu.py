@@ -11,6 +11,7 @@ import pytest
 from hsai_kernels import attention, native
 from hsai_kernels.ops.attention.shapes import HUGE, SHAPES, AttentionShape
 from tests.kernels import oracles
+from tests.kernels.native_attention_cases import draw_int4
 from tests.kernels.tolerances import assert_close
 
 Arrays = dict[str, jax.Array]
@@ -22,7 +23,10 @@ LARGER = (
     AttentionShape(batch=1, queries=2, keys=66, heads=70, kv_heads=1, head_dim=4),  # a query's heads in two tiles
     AttentionShape(batch=1, queries=12, keys=5, heads=2, kv_heads=1, head_dim=33),  # more queries than keys
 )
-CACHES = ("float32", "bfloat16", "int8")
+CACHES = ("float32", "bfloat16", "int8", "int4")
+EVERYWHERE = [
+    (shape, cache) for shape in SHAPES + LARGER for cache in CACHES if cache != "int4" or shape.head_dim % 2 == 0
+]
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"window": 3},
@@ -47,6 +51,10 @@ def draw(
             codes = rng.integers(-128, 128, values.shape).astype(np.int8)
             arrays |= {name: jnp.asarray(codes), f"{name}_scale": jnp.asarray(scale)}
             exact.append(codes.astype(np.float64) * scale[..., None])
+        elif cache == "int4":
+            packed, halves, numbers = draw_int4(rng, values.shape)
+            arrays |= {name: jnp.asarray(packed), f"{name}_scale": jnp.asarray(halves)}
+            exact.append(numbers)
         else:
             arrays[name] = jnp.asarray(values, cache)
             exact.append(np.asarray(arrays[name], np.float64))
@@ -72,9 +80,8 @@ def attend(arrays: Arrays, implementation: str = "cpu", **options: Any) -> jax.A
     return jax.jit(functools.partial(attention, implementation=implementation, **options))(**arrays)
 
 
-@pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + LARGER, ids=str)
+@pytest.mark.parametrize(("shape", "cache"), EVERYWHERE, ids=str)
 def test_every_instruction_set_matches_the_oracle(instruction_set, shape, options, cache):
     options = dict(options)
     arrays, k, v = draw(shape, "float32", cache, options.pop("segments", False))
@@ -84,8 +91,7 @@ def test_every_instruction_set_matches_the_oracle(instruction_set, shape, option
     assert_close(out, expected, float(np.abs(v).max()), "float32")
 
 
-@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
-@pytest.mark.parametrize("shape", SHAPES + LARGER, ids=str)
+@pytest.mark.parametrize(("shape", "cache"), [case for case in EVERYWHERE if case[1] != "float32"], ids=str)
 def test_bfloat16_queries(instruction_set, shape, cache):
     arrays, k, v = draw(shape, "bfloat16", cache)
     out = attend(arrays)
@@ -150,8 +156,7 @@ def test_keys_in_any_order(instruction_set):
         assert_close(out, ask_oracle(arrays, k, v, window=window), float(np.abs(v).max()), "float32")
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("shape", LARGER, ids=str)
+@pytest.mark.parametrize(("shape", "cache"), [case for case in EVERYWHERE if case[0] in LARGER], ids=str)
 def test_who_sees_nothing_gets_zeros(instruction_set, shape, cache):
     arrays, k, v = draw(shape, "float32", cache)
     arrays["q_positions"] = arrays["q_positions"].at[:, 1].set(-1)
@@ -252,7 +257,7 @@ def test_a_batch_of_calls():
 def test_gradients_are_those_of_the_reference(options, cache):
     options = dict(options)
     arrays, _, v = draw(LARGER[1], "float32", cache, options.pop("segments", False))
-    learned = ["q", *(("k_scale", "v_scale") if cache == "int8" else "kv")]
+    learned = ["q", *(("k_scale", "v_scale") if cache in ("int8", "int4") else "kv")]
     pull = jnp.asarray(np.random.default_rng(1).standard_normal(arrays["q"].shape), jnp.float32)
 
     def differentiate(implementation: str) -> Arrays:
@@ -265,9 +270,7 @@ def test_gradients_are_those_of_the_reference(options, cache):
     for name, gradient in wanted.items():
         exact = np.asarray(gradient, np.float64)
         assert np.any(exact != 0)
-        assert_close(
-            found[name], exact, float(np.abs(exact).max()) + 1.0, "bfloat16" if cache == "bfloat16" else "float32"
-        )
+        assert_close(found[name], exact, float(np.abs(exact).max()) + 1.0, gradient.dtype.name)
 
 
 def test_a_gradient_keeps_no_scores():

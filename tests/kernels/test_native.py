@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -334,6 +335,9 @@ ATTENTION = {"q": Q, "k": K, "v": K, "at_q": AT_Q, "at_k": AT_K, "in_q": NO_MARK
     "v_scale": NO_K_SCALE,
 }
 INT8 = {"k": CODES, "v": CODES, "k_scale": K_SCALE, "v_scale": K_SCALE}
+HALVES = np.full((2, 5, 2, 4), 0x11, np.uint8)
+HALF_SCALE = np.ones((2, 5, 2, 2), ml_dtypes.bfloat16)
+INT4 = {"k": HALVES, "v": HALVES, "k_scale": HALF_SCALE, "v_scale": HALF_SCALE}
 
 
 def _attend(changes, shape=(2, 3, 4, 8), dtype=jnp.float32, window=0, softcap=0.0):
@@ -370,6 +374,12 @@ def _attend(changes, shape=(2, 3, 4, 8), dtype=jnp.float32, window=0, softcap=0.
         (INT8 | {"k_scale": K_SCALE[..., :1]}, {}),
         (INT8 | {"k_scale": K_SCALE.astype(np.int32)}, {}),
         ({"k_scale": K_SCALE, "v_scale": K_SCALE}, {}),  # scales of floats
+        ({"k": HALVES, "v": HALVES}, {}),
+        (INT4 | {"k": CODES.astype(np.uint8)}, {}),  # twice the head
+        (INT4 | {"k": CODES}, {}),
+        (INT4 | {"k_scale": K_SCALE, "v_scale": K_SCALE}, {}),
+        (INT4 | {"v_scale": HALF_SCALE[..., :1]}, {}),
+        (INT4 | {"k_scale": HALF_SCALE.astype(np.float32)}, {}),
         ({"k": K[:, :0], "v": K[:, :0], "at_k": AT_K[:, :0]}, {}),  # nothing to see
         ({}, {"window": -1}),
         ({}, {"window": 2**31}),
@@ -384,6 +394,7 @@ def test_wrong_attention_calls_give_an_error(changes, result):
 
 def test_right_attention_calls_give_none():
     assert np.all(np.asarray(_attend({})) == 1)
+    assert np.all(np.asarray(_attend(INT4)) == 1)
     assert np.all(np.asarray(_attend(INT8 | {"in_q": AT_Q, "in_k": AT_K}, window=1, softcap=1.0)) == 1)
 
 

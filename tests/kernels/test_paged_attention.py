@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai_kernels import paged_attention
+from hsai_kernels import pack_halves, paged_attention
 from hsai_kernels.ops.paged_attention.api import BACKENDS
 from hsai_kernels.ops.paged_attention.shapes import SHAPES, PagedShape
 from tests.kernels import oracles
 from tests.kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
-CACHES = ("float32", "bfloat16", "uint16", "int8")
+CACHES = ("float32", "bfloat16", "uint16", "int8", "int4")
 OPTIONS: tuple[dict[str, Any], ...] = ({}, {"window": 3}, {"window": 40, "softcap": 5.0, "scale": 0.2})
 NOWHERE = 2**20
 """An entry of the table that names no page."""
@@ -44,7 +44,15 @@ def draw(shape: PagedShape, dtype: str, cache: str) -> tuple[dict[str, jax.Array
             used[1, table[row, token // shape.page], token % shape.page] = True
     exact = []
     for name in "kv":
-        if cache == "int8":
+        if cache == "int4":
+            codes = np.where(used[..., None, None], rng.integers(-8, 8, sizes), -8).astype(np.int8)
+            halves = codes.reshape(*sizes[:4], 2, -1)
+            drawn = rng.uniform(-0.2, 0.2, (*sizes[:4], 2))
+            scales = jnp.asarray(np.where(used[..., None, None], drawn, np.nan), jnp.bfloat16)
+            bits = jax.lax.bitcast_convert_type(scales, jnp.uint16)
+            arrays |= {name: pack_halves(jnp.asarray(halves)), f"{name}_scale": bits}
+            numbers = (halves * np.asarray(scales, np.float64)[..., None]).reshape(sizes)
+        elif cache == "int8":
             codes = np.where(used[..., None, None], rng.integers(-127, 128, sizes), -128).astype(np.int8)
             scales = np.where(used[..., None], rng.uniform(0.005, 0.02, sizes[:4]), np.nan).astype(np.float32)
             arrays |= {name: jnp.asarray(codes), f"{name}_scale": jnp.asarray(scales)}
@@ -88,6 +96,18 @@ def test_every_backend_matches_the_oracle(index: int, implementation: str) -> No
     assert_close(out, ask_oracle(arrays, exact, **options), float(np.abs(exact[1]).max()), "float32")
 
 
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_every_instruction_set_matches_the_oracle(instruction_set: None, index: int, cache: str) -> None:
+    """Decoding and prefill over every cache; what is not named, or lies behind a row, is never looked at."""
+    if cache == "int4" and SHAPES[index].head_dim % 2:
+        pytest.skip("4-bit integers come in pairs")
+    arrays, exact = draw(SHAPES[index], "float32", cache)
+    options = OPTIONS[(index + CACHES.index(cache)) % len(OPTIONS)]
+    out = attend(arrays, "cpu", **options)
+    assert_close(out, ask_oracle(arrays, exact, **options), float(np.abs(exact[1]).max()), "float32")
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("cache", ["uint16", "int8"])
 def test_bfloat16_queries(cache: str, implementation: str) -> None:
@@ -97,14 +117,32 @@ def test_bfloat16_queries(cache: str, implementation: str) -> None:
     assert_close(out, ask_oracle(arrays, exact), float(np.abs(exact[1]).max()), "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_do_not_know_of_each_other(implementation: str) -> None:
-    """A row alone gives the bits that it gives among others."""
-    arrays, _ = draw(SHAPES[0], "float32", "float32")
-    together = np.asarray(attend(arrays, implementation))
-    for row in range(len(SHAPES[0].lengths)):
+def test_a_row_has_the_same_bits_in_any_company(instruction_set: None) -> None:
+    """Alone or among longer ones, which are read in pieces; over whatever room the table has."""
+    shape = PagedShape(lengths=(37, 2500, 1), row_pages=45, page=64, queries=1, heads=4, kv_heads=2, head_dim=64)
+    arrays, _ = draw(shape, "float32", "float32")
+    together = np.asarray(attend(arrays, "cpu"))
+    for row, width in ((0, 1), (1, 40)):
         alone = arrays | {name: arrays[name][row : row + 1] for name in ("q", "table", "q_positions")}
-        np.testing.assert_array_equal(attend(alone, implementation)[0], together[row])
+        alone["table"] = alone["table"][:, :width]
+        np.testing.assert_array_equal(attend(alone, "cpu")[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": lambda table: table.at[2, 1].set(17)}, "row 2 has page 17 of 17"),
+        ({"table": lambda table: table.at[0, 0].set(-1)}, "row 0 has page -1 of 17"),
+        ({"q_positions": lambda at: at + 64}, "a query at position 64 of a row of 4 pages of 16"),
+        ({"layer": lambda layer: layer + 2}, "layer 3 of 3"),
+    ],
+)
+def test_pages_that_are_not_there_are_an_error(changes: dict[str, Any], message: str) -> None:
+    """When the program runs: nothing outside of the cache is read."""
+    arrays, _ = draw(SHAPES[0], "float32", "float32")
+    arrays |= {name: change(arrays[name]) for name, change in changes.items()}
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(attend(arrays, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +152,8 @@ def test_rows_do_not_know_of_each_other(implementation: str) -> None:
         ({"layer": jnp.zeros((1,), jnp.int32)}, r"layer must be an int32 scalar, got int32\(1,\)"),
         ({"q_positions": jnp.zeros((4, 2), jnp.int32)}, r"q_positions must be int32 \(4, 1\)"),
         ({"k_scale": jnp.zeros((3, 17, 16, 2))}, "k is float32 and comes with scales"),
+        ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.int32) for name in "kv"}, "k and v are int32; under float32 queries"),
+        ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.uint8) for name in "kv"}, "q has head dim 64, k has head dim 128"),
         ({"window": 0}, "window=0 sees no key"),
         ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
     ],

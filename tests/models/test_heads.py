@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.models.cache import quantize_heads
+from hsai.models.cache import quantize_halves, quantize_heads
 from hsai.models.heads import attend_heads
 from hsai.sharding import RULES, Axes, MeshConfig, array_sharding, make_mesh, use_mesh
 from hsai_kernels.dispatch import compile_for
@@ -80,9 +80,12 @@ def test_numbers_are_those_of_one_device(sizes: tuple[int, int, int], heads: int
         ((1, 2, 4), 4, 2),
     ],
 )
-def test_an_int8_cache_is_split_as_its_scales_are(sizes: tuple[int, int, int], heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize("quantize", [quantize_heads, quantize_halves])
+def test_a_cache_of_integers_is_split_as_its_scales_are(
+    quantize: Any, sizes: tuple[int, int, int], heads: int, kv_heads: int
+) -> None:
     q, *vectors, at_q, at_k = draw(heads, kv_heads, queries=1)
-    (k, k_scale), (v, v_scale) = (quantize_heads(x) for x in vectors)
+    (k, k_scale), (v, v_scale) = (quantize(x) for x in vectors)
 
     def decode(q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any) -> jax.Array:
         scales = {"k_scale": k_scale, "v_scale": v_scale}

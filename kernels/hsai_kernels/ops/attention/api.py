@@ -24,6 +24,9 @@ BACKENDS: dict[str, Backend] = {
     "tpu": attention_tpu,
 }
 
+SCALES = {jnp.dtype(jnp.int8): ("float32", ()), jnp.dtype(jnp.uint8): ("bfloat16", (2,))}
+"""For integer caches: the dtype of scales, and how many a head has."""
+
 
 def attention(
     q: jax.Array,
@@ -49,9 +52,11 @@ def attention(
 
     Args:
       q: (B, T, N, H), floating.
-      k, v: (B, S, K, H) of q's dtype, or bfloat16 under float32 queries, or int8 with scales; N is a multiple of K, and
-        query head i reads kv head i // (N / K).
-      k_scale, v_scale: float32 (B, S, K), for int8 k and v only: a cache's value is `k * k_scale[..., None]`.
+      k, v: (B, S, K, H) of q's dtype, or bfloat16 under float32 queries, or int8 with scales, or uint8 (B, S, K, H / 2)
+        with scales, whose bytes hold two 4-bit integers (`unpack_halves`); N is a multiple of K, and query head i reads
+        kv head i // (N / K).
+      k_scale, v_scale: for integers only. Of int8 float32 (B, S, K): a cache's value is `k * k_scale[..., None]`. Of
+        4-bit integers bfloat16 (B, S, K, 2), one for each half of a head.
       q_positions, kv_positions: int32 (B, T) and (B, S). An empty cache slot gets a position above every query's.
       q_segments, kv_segments: int32 (B, T) and (B, S), both or neither.
       window: number of positions that a query sees, its own included; None for all before it.
@@ -60,10 +65,11 @@ def attention(
       implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "cpu" (native, float32 and
         bfloat16 queries; chunked where a gradient is taken), "gpu" (fused into kernels, forward and backward: float32
         and bfloat16, H up to 256), "tpu" (the same), or None for the platform's best. These two read a cache of another
-        dtype than q's as it is stored; its gradient is chunked.
+        dtype than q's as it is stored, except one of 4 bits, which is widened in front of them; its gradient is
+        chunked.
 
     Returns:
-      (B, T, N, H) in q's dtype. Scores and softmax are float32. An int8 cache has no gradient; its scales do.
+      (B, T, N, H) in q's dtype. Scores and softmax are float32. Integers have no gradient; their scales do.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit together.
@@ -102,21 +108,22 @@ def attention(
 
 
 def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    """Raises ValueError unless q is (B, T, N, H) and floating, and k, v are (B, S, K, H) with K dividing N, of q's
-    dtype or that of a cache which serves it."""
+    """Raises ValueError unless q is (B, T, N, H) and floating, and k, v are (B, S, K, H), or half of H bytes, with K
+    dividing N, of q's dtype or that of a cache which serves it."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"attention needs q (B, T, N, H) and k (B, S, K, H), got {q.shape} and {k.shape}")
     if k.shape != v.shape:
         raise ValueError(f"k and v differ in shape: {k.shape} and {v.shape}")
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"q has batch {q.shape[0]}, k has batch {k.shape[0]}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q has head dim {q.shape[3]}, k has head dim {k.shape[3]}")
+    head_dim = k.shape[3] * (2 if k.dtype == jnp.uint8 else 1)
+    if q.shape[3] != head_dim:
+        raise ValueError(f"q has head dim {q.shape[3]}, k has head dim {head_dim} ({k.dtype})")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} kv heads")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"attention needs floating q, got {q.dtype}")
-    caches = [q.dtype, jnp.dtype(jnp.int8), *([jnp.dtype(jnp.bfloat16)] if q.dtype == jnp.float32 else [])]
+    caches = [q.dtype, *map(jnp.dtype, SCALES), *([jnp.dtype(jnp.bfloat16)] if q.dtype == jnp.float32 else [])]
     if k.dtype != v.dtype or k.dtype not in caches:
         raise ValueError(
             f"q, k, v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}; k and v may both be "
@@ -125,19 +132,20 @@ def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
 
 
 def _check_scales(k: jax.Array, v: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
-    """Raises ValueError unless int8 k and v, and no others, have float32 scales of (B, S, K)."""
+    """Raises ValueError unless integer k and v, and no others, have the scales that `SCALES` says."""
     for name, cache, scale in (("k", k, k_scale), ("v", v, v_scale)):
-        if (cache.dtype == jnp.int8) != (scale is not None):
+        if (cache.dtype in SCALES) != (scale is not None):
             given = "without" if scale is None else "with"
             raise ValueError(
-                f"{name} is {cache.dtype} and comes {given} {name}_scale: int8 needs one, others have none"
+                f"{name} is {cache.dtype} and comes {given} {name}_scale: int8 and uint8 need one, others have none"
             )
         if scale is None:
             continue
-        if scale.shape != cache.shape[:3]:
-            raise ValueError(f"{name}_scale has shape {scale.shape}, needs {cache.shape[:3]}")
-        if scale.dtype != jnp.float32:
-            raise ValueError(f"{name}_scale must be float32, got {scale.dtype}")
+        dtype, each = SCALES[cache.dtype]
+        if scale.shape != (*cache.shape[:3], *each):
+            raise ValueError(f"{name}_scale has shape {scale.shape}, needs {(*cache.shape[:3], *each)}")
+        if scale.dtype != dtype:
+            raise ValueError(f"{name}_scale must be {dtype}, got {scale.dtype}")
 
 
 def _check_rows(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:

@@ -55,9 +55,25 @@ def attention_reference(
 
 def read_cache(cache: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """Keys or values (B, S, K, H) as numbers to compute with: float32 from codes and their scales, else `dtype`."""
-    if scale is not None:
-        return cache.astype(jnp.float32) * scale[..., None]
-    return cache.astype(dtype)
+    if scale is None:
+        return cache.astype(dtype)
+    if cache.dtype == jnp.uint8:
+        halves = unpack_halves(cache).astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
+        return halves.reshape(*cache.shape[:-1], -1)
+    return cache.astype(jnp.float32) * scale[..., None]
+
+
+def unpack_halves(packed: jax.Array) -> jax.Array:
+    """The halves of heads, int8 (..., 2, H / 2) in [-8, 7], of uint8 (..., H / 2): the first half stands in the low 4
+    bits of its bytes, the second in the high ones, both as two's complement."""
+    both = packed.view(jnp.int8)
+    return jnp.stack([(both << 4) >> 4, both >> 4], axis=-2)
+
+
+def pack_halves(halves: jax.Array) -> jax.Array:
+    """The inverse of `unpack_halves`."""
+    low, high = halves[..., 0, :], halves[..., 1, :]
+    return ((low & 15) | (high << 4)).view(jnp.uint8)
 
 
 def find_visible(

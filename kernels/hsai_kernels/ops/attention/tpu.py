@@ -9,7 +9,8 @@ The kernels want heads before rows: q, k, v are transposed around them. XLA can 
 carries such that this moves nothing; where the cache is an argument of the program, it is copied once.
 
 A cache of fewer bits than the queries (int8 with scales, bfloat16 under float32) is read as it is stored and widened
-block by block in fast memory; where a gradient is taken, the chunked backend serves it.
+block by block in fast memory; where a gradient is taken, the chunked backend serves it. One of 4 bits is widened as a
+whole in front of the kernels: its half heads would be padded to 128 lanes, in memory as well.
 
 Head dims that do not fill 128 lanes (64, 80) are padded to them by the memory's own tiles, here as everywhere on a TPU.
 
@@ -25,6 +26,7 @@ from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_through
 from hsai_kernels.mosaic import LANES
 from hsai_kernels.ops.attention.chunked import attention_chunked
+from hsai_kernels.ops.attention.reference import read_cache
 from hsai_kernels.ops.attention.tpu_backward import differentiate_keys, differentiate_queries
 from hsai_kernels.ops.attention.tpu_blocks import Options, choose_blocks, pad_marks, pad_rows
 from hsai_kernels.ops.attention.tpu_forward import attend
@@ -54,6 +56,9 @@ def attention_tpu(
     check_platform("tpu")
     if 0 in q.shape or 0 in k.shape:
         raise NotImplementedError(f"has operands that are not empty, not q {q.shape} and k {k.shape}")
+    if k.dtype == jnp.uint8:
+        k, v = (read_cache(cache, by, q.dtype).astype(q.dtype) for cache, by in ((k, k_scale), (v, v_scale)))
+        k_scale = v_scale = None
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     group = heads // kv_heads

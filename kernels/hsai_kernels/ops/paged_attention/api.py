@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels.dispatch import Backend, run_kernel
+from hsai_kernels.ops.attention.api import SCALES
 from hsai_kernels.ops.attention.chunked import attention_chunked
-from hsai_kernels.ops.attention.cpu import attention_cpu
 from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.reference import attention_reference
 from hsai_kernels.ops.attention.tpu import attention_tpu
+from hsai_kernels.ops.paged_attention.cpu import attend_pages_cpu
 from hsai_kernels.ops.paged_attention.gathered import gather_for
 
 BACKENDS: dict[str, Backend] = {
     "chunked": gather_for(attention_chunked),
-    "cpu": gather_for(attention_cpu),
+    "cpu": attend_pages_cpu,
     "gpu": gather_for(attention_gpu),
     "reference": gather_for(attention_reference),
     "tpu": gather_for(attention_tpu),
@@ -50,13 +51,16 @@ def paged_attention(
 
     Args:
       q: (B, T, N, H), floating.
-      k, v: (L, P, R, K, H) of q's dtype, bfloat16, uint16 (bfloat16's bit patterns), or int8 with scales.
-      k_scale, v_scale: float32 (L, P, R, K), for int8 k and v only.
+      k, v: (L, P, R, K, H) of q's dtype, bfloat16, or int8 with scales; or uint8 (L, P, R, K, H / 2) with scales, which
+        holds integers of 4 bits; as of `hsai_kernels.attention`.
+      k_scale, v_scale: for integers only: float32 (L, P, R, K); of 4 bits bfloat16 (L, P, R, K, 2).
+        Wherever these are bfloat16 they may also be uint16, its bit patterns: XLA writes these in place on a CPU.
       layer: int32 (), in [0, L).
       table: int32 (B, M), in [0, P) up to the last page that a query sees.
       q_positions: int32 (B, T), below M * R.
       window, softcap, scale: as of `hsai_kernels.attention`.
-      implementation: one of `attention`'s. There is no gradient.
+      implementation: "cpu" (native), or what reads the pages side by side by a backend of `attention`: "reference",
+        "chunked", "gpu", "tpu"; None for the platform's best. There is no gradient.
 
     Returns:
       (B, T, N, H) in q's dtype.
@@ -103,15 +107,24 @@ def _check_pages(
         raise ValueError(f"paged_attention needs floating q, got {q.dtype}")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k and v differ: {k.dtype}{k.shape} and {v.dtype}{v.shape}")
-    if k.shape[4] != q.shape[3]:
-        raise ValueError(f"q has head dim {q.shape[3]}, k has head dim {k.shape[4]}")
+    head_dim = k.shape[4] * (2 if k.dtype == jnp.uint8 else 1)
+    if head_dim != q.shape[3]:
+        raise ValueError(f"q has head dim {q.shape[3]}, k has head dim {head_dim} ({k.dtype})")
     if k.shape[3] == 0 or q.shape[2] % k.shape[3]:
         raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[3]} kv heads")
-    if k.dtype not in (q.dtype, jnp.bfloat16, jnp.uint16, jnp.int8):
-        raise ValueError(f"k and v are {k.dtype}; under {q.dtype} queries they may be that, bfloat16, uint16 or int8")
+    valid = [*dict.fromkeys((q.dtype, *map(jnp.dtype, (jnp.bfloat16, jnp.uint16)), *SCALES))]
+    if k.dtype not in valid:
+        named = ", ".join(dtype.name for dtype in valid)
+        raise ValueError(f"k and v are {k.dtype}; under {q.dtype} queries they may be {named}")
     for name, stored, scales in (("k", k, k_scale), ("v", v, v_scale)):
-        if (stored.dtype == jnp.int8) != (scales is not None):
+        if (stored.dtype in SCALES) != (scales is not None):
             given = "without" if scales is None else "with"
-            raise ValueError(f"{name} is {stored.dtype} and comes {given} scales: int8 needs them, others have none")
-        if scales is not None and (scales.shape != stored.shape[:4] or scales.dtype != jnp.float32):
-            raise ValueError(f"{name}_scale must be float32{stored.shape[:4]}, got {scales.dtype}{scales.shape}")
+            raise ValueError(f"{name} is {stored.dtype} and comes {given} scales: integers need them, others have none")
+        if scales is None:
+            continue
+        dtype, each = SCALES[stored.dtype]
+        fits = scales.dtype == dtype or (dtype == "bfloat16" and scales.dtype == jnp.uint16)
+        if scales.shape != (*stored.shape[:4], *each) or not fits:
+            raise ValueError(
+                f"{name}_scale must be {dtype}{(*stored.shape[:4], *each)}, got {scales.dtype}{scales.shape}"
+            )

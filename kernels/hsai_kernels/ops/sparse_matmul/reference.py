@@ -61,7 +61,38 @@ def densify_nm(
     return jnp.sum(jnp.where(chosen, split, 0.0), axis=-3).reshape(*lead, size, columns)
 
 
-def unpack_choices(choices: jax.Array) -> jax.Array:
+def densify_bits(
+    values: jax.Array, bits: jax.Array, scale: jax.Array | None = None, *, n: int, m: int, size: int
+) -> jax.Array:
+    """float32 (..., size, F) from the kept elements of a weight that has a bit for each position.
+
+    Args:
+      values: floating or int8 (..., C, F), or uint32 (..., C/8, F) int4 words; kept element c is the (c % n)-th that is
+        set of the m positions from c // n * m on.
+      bits: uint32 (..., size/32, F): bit i of word j says whether position 32*j + i is kept. Set n times in each m.
+      scale: (..., size/g, F) for integers, else None.
+      n, m: kept elements, positions a block; m is a multiple of 32.
+      size: the dense length D of the contraction.
+
+    Raises:
+      ValueError: shapes do not fit together.
+    """
+    kept = (decode_words(values, 4) if values.dtype == jnp.uint32 else values).astype(jnp.float32)
+    *lead, count, columns = kept.shape
+    if m % 32 or size % m or count * m != size * n or bits.shape[-2] * 32 != size or bits.shape[-1] != columns:
+        raise ValueError(f"{count} kept elements and bits {bits.shape} do not make {n}:{m} of {size}")
+    words = bits.reshape(*lead, size // m, m // 32, 1, columns)
+    place = jnp.arange(32, dtype=jnp.uint32)[:, None]
+    # How many are set before each position: in its word, and in the words before that.
+    inside = jax.lax.population_count(words & ((jnp.uint32(1) << place) - 1)).astype(jnp.int32)
+    whole = jax.lax.population_count(words).astype(jnp.int32)
+    rank = (inside + jnp.cumsum(whole, axis=-3) - whole).reshape(*lead, size // m, m, columns)
+    rows = jnp.take_along_axis(kept.reshape(*lead, size // m, n, columns), jnp.minimum(rank, n - 1), axis=-2)
+    dense = jnp.where(unpack_bits(bits), rows.reshape(*lead, size, columns), 0.0)
+    return dense if scale is None else scale_groups(dense, scale)
+
+
+def unpack_bits(choices: jax.Array) -> jax.Array:
     """bool (..., D, B) from words (..., D/32, B): bit i of word j stands for position 32*j + i."""
     *lead, words, blocks = choices.shape
     bits = choices[..., :, None, :] >> jnp.arange(32, dtype=jnp.uint32)[:, None] & 1
@@ -81,7 +112,7 @@ def _spread(compact: jax.Array, choices: jax.Array, m: int, size: int) -> jax.Ar
     *lead, _, columns = compact.shape
     if choices.shape[-2] * 32 != size or columns % choices.shape[-1]:
         raise ValueError(f"choices {choices.shape} do not fit a weight of {size} positions and {columns} columns")
-    chosen = jnp.repeat(unpack_choices(choices), columns // choices.shape[-1], axis=-1)
+    chosen = jnp.repeat(unpack_bits(choices), columns // choices.shape[-1], axis=-1)
     groups = chosen.reshape(*lead, size // m, m, columns)
     rows = jnp.take_along_axis(compact.reshape(*lead, size // m, 4, columns), rank_chosen(groups), axis=-2)
     return jnp.where(groups, rows, 0.0).reshape(*lead, size, columns)

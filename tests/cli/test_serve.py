@@ -102,7 +102,7 @@ def serving(bundle: Path, *words: str, **variables: str) -> Iterator[tuple[subpr
 def test_it_answers_and_drains(bundle: Path) -> None:
     """What runs when SIGTERM comes is answered in full; nothing new is taken; the end is a good one."""
     body = {"model": "served", "prompt": "def", "max_tokens": 20, "temperature": 0, "stream": True}
-    with serving(bundle, "--name", "served", HSAI_API_KEY=KEY) as (process, url):
+    with serving(bundle, "--name", "served", "--drain-seconds", "600", HSAI_API_KEY=KEY) as (process, url):
         with httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {KEY}"}) as client:
             assert httpx.get(f"{url}/v1/models").status_code == 401
             assert client.get("/v1/models").json()["data"][0]["id"] == "served"

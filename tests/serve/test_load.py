@@ -39,22 +39,22 @@ def test_nothing_is_confused_lost_or_left(engine: Engine, server_load: Any) -> N
 
 
 def test_the_load_finds_confusion(engine: Engine, server_load: Any) -> None:
-    """A service that now and then gives an answer to the wrong request, and one that fails."""
+    """A service that gives every other answer to the wrong request, and one that fails."""
     service = ScriptedService()
     texts: list[str] = []
 
     def script(ticket: Ticket) -> Iterator[Event]:
         texts.append(str(hash(ticket.request.tokens)))
-        return speak(texts[-1] if len(texts) % 7 else texts[-2])(ticket)
+        return speak(texts[-1] if len(texts) % 2 else texts[-2])(ticket)
 
     with RunningServer(engine, service) as server:
         service.script = lambda ticket: speak(str(hash(ticket.request.tokens)))(ticket)
         prompts = server_load.ask_alone(server.client, MODEL, longest_prompt=6, longest_answer=3)
         service.script = script
-        findings = server_load.run_load(server.url, {}, prompts, clients=4, seconds=0.5)
+        findings = server_load.run_load(server.url, {}, prompts, clients=8, seconds=1)
         assert any("instead of" in fault for fault in findings.faults)
         service.script = lambda ticket: speak("a", reason="failed")(ticket)
-        findings = server_load.run_load(server.url, {}, prompts, clients=4, seconds=0.2)
+        findings = server_load.run_load(server.url, {}, prompts, clients=8, seconds=0.2)
         assert any(fault.startswith("status 500") for fault in findings.faults)
         after = server.metrics()
     used = 'hsai_cache_pages{state="used"}'

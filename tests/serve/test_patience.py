@@ -61,7 +61,7 @@ def test_a_head_that_does_not_come(
     with connect(server, sent) as peer, connect(server, sent) as drip:
         begun = time.monotonic()
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            while time.monotonic() < begun + 20:
+            while time.monotonic() < begun + 60:
                 drip.sendall(b"X" if sent else b"\n")
                 time.sleep(0.05)
                 assert server.complete().is_success
@@ -78,7 +78,7 @@ def test_a_second_head_that_does_not_come(
             answer += peer.recv(1 << 16)
         begun = time.monotonic()
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            while time.monotonic() < begun + 20:
+            while time.monotonic() < begun + 60:
                 peer.sendall(b"X")
                 time.sleep(0.05)
 
@@ -167,7 +167,7 @@ def test_a_client_that_does_not_read(
         eventually(lambda: service.tickets)
         begun = time.monotonic()
         while not service.tickets[0].cancelled:
-            assert time.monotonic() < begun + 20
+            assert time.monotonic() < begun + 60
             if not service.ended:
                 peer.recv(1)
             time.sleep(0.05)

@@ -96,9 +96,9 @@ def test_what_runs_is_answered(number: signal.Signals, engine: Engine) -> None:
             with pytest.raises(httpx.TransportError):
                 idle.get("/health")
 
-    said, lasted = serve(engine, service, 20.0, act)
-    assert said == ["ready", "stop"] and lasted < 10
-    assert service.ended == {"end_of_text": 1} and service.drained[0] == 20.0
+    said, lasted = serve(engine, service, 100.0, act)
+    assert said == ["ready", "stop"] and lasted < 60
+    assert service.ended == {"end_of_text": 1} and service.drained[0] == 100.0
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -119,7 +119,7 @@ def test_the_time_for_it_ends(stream: bool, engine: Engine) -> None:
 
     _, lasted = serve(engine, service, 0.3, act)
     assert found[0]["error"]["code"] == "shutting_down"
-    assert lasted < 5 and service.ended == {"cancelled": 1}
+    assert lasted < 60 and service.ended == {"cancelled": 1}
 
 
 def test_a_second_signal_ends_it_at_once(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,7 +144,7 @@ def test_a_second_signal_ends_it_at_once(engine: Engine, caplog: pytest.LogCaptu
         threading.Timer(0.5, busy.set).start()
 
     _, lasted = serve(engine, service, 600.0, act)
-    assert found[0]["error"]["code"] == "shutting_down" and lasted < 10
+    assert found[0]["error"]["code"] == "shutting_down" and lasted < 60
     assert 0.0 in service.drained
     assert caplog.records == []  # the last event came when nobody was there any more
 

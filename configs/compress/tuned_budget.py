@@ -1,6 +1,6 @@
 """As budget, with each layer tuned in the formats that were chosen for it.
 
-hsai compress runs/quickstart --recipe configs/compress/tuned_budget.py --out runs/quickstart/small --budget 2MB
+hsai compress runs/quickstart --recipe configs/compress/tuned_budget.py --out runs/quickstart/tuned_budget
 """
 
 from dataclasses import replace

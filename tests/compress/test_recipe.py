@@ -147,6 +147,9 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("joint_nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm48_int4"),
         ("joint_vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "vnm28_int4"),
         ("budget", BUDGET_TABLES, BUDGET_BLOCKS, None),
+        ("tuned_int4", Int4Config(group=64), Int4Config(group=64), "gptq_int4"),
+        ("tuned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "joint_nm24_int4"),
+        ("tuned_budget", BUDGET_TABLES, BUDGET_BLOCKS, "budget"),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -204,6 +207,9 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
         "joint_nm24_int4",
         "joint_nm48_int4",
         "joint_vnm28_int4",
+        "tuned_int4",
+        "tuned_nm24_int4",
+        "tuned_budget",
     }
     for name in names:
         text = (RECIPES / f"{name}.py").read_text()

@@ -81,7 +81,7 @@ def test_the_ledger_tells_what_the_packed_block_gives() -> None:
     seen: dict[int, Streams] = {}
 
     def follow(layer, block, grams, streams):
-        seen[layer] = Streams(inputs=streams.inputs.copy(), targets=streams.targets.copy())
+        seen[layer] = dataclasses.replace(streams, inputs=streams.inputs.copy(), targets=streams.targets.copy())
         return take_block(tuned, layer)
 
     stream_blocks(trained_model(), windows, batch=CALIBRATION.batch, solve=follow, follow_dense=True)

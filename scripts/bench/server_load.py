@@ -101,19 +101,19 @@ def run_load(
 ) -> Findings:
     """Asks for `seconds`, and waits for all answers."""
     findings = Findings()
-    begun = time.monotonic()
 
     async def run() -> None:
         limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits) as client:
+            begun = time.monotonic()
             tasks = (
                 _ask_on(client, prompts, random.Random(f"{seed} {index}"), begun + seconds, findings)
                 for index in range(clients)
             )
             await asyncio.gather(*tasks)
+            findings.seconds = time.monotonic() - begun
 
     asyncio.run(run())
-    findings.seconds = time.monotonic() - begun
     return findings
 
 

@@ -5,6 +5,7 @@ temporary name in the same directory, flushed to the disk, and renamed. What can
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hsai.errors import InputError
 
@@ -46,6 +47,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     flush(target.parent)
+
+
+def lock_directory(directory: Path, name: str, *, option: str) -> TextIO:
+    """Makes the directory if need be, and locks it until the file is closed or the process ends, however it does.
+
+    Args:
+      directory: for one process at a time.
+      name: of the file in it that is locked; it is made, and stays.
+      option: of the command, by which another directory is given.
+    Returns: that file.
+    Raises:
+      InputError: it cannot be written to, or another process holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / name, "a")
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror}; give another {option}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise InputError(f"{directory} is in use by another run; wait for it, or give another {option}") from error
+    return lock
 
 
 @contextlib.contextmanager

@@ -21,8 +21,8 @@ else
     exit 2
   }
   log=$venv/install.log
-  # A line that is drawn over and over, from pip's long log; the whole log stays in the file.
-  { "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -e ".$extras" 2>&1 || echo "pip failed"; } |
+  # A line that is drawn over and over, from pip's long log; the whole log stays in the file, with what the compiler says.
+  { "$venv/bin/python" -m pip install --verbose --disable-pip-version-check --progress-bar off -e ".$extras" 2>&1 || echo "pip failed"; } |
     tee "$log" | awk -v tty="$([ -t 1 ] && echo 1)" '
       /^ *Collecting /  { n++; line = sprintf("  %3d packages found: %s", n, $2) }
       /^Building|Preparing editable/ { line = "  compiling the CPU kernels" }
@@ -36,12 +36,9 @@ else
   fi
   echo "$wanted $extras" > "$venv/.installed"
 fi
-"$venv/bin/python" - "$venv" <<'END'
-import importlib.util
-import sys
-
-if importlib.util.find_spec("hsai_kernels._native") is None:
-    print(f"warning: the CPU kernels were not built ({sys.argv[1]}/install.log says why): low-bit decoding will be many "
-          "times slower; with a C++17 compiler on the PATH, run this again")
-END
+# For the caller, too: `built` or `missing`.
+kernels=$("$venv/bin/python" -c 'from importlib.util import find_spec
+print("built" if find_spec("hsai_kernels._native") else "missing")')
+[ $kernels = built ] || echo "warning: the CPU kernels were not built ($venv/install.log says why): low-bit decoding will be" \
+  "many times slower; with a C++17 compiler on the PATH, run this again"
 PATH=$PWD/$venv/bin:$PATH

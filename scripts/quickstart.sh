@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a table: learns Python from this machine's standard library, makes the model sparse and low-bit,
-# exports it, runs every bundle in a process of its own, and compares them. Under five minutes on two cores; a second run
+# exports it, runs every bundle in a process of its own, and compares them. About five minutes on two cores; a second run
 # goes on where the first one stopped. Everything is in .venv and runs/.
 #
 #   bash scripts/quickstart.sh [--python PATH]

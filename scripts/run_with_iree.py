@@ -49,6 +49,10 @@ def main(directory: Path, prompt: str, count: int) -> None:
     ids = [*prefix, *tokenizer.encode(prompt, add_special_tokens=False).ids]
     prefill = max((g for g in manifest["graphs"] if g["step"] == "prefill"), key=lambda graph: graph["tokens"])
     decode = next(g for g in manifest["graphs"] if g["step"] == "decode")
+    if len(ids) + count - 1 > decode["slots"]:  # the last new token is not read
+        what = f"{len(ids)} tokens of the prompt and {count} new ones"
+        print(f"run_with_iree.py: {what} do not fit a context of {decode['slots']}", file=sys.stderr)
+        sys.exit(2)
     programs = {graph["name"]: compile_graph(directory / graph["stablehlo_file"]) for graph in (prefill, decode)}
     state = {array["name"]: place(np.zeros(array["shape"], array["dtype"])) for array in decode["inputs"]}
     with safetensors.safe_open(directory / "weights.safetensors", "np") as file:

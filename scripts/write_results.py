@@ -2,24 +2,30 @@
 
 python scripts/write_results.py [FILE ...]
 
-Each FILE becomes part of docs/results first: runs/quickstart/results.json as quickstart.json, what bench_kernels.py
-wrote as kernels.json, bench_perplexity.py's as perplexity.json, bench_frontier.py's as frontier.json (and a picture of
-it); and what `hsai eval --tasks --json` wrote goes into evaluation.json, task by task, in place of what the same model
-scored there before.
+Each FILE becomes part of docs/results first: runs/quickstart/results.json as quickstart.json, bench_perplexity.py's as
+perplexity.json. What bench_kernels.py wrote goes into kernels.json in place of the same cases, bench_frontier.py's into
+frontier.json (of which a picture is made) in place of the same models, bench_decode.py's into decoding.json and
+bench_serve.py's into serving.json case by case, and that of `hsai eval --tasks
+--json` into evaluation.json, task by task.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hsai.files import read_json, write_json_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART, KERNELS, EVALUATION, PERPLEXITY, FRONTIER = (
+QUICKSTART, KERNELS, DECODING, SERVING, EVALUATION, PERPLEXITY, FRONTIER = (
     ROOT / "docs" / "results" / f"{name}.json"
-    for name in ("quickstart", "kernels", "evaluation", "perplexity", "frontier")
+    for name in ("quickstart", "kernels", "decoding", "serving", "evaluation", "perplexity", "frontier")
 )
 PICTURE = ROOT / "docs" / "results" / "frontier.png"
+JOINED = (
+    "Commits that are named here and not in the history (those of 2026-11-25 and 26 before 45a063f) were joined\n"
+    "into that one.\n"
+)
 BEGIN, END = "<!-- results:quickstart -->", "<!-- end -->"
 
 
@@ -40,6 +46,8 @@ def write_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\n{rows[0]['parameters'] / 1e6:.2f}M parameters, {rows[0]['heldout_tokens']} held-out tokens; ratio and "
         f"size are to {rows[0]['model']}.\nSpeed is the median (slowest to fastest) of nine runs of 64 tokens.\n"
+        "bf16 is slower than its bytes: XLA's products with bfloat16 weights reach a few percent of what a CPU's\n"
+        "memory gives (docs/results.md, dense), so ratios to it are not those of memory alone.\n"
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"CPU kernels {machine['cpu_kernels']}, Python {machine['python']}, jax {machine['jax']}, {machine['date']}.\n"
         "Command: `bash scripts/quickstart.sh`.\n"
@@ -52,31 +60,104 @@ def write_speed(row: dict[str, Any]) -> str:
     return f"{row['decode_tokens_per_second']:.0f} ({slowest:.0f} to {fastest:.0f})"
 
 
-def write_kernels(results: dict[str, Any]) -> str:
+def replace_rows(
+    kept: list[dict[str, Any]], results: dict[str, Any], rows: str, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """`kept`, runs of a bench, with the newest behind them, and its rows in place of theirs with the same `names`,
+    of which a row has some, and its run's machine the others."""
+
+    def name(run: dict[str, Any], row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] if key in row else run["machine"][key] for key in names)
+
+    newer = {name(results, row) for row in results[rows]}
+    rests = [run | {rows: [row for row in run[rows] if name(run, row) not in newer]} for run in kept]
+    return [*(run for run in rests if run[rows]), results]
+
+
+def write_kernels(runs: list[dict[str, Any]]) -> str:
     """The kernels' times, rates and ratios in Markdown: a line a case."""
-    machine = results["machine"]
+    return "\n".join(map(_write_run, runs)) + (
+        "\nMedians of runs by turns. Ceilings, by the same turns: reading memory for GB/s; for GFLOP/s, which\n"
+        "count the dense product, XLA's product of activations or, where ours multiplies integers, ONNX Runtime's of\n"
+        "int8 (– where that was not measured). Activations are float32 where a case names no others. Where a backend\n"
+        "of this platform does not serve a case, ours is the reference itself.\n"
+    )
+
+
+def _write_run(run: dict[str, Any]) -> str:
     lines = [
         "| case | time, us (fastest to slowest) | rate | of the ceiling | times as fast as |",
         "|---|--:|--:|--:|---|",
     ]
     cases: dict[str, list[dict[str, Any]]] = {}
-    for row in results["rows"]:
+    for row in run["rows"]:
         cases.setdefault(row["case"], []).append(row)
     for case, (time, *peers) in cases.items():
         slowest, fastest = time["spread"]
         ratios = ", ".join(f"{row['peer_name']} {row['ratio']:.2f}" for row in peers)
-        rate = " | "
-        if peers:
-            percent = peers[0]["percent_of_ceiling"]
-            rate = f"{peers[0]['ours']:.1f} {peers[0]['metric']} | {'–' if percent is None else f'{percent:.0f}%'}"
-        lines.append(f"| {case} | {time['ours']:.0f} ({fastest:.0f} to {slowest:.0f}) | {rate} | {ratios} |")
-    return "\n".join(lines) + (
-        "\n\nMedians of runs by turns. Ceilings, of the same process: reading memory for GB/s; for GFLOP/s, which\n"
-        "count the dense product, XLA's float32 product or, where ours multiplies integers, ONNX Runtime's of int8.\n"
-        "Where a backend of this platform does not serve a case, ours is the reference itself.\n"
-        f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
-        f"Command: `{machine['command']}`.\n"
+        percent = time["percent_of_ceiling"]
+        share = "–" if percent is None else f"{percent:.0f}%"
+        rate = f"{peers[0]['ours']:.1f} {peers[0]['metric']}" if peers else ""
+        lines.append(f"| {case} | {time['ours']:.0f} ({fastest:.0f} to {slowest:.0f}) | {rate} | {share} | {ratios} |")
+    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items() if key != "command")
+    cut_off = (
+        "" if run.get("complete") else "This record was cut off: the command did not end, and cases are missing.\n"
     )
+    return "\n".join(lines) + f"\n\n{cut_off}Machine: {machine}.\nCommand: `{run['machine']['command']}`.\n"
+
+
+def write_decoding(runs: list[dict[str, Any]]) -> str:
+    """Whole models beside other engines in Markdown: a line a case."""
+    text = ""
+    for run in runs:
+        lines = [
+            f"### {run['decoding']}, {run['machine']['cpu_kernels']}",
+            "",
+            "| weights, work | tokens/s (slowest to fastest) | of the ceiling | not in kernels | times as fast as |",
+            "|---|--:|--:|--:|---|",
+        ]
+        for row in run["rows"]:
+            if row["peer"] is not None:
+                continue
+            speed, slowest, fastest = (1e6 * row["tokens"] / time for time in (row["ours"], *row["spread"]))
+            peers = [peer for peer in run["rows"] if peer["case"] == row["case"] and peer["peer"] is not None]
+            share = f"{100 * row['outside_of_kernels']:.1f}%" if "outside_of_kernels" in row else ""
+            percent = peers[0]["percent_of_ceiling"] if peers else None
+            ceiling = "–" if percent is None else f"{percent:.0f}% of {peers[0]['metric']}"
+            ratios = ", ".join(f"{peer['peer_name']} {peer['ratio']:.2f}" for peer in peers)
+            case = row["case"].removeprefix(f"{run['decoding']} ")
+            lines.append(f"| {case} | {speed:.0f} ({slowest:.0f} to {fastest:.0f}) | {ceiling} | {share} | {ratios} |")
+        machine = run["machine"]
+        text += "\n".join(lines) + (
+            f"\n\nMachine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
+            f"Command: `{machine['command']}`.\n\n"
+        )
+    return (
+        text + "One stream where no number of streams is given; of a prompt, tokens read a second. Peers run by turns "
+        "with ours,\nin processes of their own (scripts/bench/decoding.py, scripts/bench/other_engines.py).\n"
+    )
+
+
+def write_serving(runs: list[dict[str, Any]]) -> str:
+    """Servers beside llama.cpp's in Markdown: a line a case."""
+    lines = [
+        "| bundle, clients | tokens/s (slowest to fastest) | beside | its tokens/s (slowest to fastest) | ratio |",
+        "|---|--:|---|--:|--:|",
+    ]
+    made = ""
+    for run in runs:
+        for row in run["rows"]:
+            own, other = (
+                f"{row[a]:.0f} ({row[b][0]:.0f} to {row[b][1]:.0f})"
+                for a, b in (("ours", "spread"), ("peer", "peer_spread"))
+            )
+            lines.append(f"| {row['case']} | {own} | {row['peer_name']} | {other} | {row['ratio']:.2f} |")
+        machine = run["machine"]
+        made += (
+            f"\nMachine: {', '.join(f'{key} {value}' for key, value in machine.items() if key != 'command')}.\n"
+            f"Command: `{machine['command']}`.\n"
+        )
+    return "\n".join(lines) + f"\n\nMedians of rounds by turns; what a round is, scripts/bench_serve.py says.\n{made}"
 
 
 def merge_tasks(kept: list[dict[str, Any]], results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -139,9 +220,17 @@ def write_perplexity(results: dict[str, Any]) -> str:
     )
 
 
-def write_frontier(results: dict[str, Any]) -> str:
+def list_frontier(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The models of all runs. Raises ValueError where they were not measured on the same tokens."""
+    rows = [row | {"texts": (run["calibration"], run["text"], row["n"])} for run in runs for row in run["frontier"]]
+    if len({row["texts"] for row in rows}) > 1:
+        raise ValueError(f"models were measured on different texts: {sorted({row['texts'] for row in rows})}")
+    return rows
+
+
+def write_frontier(runs: list[dict[str, Any]]) -> str:
     """Compressed models beside llama.cpp's, in Markdown."""
-    rows = results["frontier"]
+    rows = list_frontier(runs)
     dense = {row["side"]: row["perplexity"] for row in rows if row["model"] in ("dense", "F32")}
     lines = [
         "| model | by | all weights | bits a weight | perplexity | ratio to its dense |",
@@ -152,17 +241,18 @@ def write_frontier(results: dict[str, Any]) -> str:
             f"| {row['model']} | {row['side']} | {row['bytes'] / 1e6:.2f} MB | {row['bits_per_weight']:.3f} "
             f"| {row['perplexity']:.3f} ± {row['standard_error']:.3f} | {row['perplexity'] / dense[row['side']]:.3f} |"
         )
-    machine = results["machine"]
+    calibration, text, count = rows[0]["texts"]
+    made = ""
+    for run in runs:
+        machine = run["machine"]
+        where = f"{machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}"
+        made += f"- `{machine['command']}`: {where}.\n"
     return (
         f"![perplexity against bytes](results/{PICTURE.name})\n\n"
         + "\n".join(lines)
-        + (
-            f"\n\nPerplexity of {results['text']}, {rows[0]['n']} tokens that calibration "
-            f"({results['calibration']}) did not see;\n"
-            "llama.cpp quantizes with an importance matrix of the same calibration, and measures its own files.\n"
-            f"Machine: {machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}.\n"
-            f"Command: `{machine['command']}`.\n"
-        )
+        + f"\n\nPerplexity of {text}, {count} tokens that calibration ({calibration}) did not see;\n"
+        + "llama.cpp quantizes with an importance matrix of the same calibration, and measures its own files.\n\n"
+        + made
     )
 
 
@@ -178,19 +268,35 @@ def main() -> None:
     QUICKSTART.parent.mkdir(parents=True, exist_ok=True)
     for name in sys.argv[1:]:
         results = read_json(Path(name))
-        if "evaluations" in results:
+        if results.get("rows") == []:
+            print(f"{name} has no rows: --tune found nothing faster")
+        elif "evaluations" in results:
             kept = read_json(EVALUATION) if EVALUATION.exists() else []
             write_json_atomic(EVALUATION, merge_tasks(kept, results))
+        elif "decoding" in results:
+            kept = read_json(DECODING) if DECODING.exists() else []
+            write_json_atomic(DECODING, replace_rows(kept, results, "rows", ("cpu_kernels", "case")))
+        elif "serving" in results:
+            kept = read_json(SERVING) if SERVING.exists() else []
+            write_json_atomic(SERVING, replace_rows(kept, results, "rows", ("cpu_kernels", "case", "peer_name")))
         elif "frontier" in results:
-            write_json_atomic(FRONTIER, results)
+            kept = read_json(FRONTIER) if FRONTIER.exists() else []
+            write_json_atomic(FRONTIER, replace_rows(kept, results, "frontier", ("model", "side")))
         elif "case" not in results["rows"][0]:
             write_json_atomic(QUICKSTART, results)
+        elif results["rows"][0]["metric"] == "perplexity":
+            write_json_atomic(PERPLEXITY, results)
         else:
-            write_json_atomic(PERPLEXITY if results["rows"][0]["metric"] == "perplexity" else KERNELS, results)
+            kept = read_json(KERNELS) if KERNELS.exists() else []
+            write_json_atomic(KERNELS, replace_rows(kept, results, "rows", ("cpu_kernels", "case")))
     table = write_table(read_json(QUICKSTART))
-    text = f"# Results\n\n## Quickstart\n\n{table}"
+    text = f"# Results\n\n{JOINED}\n## Quickstart\n\n{table}"
     if KERNELS.exists():
         text += f"\n## Kernels\n\n{write_kernels(read_json(KERNELS))}"
+    if DECODING.exists():
+        text += f"\n## Whole models\n\n{write_decoding(read_json(DECODING))}"
+    if SERVING.exists():
+        text += f"\n## Servers\n\n{write_serving(read_json(SERVING))}"
     if EVALUATION.exists():
         text += f"\n## Benchmarks\n\n{write_evaluation(read_json(EVALUATION))}"
     if PERPLEXITY.exists():
@@ -200,7 +306,7 @@ def main() -> None:
             plot_frontier,
         )  # a neighbour when this file is a program, not when it is imported
 
-        plot_frontier(read_json(FRONTIER)["frontier"], PICTURE)
+        plot_frontier(list_frontier(read_json(FRONTIER)), PICTURE)
         text += f"\n## Size and quality\n\n{write_frontier(read_json(FRONTIER))}"
     (ROOT / "docs" / "results.md").write_text(text)
     readme = ROOT / "README.md"

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,10 +45,20 @@ class Clock:
         return timing.Runner(name=name, build=lambda: run, times=times)
 
 
+def make_ceilings(clock: Clock, timing: Any, **durations: list[float] | None) -> Any:
+    """Probes of 32e9 bytes or operations, each as long as it is told."""
+    probes = {
+        name: None if taken is None else timing.Probe(amount=32e9, runner=clock.runner(timing, name, taken))
+        for name, taken in ({"read": [], "multiply": [], "multiply_integers": None} | durations).items()
+    }
+    return timing.Ceilings(**probes)
+
+
 def test_rows_compare_neighbours_in_time(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
-    # Both become slower together: every pair says 3, though medians of either alone would say so only by luck.
+    # All become slower together: every pair says 3, though medians of either alone would say so only by luck, and in
+    # the time of ours a fourth of what can be read just then is read.
     case = timing.Case(
         name="x",
         nbytes=4 * 10**9,
@@ -56,17 +67,16 @@ def test_rows_compare_neighbours_in_time(timing: Any, monkeypatch: pytest.Monkey
         ours=clock.runner(timing, "ours", [100.0, 2.0, 4.0, 8.0], times=2),
         peers=[clock.runner(timing, "peer", [100.0, 3.0, 6.0, 12.0])],
     )
-    ceilings = timing.Ceilings(read=8.0, multiply=4.0, multiply_integers=None)
+    ceilings = make_ceilings(clock, timing, read=[100.0, 2.0, 4.0, 8.0])
     time_row, row = rows = timing.measure(case, ceilings, rounds=3, seconds=1e9)
-    assert clock.order == ["ours", "peer"] + ["ours", "peer", "peer", "ours", "peer", "ours"]
+    turns = ["ours peer read", "read peer ours", "peer read ours"]
+    assert " ".join(clock.order) == " ".join(["ours peer read", *turns])
     assert all(list(r) == KEYS for r in rows)
     assert (time_row["metric"], time_row["ours"], time_row["ceiling"]) == ("us", 2e6, 0.5e6)
     assert time_row["percent_of_ceiling"] == 25.0 and time_row["spread"] == [4e6, 1e6]
     assert (row["ours"], row["peer"], row["peer_name"], row["ratio"]) == (2.0, pytest.approx(2 / 3), "peer", 3.0)
     assert (row["ceiling"], row["percent_of_ceiling"], row["spread"], row["n"]) == (8.0, 25.0, [1.0, 4.0], 3)
-    assert "25.0% of GB/s" in timing.write_line(case, rows, ceilings) and "peer 3.00x" in timing.write_line(
-        case, rows, ceilings
-    )
+    assert "25.0% of GB/s" in timing.write_line(case, rows) and "peer 3.00x" in timing.write_line(case, rows)
 
 
 def test_whoever_is_next_follows_someone_else_each_round(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,18 +104,18 @@ def test_integers_have_their_own_ceiling(timing: Any, monkeypatch: pytest.Monkey
     clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     found = []
-    for integers in (16.0, None):
+    for integers in ([2.0] * 4, None):
         ours, peer = (clock.runner(timing, name, [1.0] * 4) for name in ("ours", "peer"))
         case = timing.Case(
             name="x", nbytes=10**9, flops=4 * 10**9, metric="GFLOP/s", ours=ours, peers=[peer], integer=True
         )
-        ceilings = timing.Ceilings(read=8.0, multiply=2.0, multiply_integers=integers)
+        ceilings = make_ceilings(clock, timing, multiply_integers=integers)
         rows = timing.measure(case, ceilings, rounds=3, seconds=1e9)
         found.append([(row["ceiling"], row["percent_of_ceiling"]) for row in rows])
-        assert ("25.0% of GFLOP/s" if integers else " – of GFLOP/s") in timing.write_line(case, rows, ceilings)
+        assert ("25.0% of GFLOP/s" if integers else " – of GFLOP/s") in timing.write_line(case, rows)
     assert found == [[(0.25e6, 25.0), (16.0, 25.0)], [(None, None), (None, None)]]
-    assert ceilings.of(dataclasses.replace(case, metric="GB/s")) == 8.0
-    assert ceilings.of(dataclasses.replace(case, integer=False)) == 2.0
+    assert ceilings.of(dataclasses.replace(case, metric="GB/s")) is ceilings.read
+    assert ceilings.of(dataclasses.replace(case, integer=False)) is ceilings.multiply
 
 
 def test_time_ends_a_case_after_three_rounds(timing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,52 +183,20 @@ def test_tuning_leaves_a_tile_alone_that_nothing_beats(search: Any) -> None:
     assert search(lambda rows, keys: 1 - 0.0001 * rows)[0] == {}  # no more than noise
 
 
-@pytest.fixture
-def llama(timing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from bench import llama
+def test_peers_compute_what_ours_does(timing: Any) -> None:
+    from bench import attention, layers
 
-    monkeypatch.setattr(llama, "LAYERS", 2)
-    return llama
-
-
-def test_a_model_is_the_products_of_all_its_layers(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "find_absent", lambda packages: "llama_cpp: not here")
-    monkeypatch.setattr(llama, "PRODUCTS", {"attn_q": (256, 128), "attn_k": (256, 64), "ffn_down": (512, 256)})
-    decode, prefill, *others = llama.make_model((1, 128), quick=False)
-    weights = 2 * (256 * 128 + 256 * 64 + 512 * 256)
-    assert (decode.flops, prefill.flops) == (2 * weights, 128 * 2 * weights)
-    assert decode.nbytes == prefill.nbytes == weights * 4.25 / 8  # a bfloat16 scale for 64
-    assert [case.metric for case in (decode, prefill)] == ["GB/s", "GFLOP/s"]
-    names = ["int8 x int4", "2:4 int4", "int8 x 2:4 int4", "64:2:8 int4", "int8 x 64:2:8 int4"]
-    assert [case.name.split(",")[0] for case in others[::2]] == [f"model {name}" for name in names]
-    assert decode.ours.run() is not None
-    assert decode.peers == [] and "absent" in decode.explain([{"ours": 1.0}])
-
-
-def test_llamas_own_rates_count_all_that_it_does(llama: Any) -> None:
-    """A token that takes llama.cpp 0.1 s, and our products half of that."""
-    weights = 2 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632)
-    rows = [{"ours": 0.05e6}, {"ours": 2.0, "peer": 1.0, "ratio": 2.0}]
-    words = llama._explain(2, 1, rows)
-    assert "10.0 tokens/s" in words and "ours take 50.0% of its time" in words
-    assert f"{(weights + 2048 * 512) * 18 / 32 / 0.1 / 1e9:.2f} GB/s" in words
-    assert f"{2 * (weights + 2048 * 512) / 0.1 / 1e9:.1f} GFLOP/s" in words
-
-
-@pytest.mark.slow
-def test_llama_runs_the_file_that_is_written_for_it(llama: Any, tmp_path: Path) -> None:
-    absent = llama.find_absent(llama.PACKAGES)
-    if absent is not None:
-        pytest.skip(f"{absent}: pip install '.[peers]'")
-    model = llama._load_model(tmp_path / "model.gguf", 2)
-    for rows in (1, 128):
-        runner = llama._make_llama(lambda: model, rows)
-        runner.run()
-        runner.run()
-        assert model.n_tokens == (2 * llama.DECODED if rows == 1 else rows)
-    assert runner.times == 1 and model.n_vocab() == 512
-    logits = np.ctypeslib.as_array(model._ctx.get_logits(), (512,))
-    assert np.isfinite(logits).all() and 0.1 < logits.std() < 100
+    cases = [
+        *(attention._make_forward(cache, 2, queries, 16, 4, 2) for cache, queries in (("float32", 16), ("int8", 1))),
+        attention._make_paged("int4", 2, 32, 4, 2, 64),
+        *layers.make_cross_entropy(quick=True),
+        *layers.make_rope(quick=True),
+    ]
+    for case in cases:
+        assert case.peers[0].name.startswith("xla"), case.name
+        for peer in case.peers:
+            for ours, theirs in zip(*map(jax.tree.leaves, (case.ours.run(), peer.run())), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4, err_msg=f"{case.name}, {peer.name}")
 
 
 @pytest.mark.slow
@@ -226,12 +204,38 @@ def test_the_script_measures_and_writes_rows(tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     command = [sys.executable, "scripts/bench_kernels.py", "--quick", "--ops", "cross_entropy", "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "ceilings: reading" in done.stdout and "peer onnxruntime: " in done.stdout
+    assert "% of GFLOP/s" in done.stdout and "peer onnxruntime: " in done.stdout
     found = json.loads(out.read_text())
-    assert [row["peer_name"] for row in found["rows"]] == [None, "reference"]
+    assert [row["peer_name"] for row in found["rows"]] == [None, "xla", "reference"]
     assert all(list(row) == KEYS for row in found["rows"])
     assert found["rows"][1]["ours"] > 0 and found["rows"][1]["n"] >= 3
-    assert "--ops cross_entropy" in found["machine"]["command"]
+    assert "--ops cross_entropy" in found["machine"]["command"] and found["complete"] is True
+
+
+def test_a_record_is_complete_only_at_the_end(timing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import bench_kernels
+
+    def make_cases(quick: bool) -> Iterator[Any]:
+        for name in "ab":
+            runner = timing.Runner(name="ours", build=lambda: lambda: None)
+            yield timing.Case(name=name, nbytes=1, flops=1, metric="GB/s", ours=runner)
+        if quick:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "rows.json"
+    command = ["bench_kernels.py", "--ops", "decode", "--json", str(out)]
+    nothing = timing.Probe(amount=1.0, runner=timing.Runner(name="nothing", build=lambda: lambda: None))
+    ceilings = timing.Ceilings(read=nothing, multiply=nothing, multiply_integers=None)
+    monkeypatch.setattr(bench_kernels, "make_ceilings", lambda: ceilings)
+    monkeypatch.setitem(bench_kernels.OPS, "decode", make_cases)
+    monkeypatch.setattr(sys, "argv", [*command, "--quick"])
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.main()
+    found = json.loads(out.read_text())
+    assert [row["case"] for row in found["rows"]] == ["a", "b"] and "complete" not in found
+    monkeypatch.setattr(sys, "argv", command)
+    bench_kernels.main()
+    assert json.loads(out.read_text())["complete"] is True
 
 
 def test_an_unknown_op_is_refused() -> None:

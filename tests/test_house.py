@@ -23,7 +23,7 @@ ROOMS = [
     ("hsai.models",),
     ("hsai.formats",),
     ("hsai.shards",),
-    ("hsai.sharding", "hsai.devices", "hsai.processes", "hsai.progress", "hsai.machine", "hsai.processes"),
+    ("hsai.sharding", "hsai.devices", "hsai.machine", "hsai.processes", "hsai.progress", "hsai.signals"),
     ("hsai.config_file", "hsai.overrides"),
     ("hsai.configuration",),
     ("hsai.files",),

@@ -1,4 +1,4 @@
-"""As int4, with the blocks solved over calibration (GPTQ): 4.25 bits a weight, at a fraction of the loss.
+"""As int4, with the blocks solved over calibration (GPTQ): 4.25 bits a weight.
 
 hsai compress runs/quickstart --recipe configs/compress/gptq_int4.py --out runs/quickstart/gptq_int4
 """

@@ -12,14 +12,14 @@ import os
 import re
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from hsai.cli.parser import Parser
 from hsai.configuration import suggest
 from hsai.errors import InputError
+from hsai.signals import Terminated, unwinding
 
 COMMANDS = {
     "train": "train a config on a mesh, or resume it",
@@ -33,6 +33,9 @@ COMMANDS = {
     "fetch": "bring a model or task data by name into a cache",
 }
 
+QUICK = ("generate", "chat", "serve")
+"""Commands whose user waits for the first word: they keep their programs on disk."""
+
 _REMEDIES = {
     errno.ENOSPC: "free some space, or write elsewhere",
     errno.EDQUOT: "free some space, or write elsewhere",
@@ -44,13 +47,12 @@ _REMEDIES = {
 }
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived: like `KeyboardInterrupt`, it unwinds, so that nothing half-written stays."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, keep_programs: bool = False) -> int:
     """Runs a command.
 
+    Args:
+      argv: its words, by default those of this process.
+      keep_programs: whether quick commands keep what this process compiles on disk.
     Returns: its exit status: 0; 2 for input, or a machine, that cannot be used; 128 + the signal that ended it.
     """
     logging.basicConfig(format="note: %(message)s", level=logging.WARNING)
@@ -60,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     again = "; the same command goes on from the last checkpoint" if words[:1] == ["train"] else ""
     try:
-        with _unwinding_at_sigterm():
+        with unwinding():
+            if keep_programs and words[:1] and words[0] in QUICK:
+                importlib.import_module("hsai.infer.program_cache").keep_programs()
             _dispatch(words)
             sys.stdout.flush()
         return 0
@@ -90,7 +94,7 @@ def run() -> NoReturn:
 
     Where a signal ended it, at once: threads of XLA that still compile outlive the interpreter's own end badly.
     """
-    status = main()
+    status = main(keep_programs=True)
     if status > 128:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
@@ -113,23 +117,6 @@ def _dispatch(words: list[str]) -> None:
     parser = Parser(prog=f"hsai {name}", description=command.__doc__, add_help=name != "train")
     command.add_arguments(parser)
     command.run(parser, words[1:])
-
-
-@contextmanager
-def _unwinding_at_sigterm() -> Iterator[None]:
-    """Raises `Terminated` at SIGTERM, by which clusters announce that a machine is taken away."""
-    if threading.current_thread() is not threading.main_thread():  # Python gives signals to the main thread only
-        yield
-        return
-
-    def unwind(signum: int, frame: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _find_os_error(error: BaseException | None) -> OSError | None:

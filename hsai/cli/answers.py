@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from hsai.cli.drafting import add_drafting_arguments, check_drafting_arguments, read_drafting
 from hsai.cli.parser import Parser
 from hsai.data.assets import Assets
 from hsai.errors import InputError
 from hsai.export.source import open_model
+from hsai.formats import Activations, take_activations
 from hsai.infer import Engine, Generation, SamplingConfig
 from hsai.infer.defaults import read_defaults
 from hsai.interop.gguf import is_gguf
@@ -56,7 +58,19 @@ def add_answer_arguments(parser: Parser, *, max_tokens: int) -> None:
         choices=get_args(CacheFormat),
         help="how keys and values are stored: in the activations' dtype (default), bfloat16, int8, or int4",
     )
+    add_activations_argument(parser)
+    add_drafting_arguments(parser)
     parser.add_argument("--graphs", action="store_true", help="run the StableHLO graphs of the bundle as they are")
+
+
+def add_activations_argument(parser: Parser) -> None:
+    """That of how products take activations."""
+    parser.add_argument(
+        "--activations",
+        choices=get_args(Activations),
+        default="float",
+        help="what weights of integers are multiplied by: as it is (default), or rounded to int8: faster on CPUs",
+    )
 
 
 def check_answer_arguments(arguments: argparse.Namespace) -> None:
@@ -65,6 +79,7 @@ def check_answer_arguments(arguments: argparse.Namespace) -> None:
         raise InputError(f"--max-tokens {arguments.max_tokens} must be at least 1")
     if not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed {arguments.seed} must be between 0 and {2**32 - 1}")
+    check_drafting_arguments(arguments)
 
 
 def prepare_answers(arguments: argparse.Namespace, *, max_tokens: int) -> Answering:
@@ -73,7 +88,7 @@ def prepare_answers(arguments: argparse.Namespace, *, max_tokens: int) -> Answer
     Raises:
       InputError: the model cannot be read, or asked like this.
     """
-    engine = _load(arguments.model, graphs=arguments.graphs, cache=arguments.cache)
+    engine = _load(arguments)
     defaults = read_defaults(engine.assets.generation_config)
     sampling = defaults.sampling(
         temperature=arguments.temperature,
@@ -83,6 +98,11 @@ def prepare_answers(arguments: argparse.Namespace, *, max_tokens: int) -> Answer
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
     )
+    if arguments.speculate is not None and sampling.repetition_penalty != 1:
+        raise InputError(
+            f"--speculate has no effect with repetition_penalty={sampling.repetition_penalty}: "
+            "--repetition-penalty 1 does without"
+        )
     return Answering(
         engine=engine,
         max_tokens=arguments.max_tokens or defaults.max_tokens or max_tokens,
@@ -93,7 +113,9 @@ def prepare_answers(arguments: argparse.Namespace, *, max_tokens: int) -> Answer
 
 def describe_answer(done: Generation) -> str:
     """What an answer took, in one line."""
-    return f"[{len(done.tokens)} tokens at {done.tokens_per_second:.0f} a second, stopped by {done.finish_reason}]"
+    drafts = f", {done.accepted_tokens} of {done.drafted_tokens} drafts accepted" if done.drafted_tokens else ""
+    speed = f"{len(done.tokens)} tokens at {done.tokens_per_second:.0f} a second"
+    return f"[{speed}{drafts}, stopped by {done.finish_reason}]"
 
 
 def tell_ignored(answering: Answering) -> None:
@@ -102,11 +124,26 @@ def tell_ignored(answering: Answering) -> None:
         print(f"note: generation_config.json's {', '.join(answering.ignored)} is not applied", file=sys.stderr)
 
 
-def _load(path: Path, *, graphs: bool, cache: CacheFormat | None) -> Engine:
+def _load(arguments: argparse.Namespace) -> Engine:
     """The engine of a model; only a bundle has graphs."""
-    if graphs and is_gguf(path):
+    path, cache = arguments.model, arguments.cache
+    if arguments.graphs and is_gguf(path):
         raise InputError(f"--graphs: {path} is a GGUF file, which has none; import and export it as a bundle first")
-    if graphs:
-        return Engine.load(path, graphs=True, cache=cache)
-    source = open_model(path)
-    return Engine.trace(source.model, source.tokenizer, Assets.parse(source.assets), cache=cache or "activations")
+    if arguments.graphs and arguments.activations != "float":
+        raise InputError(f"--activations {arguments.activations} cannot be chosen with --graphs: theirs are fixed")
+    if arguments.graphs:
+        return Engine.load(path, graphs=True, cache=cache, speculate=arguments.speculate)
+    return trace_engine(arguments)
+
+
+def trace_engine(arguments: argparse.Namespace, *, context: int | None = None) -> Engine:
+    """The engine of a model that is traced here, in a context of so many tokens, by default its longest."""
+    source = open_model(arguments.model)
+    return Engine.trace(
+        take_activations(source.model, arguments.activations),
+        source.tokenizer,
+        Assets.parse(source.assets),
+        context=context,
+        cache=arguments.cache or "activations",
+        drafting=read_drafting(arguments, source),
+    )

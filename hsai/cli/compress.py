@@ -13,6 +13,7 @@ import functools
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -24,17 +25,18 @@ from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
-from hsai.cli.targets import check_targets, is_kept
+from hsai.cli.targets import check_apart, check_targets, is_kept
 from hsai.compress import RecipeConfig, compress
 from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.ledger import Allocation
 from hsai.compress.recipe import match_weights
-from hsai.compress.resume import Workbench
+from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelSource, inspect_model, open_model
+from hsai.formats.kernels import Platform
 from hsai.machine import find_commit
 from hsai.progress import ProgressBar, console, say
 from hsai.sharding import check_mesh, tree_shardings, use_mesh
@@ -48,6 +50,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
     parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
     parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
+    parser.add_argument(
+        "--target", choices=get_args(Platform), help="refuse formats that this platform has no kernels for"
+    )
     parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 1x8x1 (default: one device); see `hsai train`")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
     parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
@@ -62,6 +67,14 @@ def run(parser: Parser, argv: list[str]) -> None:
     targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
     recipes = set_budget(recipes, arguments)
     check_targets(targets.values(), arguments)
+    check_apart(targets.values(), arguments.model)
+    benches = {  # of others than these, what is done takes seconds
+        name: targets[name].with_name(f".{targets[name].name}.partial")
+        for name, recipe in recipes.items()
+        if recipe.calibration is not None
+    }
+    for bench in benches.values():
+        check_unfinished(bench)
     mesh = None if arguments.mesh is None else read_mesh(arguments.mesh)
     if mesh is not None:
         check_mesh(mesh, inspect_model(arguments.model).config.axis_sizes)
@@ -69,7 +82,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     source = open_model(arguments.model, mesh=mesh)
     for name, recipe in recipes.items():
         try:
-            match_weights(recipe, source.model)
+            match_weights(recipe, source.model, arguments.target)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
     windows = read_windows(recipes, source, arguments.calibration)
@@ -82,14 +95,13 @@ def run(parser: Parser, argv: list[str]) -> None:
         for name, recipe in recipes.items():
             if name in kept:
                 say(f"reusing {targets[name]}")
-            else:
-                extra = source.origin | made[name] | {"recipe_name": name}
-                workbench = None
-                if recipe.calibration is not None:  # others take seconds
-                    bench = targets[name].with_name(f".{targets[name].name}.partial")
-                    workbench = Workbench(bench, made[name] | {"hsai": hsai.__version__})
-                    if workbench.layers:
-                        say(f"resuming {name}: {workbench.layers} of {source.config.layers} layers are solved")
+                continue
+            extra = source.origin | made[name] | {"recipe_name": name}
+            record = made[name] | {"hsai": hsai.__version__, "commit": find_commit()}
+            opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
+            with opened as workbench:
+                if workbench is not None:
+                    _tell_workbench(name, benches[name], workbench, source.config.layers)
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
                     model, ledger = compress(
@@ -107,10 +119,12 @@ def run(parser: Parser, argv: list[str]) -> None:
                 )
                 if workbench is not None:
                     workbench.remove()
-                console.print(ledger.table())
-                if ledger.allocation is not None:
-                    _tell_allocation(ledger.allocation)
-                say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+            console.print(ledger.table())
+            if ledger.allocation is not None:
+                _tell_allocation(ledger.allocation)
+            for remark in ledger.remarks:
+                say(remark)
+            say(f"wrote {targets[name]}; the ledger is in its manifest.json")
 
 
 def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
@@ -146,6 +160,14 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
             raise InputError(f"{option} {arguments.bits_per_weight:g}: {error}") from error
         changed[name] = replace(recipe, allocation=allocation)
     return changed
+
+
+def _tell_workbench(name: str, directory: Path, workbench: Workbench, layers: int) -> None:
+    if workbench.discarded:
+        changed = ", ".join(workbench.changed)
+        say(f"{directory} was left by a run that differed in {changed}: {workbench.discarded} discarded")
+    if workbench.layers:
+        say(f"resuming {name}: {workbench.layers} of {layers} layers are solved")
 
 
 def _tell_allocation(allocation: Allocation) -> None:

@@ -19,6 +19,6 @@ def open_own_corpus(source: ModelSource, corpus: Path | None, option: str) -> Co
     if not directory.name:
         raise InputError(f"{source.directory} does not say what it was trained on; give {option}")
     found = open_corpus(directory, verify=True)  # a number is only as good as what it was measured on
-    if found.tokenizer.to_json() != source.tokenizer.to_json():
+    if not found.tokenizer.cuts_like(source.tokenizer):
         raise InputError(f"corpus {directory} was cut by another tokenizer than that of {source.directory}")
     return found

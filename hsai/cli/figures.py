@@ -29,18 +29,20 @@ def draw_frontier(points: Sequence[tuple[str, float, float]], quality: str) -> s
 
 
 def draw_layers(layers: Sequence[dict[str, Any]]) -> str:
-    """A line a weight over the layers, and one across for the head; what could not be solved is marked."""
+    """A line a weight over the layers, and one across for the head; what could not be solved is marked, at the bottom
+    where its error is no number."""
     figure, axes = _start_figure(4.2)
     last = max((row["layer"] for row in layers if row["layer"] is not None), default=0)
     for index, name in enumerate(dict.fromkeys(row["weight"] for row in layers)):
         rows = [row for row in layers if row["weight"] == name]
         if rows[0]["layer"] is None:
             rows = [{**rows[0], "layer": layer} for layer in range(last + 1)]
-        steps, values = np.array([[row["layer"], 100 * row["output_error"]] for row in rows]).T
+        steps, values = np.array([[row["layer"], row["output_error"]] for row in rows], float).T
         color = COLORS[index % len(COLORS)]
-        axes.plot(steps, values, color=color, linewidth=1.5, label=name.removeprefix("layers."))
-        failed = [place for place, row in enumerate(rows) if row["damping"] is None]
-        axes.plot(steps[failed], values[failed], "x", color=color, markersize=9)
+        axes.plot(steps, 100 * values, color=color, linewidth=1.5, label=name.removeprefix("layers."))
+        # What was to be left dense takes no damping either, and has nothing to say.
+        failed = [place for place, row in enumerate(rows) if row["damping"] is None and row["note"]]
+        axes.plot(steps[failed], 100 * np.nan_to_num(values[failed]), "x", color=color, markersize=9)
     axes.set_xlabel("layer", color=MUTED)
     axes.set_ylabel("error of the output over calibration, %", color=MUTED)
     axes.set_ylim(bottom=0)
@@ -50,13 +52,14 @@ def draw_layers(layers: Sequence[dict[str, Any]]) -> str:
 
 def draw_blocks(blocks: Sequence[dict[str, Any]]) -> str:
     """The distance of each layer's output from the dense model's, as the solver left it and after tuning; what was not
-    better stayed, and is marked."""
+    better stayed, and is marked, at the bottom where it is no number."""
     figure, axes = _start_figure(4.2)
     steps = np.array([row["layer"] for row in blocks])
-    for color, key, label in ((COLORS[1], "error_solved", "solved"), (COLORS[0], "error_tuned", "tuned")):
-        axes.plot(steps, [100 * row[key] for row in blocks], color=color, linewidth=1.5, label=label)
-    left = [row for row in blocks if not row["tuned"]]
-    axes.plot([row["layer"] for row in left], [100 * row["error_tuned"] for row in left], "x", color=COLORS[0])
+    solved, tuned = (100 * np.array([row[key] for row in blocks], float) for key in ("error_solved", "error_tuned"))
+    axes.plot(steps, solved, color=COLORS[1], linewidth=1.5, label="solved")
+    axes.plot(steps, tuned, color=COLORS[0], linewidth=1.5, label="tuned")
+    left = [place for place, row in enumerate(blocks) if not row["tuned"]]
+    axes.plot(steps[left], np.nan_to_num(tuned[left]), "x", color=COLORS[0])
     axes.set_xlabel("layer", color=MUTED)
     axes.set_ylabel("distance from the dense output, %", color=MUTED)
     axes.set_ylim(bottom=0)

@@ -4,6 +4,7 @@ hsai generate bundles/int4 "def main():" --max-tokens 64
 hsai generate SmolLM2-135M-Instruct.Q4_1.gguf "What is the capital of France?" --chat
 hsai generate bundles/int4 "Where is the Louvre?" --chat --prefill "The Louvre is in"
 hsai generate bundles/int4 "A town in France:" --regex " [A-Z][a-z]+"
+hsai generate bundles/int4 "def main():" --speculate bundles/nm24_int4
 A prompt that begins with a hyphen stands last, behind two of them: hsai generate bundles/int4 --max-tokens 8 -- -x
 
 Where you say nothing, tokens are drawn as the model's generation_config.json says (temperature, top-k, top-p, min-p,
@@ -90,6 +91,8 @@ def _read_constraint(arguments: argparse.Namespace) -> Constraint | None:
     """What the text must be."""
     if arguments.json_schema is not None and arguments.regex is not None:
         raise InputError("--json-schema and --regex exclude each other: a text follows one of them")
+    if arguments.speculate is not None and (arguments.json_schema is not None or arguments.regex is not None):
+        raise InputError("--speculate has no effect with --json-schema or --regex: such a text is made token by token")
     if arguments.json_schema is None:
         return None if arguments.regex is None else Regex(arguments.regex)
     try:

@@ -4,10 +4,12 @@ Everything on it was measured in this run or stands in a bundle's manifest; what
 """
 
 import html
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hsai.cli.figures import draw_blocks, draw_frontier, draw_layers, draw_sensitivities
+from hsai.evaluate.report import write_change, write_value
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 76rem; margin: 2rem auto;
@@ -18,9 +20,19 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid #e4e7eb; text-align: ri
 th { color: #616e7c; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 p.about, dl { color: #616e7c; font-size: .88rem; } dt { float: left; clear: left; width: 11rem; }
 dd { margin-left: 11rem; overflow-wrap: anywhere; } svg { max-width: 100%; height: auto; }
+summary { color: #616e7c; cursor: pointer; margin: .6rem 0; } pre { font-size: .8rem; overflow-x: auto; }
 """
-TRACED = ("recipe_name", "calibration_sha256", "calibration", "source_sha256", "run", "step", "command", "commit")
-"""What a bundle says of how it was made, in the order of the page."""
+TRACED = (
+    "recipe_name",
+    "calibration_sha256",
+    "source_sha256",
+    "checkpoint",
+    "run",
+    "step",
+    "command",
+    "commit",
+)
+"""What a bundle says of how it was made, in the order of the page; recipe and seed stand in its recipe."""
 
 
 def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str:
@@ -52,7 +64,7 @@ def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str
 
 
 def _tabulate(rows: Sequence[dict[str, Any]], reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """A line a model: what was measured of it, and the difference to the first where it has a standard error."""
+    """A line a model: what was measured of it, and beside its metrics the change to the first model."""
     names = ["model", "MB", "bits a weight"]
     lines = [[row["model"], f"{row['bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}"] for row in rows]
     if "heldout_bits_per_byte" in rows[0]:
@@ -61,10 +73,10 @@ def _tabulate(rows: Sequence[dict[str, Any]], reports: Sequence[dict[str, Any]])
             line.append(f"{row['heldout_bits_per_byte']:.4f}")
     for task, metric in _list_metrics(reports):
         names.append(f"{task} {metric}")
-        first = reports[0]["tasks"][_find(reports[0], task)]["metrics"].get(metric)
         for line, report in zip(lines, reports, strict=True):
             found = report["tasks"][_find(report, task)]["metrics"].get(metric)
-            line.append("-" if found is None else _write_metric(metric, found, first))
+            change = "" if found is None else write_change(found)
+            line.append("-" if found is None else write_value(found) + (f" ({change})" if change else ""))
     if "decode_tokens_per_second" in rows[0]:
         names += ["decode tokens/s", "prefill tokens/s", "peak memory, MB"]
         for line, row in zip(lines, rows, strict=True):
@@ -87,16 +99,6 @@ def _list_metrics(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _find(report: dict[str, Any], task: str) -> int:
     return next(index for index, found in enumerate(report["tasks"]) if found["task"] == task)
-
-
-def _write_metric(name: str, found: dict[str, Any], first: dict[str, Any] | None) -> str:
-    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
-    text = f"{found['value']:.4f}{error}"
-    if first is None or first is found:
-        return text
-    if name == "perplexity":
-        return f"{text} ({found['value'] / first['value']:.3f}x)"
-    return f"{text} ({found['value'] - first['value']:+.4f})"
 
 
 def _write_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -126,9 +128,11 @@ def _name_quality(reports: Sequence[dict[str, Any]]) -> str:
 
 def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     ledger = origin["ledger"]
-    traced = "".join(
-        f"<dt>{key.replace('_', ' ')}</dt><dd>{html.escape(str(origin[key]))}</dd>" for key in TRACED if key in origin
-    )
+    facts = {key.replace("_", " "): origin[key] for key in TRACED if key in origin}
+    match origin:
+        case {"recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:
+            facts |= {"calibration tokens": f"{tokens:,}", "calibration seed": seed}
+    traced = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     lines = [
         [
             row["weight"],
@@ -146,12 +150,78 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     parts = [
         f"<h2>{html.escape(name)}</h2>",
         f"<dl>{traced}</dl>",
+        *_write_recipe(origin),
         _write_table(("weight", "format", "shape", "bytes", "bits a weight", "relative error"), lines),
     ]
     if ledger.get("layers"):
-        parts += ["<h2>Output error of each product</h2>", draw_layers(ledger["layers"])]
+        parts += [
+            "<h2>Output error of each product</h2>",
+            draw_layers(ledger["layers"]),
+            *_write_notes(ledger["layers"]),
+        ]
     if ledger.get("blocks"):
-        parts += ["<h2>Reconstruction of each layer</h2>", draw_blocks(ledger["blocks"])]
+        parts += [
+            "<h2>Reconstruction of each layer</h2>",
+            draw_blocks(ledger["blocks"]),
+            *_write_notes(ledger["blocks"]),
+        ]
     if "allocation" in ledger:
         parts += ["<h2>Sensitivity of each layer</h2>", draw_sensitivities(ledger["allocation"]["choices"])]
+    if ledger.get("scales"):
+        parts.append(_fold("scales of channels", _write_table(*_tabulate_scales(ledger["scales"]))))
+    if ledger.get("layers"):
+        parts.append(_fold("damping of each product", _write_table(*_tabulate_damping(ledger["layers"]))))
     return parts
+
+
+def _write_recipe(origin: dict[str, Any]) -> list[str]:
+    if "recipe" not in origin:
+        return []
+    text = json.dumps(origin["recipe"], indent=2, ensure_ascii=False)
+    return [_fold("recipe", f"<pre>{html.escape(text)}</pre>")]
+
+
+def _tabulate_scales(scales: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A line a source of channels and layer."""
+    names = ["channels of", "layer", "exponent", "error without", "error with"]
+    return names, [
+        [
+            row["source"],
+            _write_number(row["layer"], "d"),
+            f"{row['exponent']:.3g}",
+            _write_number(row["error_before"], ".2%"),
+            _write_number(row["error_after"], ".2%"),
+        ]
+        for row in scales
+    ]
+
+
+def _tabulate_damping(layers: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A line a solved weight and layer."""
+    return ["weight", "layer", "output error", "damping"], [
+        [
+            row["weight"],
+            _write_number(row["layer"], "d"),
+            _write_number(row["output_error"], ".2%"),
+            _write_number(row["damping"], ".3g"),
+        ]
+        for row in layers
+    ]
+
+
+def _write_number(value: float | None, how: str) -> str:
+    """A dash for what has none: the layer of a head, the damping of what was not solved, an error that ran away."""
+    return "-" if value is None else format(value, how)
+
+
+def _fold(title: str, content: str) -> str:
+    """What opens when its title is clicked: long tables."""
+    return f"<details><summary>{title}</summary>{content}</details>"
+
+
+def _write_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What rows of single layers say besides their numbers, as a table; nothing where none says anything."""
+    lines = [
+        [row.get("weight", "block"), _write_number(row["layer"], "d"), row["note"]] for row in rows if row.get("note")
+    ]
+    return [_write_table(("weight", "layer", "note"), lines)] if lines else []

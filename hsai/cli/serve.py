@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from typing import get_args
 
+from hsai.cli.answers import add_activations_argument, trace_engine
+from hsai.cli.drafting import add_drafting_arguments, check_drafting_arguments
 from hsai.cli.parser import Parser
-from hsai.data.assets import Assets
 from hsai.errors import InputError
-from hsai.export.source import open_model
-from hsai.infer import Engine
 from hsai.infer.defaults import read_defaults
 from hsai.infer.service import Service
 from hsai.models import CacheFormat
@@ -49,8 +48,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--cache",
         choices=get_args(CacheFormat),
-        help="how keys and values are stored: in the activations' dtype (default), in bfloat16, or in int8",
+        help="how keys and values are stored: in the activations' dtype (default), in bfloat16, int8, or int4",
     )
+    add_activations_argument(parser)
+    add_drafting_arguments(parser)
     parser.add_argument("--rows", type=int, default=8, help="requests that are answered at a time (default: 8)")
     parser.add_argument(
         "--cache-tokens",
@@ -85,6 +86,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"--request-seconds {arguments.request_seconds:g} must be above 0")
     if arguments.max_body_bytes < 1:
         raise InputError(f"--max-body-bytes {arguments.max_body_bytes} must be at least 1")
+    check_drafting_arguments(arguments)
     try:
         from hsai.serve.app import make_app
         from hsai.serve.served import Limits, Served
@@ -93,14 +95,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"hsai serve needs {error.name}: pip install 'hsai[serve]'") from error
     limits = Limits(body_bytes=arguments.max_body_bytes, seconds=arguments.request_seconds)
     with listen(arguments.host, arguments.port) as listener:  # first: nothing is loaded in vain
-        source = open_model(arguments.model)
-        engine = Engine.trace(
-            source.model,
-            source.tokenizer,
-            Assets.parse(source.assets),
-            context=arguments.context,
-            cache=arguments.cache or "activations",
-        )
+        engine = trace_engine(arguments, context=arguments.context)
         service = Service(engine, rows=arguments.rows, tokens=arguments.cache_tokens, queue=arguments.queue)
         name = arguments.name or arguments.model.resolve().name.removesuffix(".gguf")
         defaults = read_defaults(engine.assets.generation_config)

@@ -1,6 +1,6 @@
 """How fast a model decodes and reads prompts, and the memory that takes, each model in a process of its own.
 
-    python -m hsai.cli.speed MODEL KV_CACHE
+    python -m hsai.cli.speed MODEL KV_CACHE ACTIVATIONS
 
 Prints one line of JSON. A process of its own, because the peak of memory is a process's, and because what an earlier
 model left behind (compiled programs, freed blocks) would count for the next one.
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from hsai.errors import InputError
 from hsai.export.source import open_model
+from hsai.formats import Activations, take_activations
 from hsai.infer import Engine
 from hsai.models import CacheFormat
 
@@ -23,13 +24,14 @@ PROMPT = 512
 """Tokens of the prompt that is read; less where the model's context is shorter."""
 
 
-def measure_speed(path: Path, kv_cache: CacheFormat) -> dict[str, Any]:
+def measure_speed(path: Path, kv_cache: CacheFormat, activations: Activations) -> dict[str, Any]:
     """The rows of `describe_speed`, measured in a new process.
 
     Raises:
       InputError: the process fails; what it says last.
     """
-    done = subprocess.run([sys.executable, "-m", "hsai.cli.speed", str(path), kv_cache], capture_output=True, text=True)
+    command = [sys.executable, "-m", "hsai.cli.speed", str(path), kv_cache, activations]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing was said"]
         raise InputError(f"the speed of {path} could not be measured: {said[-1]}")
@@ -37,11 +39,12 @@ def measure_speed(path: Path, kv_cache: CacheFormat) -> dict[str, Any]:
     return rows
 
 
-def describe_speed(path: Path, kv_cache: CacheFormat) -> dict[str, Any]:
+def describe_speed(path: Path, kv_cache: CacheFormat, activations: Activations) -> dict[str, Any]:
     """Medians and [slowest, fastest] in tokens a second, of decoding at batch 1 and of reading a prompt; and the most
     memory that this process ever had, in bytes, compilation included."""
     source = open_model(path)
-    engine = Engine.trace(source.model, source.tokenizer, cache=kv_cache)
+    model = take_activations(source.model, activations)
+    engine = Engine.trace(model, source.tokenizer, cache=kv_cache)
     decode = engine.decode_speeds()
     prompt = min(PROMPT, engine.runtime.slots)
     prefill = engine.prefill_speeds(prompt)
@@ -56,4 +59,5 @@ def describe_speed(path: Path, kv_cache: CacheFormat) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(describe_speed(Path(sys.argv[1]), cast(CacheFormat, sys.argv[2]))))
+    _, path, kv_cache, activations = sys.argv
+    print(json.dumps(describe_speed(Path(path), cast(CacheFormat, kv_cache), cast(Activations, activations))))

@@ -10,6 +10,7 @@ from hsai.errors import InputError
 from hsai.export.manifest import MANIFEST, read_manifest
 from hsai.files import sha256
 from hsai.progress import say
+from hsai.train.directory import is_run
 
 
 def check_targets(
@@ -35,6 +36,25 @@ def check_targets(
         if any(target.iterdir()) and not (target / holding).is_file():
             kind = "a bundle" if holding == MANIFEST else "a checkpoint"
             raise InputError(f"{target} holds something else than {kind} (no {holding}); give another {option}")
+
+
+def check_apart(targets: Iterable[Path], model: Path) -> None:
+    """Refuses targets that would take the place of the model that they are made of, or of a part of it.
+
+    A run has room for what is made of it; a bundle, a checkpoint and a file consist of what they hold.
+
+    Raises:
+      InputError: a target is the model, or holds it; or lies in it, and it is no run.
+    """
+    source = model.resolve()
+    for target in targets:
+        place = target.resolve()
+        if source == place:
+            raise InputError(f"--out {target} is the model itself; give another directory")
+        if source.is_relative_to(place):
+            raise InputError(f"--out {target} holds the model {model}; give another directory")
+        if place.is_relative_to(source) and not is_run(source):
+            raise InputError(f"--out {target} lies inside the model {model}; give another directory")
 
 
 def check_file(target: Path, *, overwrite: bool) -> None:

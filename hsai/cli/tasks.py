@@ -18,6 +18,7 @@ from hsai.evaluate.report import describe_evaluation, describe_result
 from hsai.evaluate.runner import NAMES
 from hsai.export.source import ModelSource
 from hsai.fetch.cache import Progress
+from hsai.formats import find_activations
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models import CacheFormat, Transformer
 from hsai.models.transformer import abstract_transformer
@@ -133,8 +134,9 @@ def measure_tasks(
 
 
 def name_row(source: ModelSource, kv_cache: CacheFormat) -> str:
-    """What a model with a cache is called in tables: "int4", or "int4, int8 cache"."""
-    return source.directory.name + ("" if kv_cache == "activations" else f", {kv_cache} cache")
+    """What a model with a cache is called in tables: "int4", or "int4, int8 activations, int8 cache"."""
+    name = source.directory.name + (", int8 activations" if find_activations(source.model) == "int8" else "")
+    return name + ("" if kv_cache == "activations" else f", {kv_cache} cache")
 
 
 def compute_in(model: Transformer, dtype: Dtype) -> Transformer:

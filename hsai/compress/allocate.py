@@ -2,19 +2,24 @@
 
 A candidate costs bytes, and a loss that was measured beforehand (`hsai.compress.sensitivity`). Losses of different
 weights are taken to add up, so that one candidate an item with the least sum of losses under a sum of bytes is wanted:
-a multiple-choice knapsack (HAWQ-V3, 2011.10680, section 3.4, gives it to a solver of integer programs). Its relaxation
-has a plain solution: on the lower convex hull of each item's candidates every step to more bytes has a price, loss
-saved a byte, and the best steps that the budget pays for are taken (Sinha and Zoltners, "The multiple-choice knapsack
-problem", 1979). That is the optimum but for the one step that no longer fits; what it leaves over is then spent on
-whatever saves most. So the sum of losses exceeds the optimum by less than that one step saves, of hundreds.
+a multiple-choice knapsack (HAWQ-V3, 2011.10680, section 3.4, gives it to a solver of integer programs). It is solved by
+dynamic programming over the bytes (Dudzinski and Walukiewicz, "Exact methods for the knapsack problem and its
+generalizations", 1987, section 5): the least loss of the first i items within every number of bytes. Sizes of weights
+have large common divisors, in whose units the budget of most models is a small number; that makes it exact.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from hsai.errors import InputError
 from hsai.formats import FormatConfig
+
+UNITS = 1 << 18
+"""In which a budget is counted at most: a few hundred weights then take a second, and a byte for each and unit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,12 @@ def check_budget(budget: int, least: int) -> None:
 
 
 def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """The index of the option that each item gets.
+    """The index of the option that each item gets: of all choices within the budget one with the least sum of losses,
+    a NaN counted as an infinite one, and of those one with the fewest bytes.
+
+    Where the budget is more than `UNITS` of the sizes' greatest common divisor, what an option takes beyond its item's
+    smallest is rounded up to 1 / UNITS of it: the choice is then the best of a budget that is smaller by at most as
+    many such parts as there are items, and what is left is spent on what saves most.
 
     Args:
       items: the options of each, at least one.
@@ -101,52 +111,45 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     Raises:
       InputError: the smallest options exceed it.
     """
-    hulls = [find_hull(options) for options in items]
-    chosen = [hull[0] for hull in hulls]
-    left = budget - sum(options[index].bytes for options, index in zip(items, chosen, strict=True))
-    check_budget(budget, budget - left)
-    steps = [
-        (_price(items[item][old], items[item][new]), item, new)
-        for item, hull in enumerate(hulls)
-        for old, new in zip(hull, hull[1:], strict=False)
-    ]
-    stopped: set[int] = set()
-    # Stable: a hull's own steps, whose prices fall, or are equal in floating point, stay in their order.
-    for _, item, new in sorted(steps, key=lambda step: -step[0]):
-        more = items[item][new].bytes - items[item][chosen[item]].bytes
-        if item in stopped or more > left:
-            stopped.add(item)
-            continue
-        chosen[item] = new
-        left -= more
-    while True:  # what no hull holds may still fit, and be better than what is there
+    sizes = [np.array([option.bytes for option in item]) for item in items]
+    losses = [np.nan_to_num([option.loss for option in item], nan=np.inf, posinf=np.inf) for item in items]
+    least = sum(int(size.min()) for size in sizes)
+    check_budget(budget, least)
+    left = min(budget, sum(int(size.max()) for size in sizes)) - least
+    divisor = math.gcd(*(int(more) for size in sizes for more in size - size.min())) or 1
+    unit = max(divisor, -(-left // UNITS))
+    extra = [-(-(size - size.min()) // unit) for size in sizes]
+    chosen = _fill(extra, losses, left // unit)
+    left -= sum(int(size[index] - size.min()) for size, index in zip(sizes, chosen, strict=True))
+    while True:
         moves = [
-            (items[item][old].loss - option.loss, item, new, option.bytes - items[item][old].bytes)
-            for item, old in enumerate(chosen)
-            for new, option in enumerate(items[item])
-            if option.loss < items[item][old].loss and option.bytes - items[item][old].bytes <= left
+            (loss[old] - loss[new], int(size[old] - size[new]), place, new)
+            for place, (old, loss, size) in enumerate(zip(chosen, losses, sizes, strict=True))
+            for new in range(len(loss))
+            if loss[new] < loss[old] and size[new] - size[old] <= left
         ]
         if not moves:
             return chosen
-        _, item, new, more = max(moves, key=lambda move: (move[0], -move[3]))
-        chosen[item] = new
-        left -= more
+        _, freed, place, new = max(moves)
+        chosen[place], left = new, left + freed
 
 
-def find_hull(options: Sequence[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull of loss over bytes: bytes rise, losses fall ever less steeply."""
-    hull: list[int] = []
-    for index in sorted(range(len(options)), key=lambda i: (options[i].bytes, options[i].loss)):
-        if hull and options[index].loss >= options[hull[-1]].loss:
-            continue
-        while len(hull) > 1 and _price(options[hull[-2]], options[hull[-1]]) <= _price(
-            options[hull[-1]], options[index]
-        ):
-            hull.pop()
-        hull.append(index)
-    return hull
-
-
-def _price(old: Option, new: Option) -> float:
-    """Loss saved for each byte more."""
-    return (old.loss - new.loss) / (new.bytes - old.bytes)
+def _fill(extra: Sequence[np.ndarray], losses: Sequence[np.ndarray], room: int) -> list[int]:
+    """For each item the index into its `extra`, int (n,), and `losses`, float (n,): least losses within `room`."""
+    best, taken = np.zeros(room + 1), []
+    for units, loss in zip(extra, losses, strict=True):
+        found, which = np.full(room + 1, np.inf), np.zeros(room + 1, np.uint8)
+        for index in np.lexsort((units, loss))[::-1]:  # the last of equals stays: the smallest
+            if units[index] <= room:
+                with_it = best[: room + 1 - units[index]] + loss[index]
+                better = with_it <= found[units[index] :]
+                np.copyto(found[units[index] :], with_it, where=better)
+                np.copyto(which[units[index] :], np.uint8(index), where=better)
+        best = found
+        taken.append(which)
+    room = int(np.argmin(best))  # the first, of the fewest bytes
+    chosen = []
+    for units, which in zip(extra[::-1], taken[::-1], strict=True):
+        chosen.append(int(which[room]))
+        room -= int(units[chosen[-1]])
+    return chosen[::-1]

@@ -1,11 +1,13 @@
 """Compression with calibration: weights that are solved for what text makes of them (GPTQ, SparseGPT, Wanda, joint).
 
-One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`. A weight whose solve fails is
-rounded plainly, said so in its row, and does not end the run. Where a recipe reconstructs, the packed weights of a
-layer are then tuned together (`hsai.compress.reconstruct`).
+One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`. A weight whose solve fails,
+for want of a factor or because its numbers run away, is tried again with more damping and at last rounded plainly; its
+row says so, and the run goes on. Where a recipe reconstructs, the packed weights of a layer are then tuned together
+(`hsai.compress.reconstruct`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +18,8 @@ import numpy as np
 from hsai.compress.factor import factorize
 from hsai.compress.grid import Pattern, grid_of, pattern_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig
-from hsai.compress.ledger import BlockRow, LayerRow, name_format
+from hsai.compress.ledger import BlockRow, LayerRow, keep_finite, name_format
+from hsai.compress.limits import check_held, sum_lost
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solver import order_positions, solve
@@ -25,11 +28,9 @@ from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
-    NMConfig,
-    NMInt4Config,
-    NMInt8Config,
-    VNMConfig,
-    VNMInt4Config,
+    Outliers,
+    OutliersConfig,
+    SparseConfig,
     Weight,
     stack_layers,
     to_dense,
@@ -39,7 +40,9 @@ from hsai.models import Transformer
 from hsai.models.transformer import Block
 
 COLUMNS = 16384
-"""Outputs that are solved at a time; a multiple of what V:N:M lets share a choice."""
+"""Outputs that are solved at a time, or the next fewer that those with a choice in common divide."""
+
+MaskName = Literal["joint", "wanda", "magnitude"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -59,7 +62,7 @@ class FeedbackConfig:
     kind: Literal["feedback"] = "feedback"
     """Names this solver in files."""
 
-    mask: Literal["joint", "wanda", "magnitude"] = "joint"
+    mask: MaskName = "joint"
     """Of a sparse format: chosen with the values, or beforehand by |w| ||x|| (2306.11695) or by |w|."""
 
     damping: float = 0.01
@@ -105,7 +108,7 @@ class Packing:
     """That the factorization took; None of a weight that was packed by itself."""
 
     note: str = ""
-    """Why it was, if the factorization failed; and experts that had nothing to be solved for."""
+    """Why it was, if the solve failed, or took more damping; and experts that had nothing to be solved for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,44 +128,61 @@ class SolvedLayers:
 class BlockSolver:
     """Packs the weights of one block; those with the same input share its factor."""
 
-    def __init__(self, grams: Grams, plain: Compress) -> None:
+    def __init__(self, grams: Grams, plain: Compress, *, layer: int | None = None) -> None:
         """Args:
         grams: of the block's products.
         plain: packs a weight (..., D, F) by itself.
+        layer: the block's number, to be named in errors; None of a table.
         """
         self._grams = grams
         self._plain = plain
+        self._place = "" if layer is None else f"layer {layer}: "
         self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
 
     def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
-        """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose factorization fails is
-        packed by itself, as are those that are not to be solved, or stay dense."""
+        """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose solve fails is packed
+        by itself, as are those that are not to be solved, or stay dense.
+
+        Raises:
+          InputError: the format cannot hold the weight by itself either.
+        """
         if not isinstance(config, FeedbackConfig):
             return Packing(weight=self._plain(w, format, config))
         if isinstance(format, DenseConfig):
             return Packing(weight=self._plain(w, format, NearestConfig()))
         gram = self._grams[name]
         if w.ndim == 2:
-            return self._solve(id(gram), 0, w, gram, format, config)
-        packings = [self._solve(id(gram), expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
+            return self._solve(name, 0, w, gram, format, config)
+        packings = [self._solve(name, expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
         weight: Weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(packing.weight for packing in packings))
         dampings = [packing.damping for packing in packings if packing.damping is not None]
         notes = [f"expert {expert}: {packing.note}" for expert, packing in enumerate(packings) if packing.note]
         return Packing(weight=weight, damping=max(dampings, default=None), note="; ".join(notes))
 
     def _solve(
-        self, inputs: int, expert: int, w: jax.Array, gram: jax.Array, format: FormatConfig, config: FeedbackConfig
+        self, name: str, expert: int, w: jax.Array, gram: jax.Array, format: FormatConfig, config: FeedbackConfig
     ) -> Packing:
-        """One weight (D, F), by the factor of its inputs, which are known by two numbers."""
+        """One weight (D, F), by the factor of its inputs."""
         # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
         pattern = pattern_of(format) if config.order != "natural" else None
-        key = (inputs, expert, config.damping, pattern, config.order)
-        if key not in self._factors:
-            self._factors[key] = find_factor(gram, format, config)
-        found = self._factors[key]
-        if isinstance(found, str):
-            return Packing(weight=self._plain(w, format, NearestConfig()), note=found)
-        return Packing(weight=pack_solved(w, gram, found, format, config), damping=found.damping)
+        damping, fault = config.damping, ""
+        while True:
+            key = (id(self._grams[name]), expert, damping, pattern, config.order)
+            if key not in self._factors:
+                self._factors[key] = find_factor(gram, format, config, damping)
+            found = self._factors[key]
+            if isinstance(found, str):
+                break
+            try:
+                weight = pack_solved(w, gram, found, format, config)
+            except FloatingPointError as error:
+                fault, damping = str(error), 10.0 * found.damping
+            else:
+                note = f"damping was raised to {found.damping:g}: {fault}" if fault else ""
+                return Packing(weight=weight, damping=found.damping, note=note)
+        weight = self._plain(w, format, NearestConfig())
+        check_held(f"{self._place}{name}", w, weight)
+        return Packing(weight=weight, note=f"rounded plainly: {fault or found}")
 
 
 def solve_layers(
@@ -184,12 +204,12 @@ def solve_layers(
         The head may be among them, with one format; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time.
-      plain: packs a weight by itself: one that is solved so, or whose factorization fails.
+      plain: packs a weight by itself: one that is solved so, or whose solve fails.
       reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.
     Raises:
-      InputError: see `stream_blocks` and `check_observed`.
+      InputError: see `stream_blocks`, `check_observed` and `BlockSolver.pack`.
     """
     blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
     heads = {name: found for name, found in formats.items() if name not in blocks}
@@ -204,7 +224,7 @@ def solve_layers(
                 weight=full,
                 layer=layer,
                 format=name_format(formats[full][0][layer or 0]),
-                output_error=float(measure_output(w, held, gram)),
+                output_error=keep_finite(measure_output(w, held, gram)),
                 damping=pack.damping,
                 note=pack.note,
             )
@@ -212,7 +232,7 @@ def solve_layers(
 
     def solve_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
-        dense, solver = _read_weights(block), BlockSolver(grams, plain)
+        dense, solver = _read_weights(block), BlockSolver(grams, plain, layer=layer)
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
         for name, packing in packings.items():
@@ -284,36 +304,85 @@ def check_observed(names: Iterable[str], grams: Grams) -> None:
 
 
 def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig) -> Weight:
-    """One weight (D, F) in its format, solved over the activations with X^T X = gram."""
-    if w.shape[-1] > COLUMNS:  # outputs are solved each for itself; a head's are too many for one program's memory
-        parts = [
-            pack_solved(part, gram, factor, format, config)
-            for part in jnp.split(w, list(range(COLUMNS, w.shape[-1], COLUMNS)), axis=-1)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
-    pattern = pattern_of(format)
-    mask = None
-    if (
-        isinstance(format, NMConfig | NMInt8Config | NMInt4Config | VNMConfig | VNMInt4Config)
-        and config.mask != "joint"
-    ):
-        norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if config.mask == "wanda" else 1.0
-        mask = format.mask(w * norms)
-    solved = solve(w, factor.upper, grid=grid_of(format), pattern=pattern, mask=mask, order=factor.order)
+    """One weight (D, F) in its format, solved over the activations with X^T X = gram.
+
+    Raises:
+      FloatingPointError: what was solved holds a NaN or an infinity, as its scales may where feedback runs away.
+    """
+    # Outputs are solved each for itself; a head's are too many for one program's memory. What is kept apart, all share.
+    base = format.base if isinstance(format, OutliersConfig) else format
+    shared = base.width if isinstance(base, SparseConfig) else 1
+    width = max(COLUMNS // shared, 1) * shared
+    columns = jnp.split(w, list(range(width, w.shape[-1], width)), axis=-1)
+    index = find_outliers(columns, factor, format) if isinstance(format, OutliersConfig) else None
+    parts = []
+    for part in columns:
+        packed, lost = _pack_columns(part, gram, factor.upper, factor.order, index, format=format, mask=config.mask)
+        if lost:
+            fault = f"solving gave {lost} values and scales that are NaN or infinite, of {part.size} weights"
+            raise FloatingPointError(fault)
+        parts.append(packed)
+    joined: Weight = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+    if index is None:
+        return joined
+    assert isinstance(joined, Outliers)
+    return dataclasses.replace(joined, index=index[:, None])
+
+
+@functools.partial(jax.jit, static_argnames=("format", "mask"))
+def _pack_columns(
+    w: jax.Array,
+    gram: jax.Array,
+    upper: jax.Array,
+    order: jax.Array | None,
+    index: jax.Array | None,
+    *,
+    format: FormatConfig,
+    mask: MaskName,
+) -> tuple[Weight, jax.Array]:
+    """Some outputs of a weight, (D, F), and how many values and scales were lost; `index` (k,) is what a format with
+    outliers keeps apart."""
+    base = format.base if isinstance(format, OutliersConfig) else format
+    apart = None if index is None else jnp.zeros(w.shape[0], bool).at[index].set(True)
+    given = None
+    if isinstance(base, SparseConfig) and mask != "joint":
+        norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if mask == "wanda" else 1.0
+        given = base.mask((w if apart is None else jnp.where(apart[:, None], 0.0, w)) * norms)
+    grid, pattern = grid_of(format), pattern_of(format)
+    solved = solve(w, upper, grid=grid, pattern=pattern, mask=given, order=order, apart=apart)
+    lost = sum_lost((solved.values, solved.scale))
     words = {} if pattern is None else {"mask": solved.mask}
     words |= {} if solved.scale is None else {"scale": solved.scale}
-    packed: Weight = format.pack(solved.values, **words)
-    return packed
+    if index is None or not isinstance(format, OutliersConfig):
+        return base.pack(solved.values, **words), lost
+    return format.join(solved.values, index, format.base.pack(format.rest(solved.values, index), **words)), lost
 
 
-def find_factor(gram: jax.Array, format: FormatConfig, config: FeedbackConfig) -> Factor | str:
-    """The factor of a Gram matrix (D, D) in the order of the solver, or why there is none."""
+def find_outliers(columns: Sequence[jax.Array], factor: Factor, format: OutliersConfig) -> jax.Array:
+    """The positions of a weight, given as parts (D, F), whose errors cost most, were they in the base like all others:
+    int32 (k,), ascending.
+
+    An error of position i costs e^2 / U_ii^2 of the squared output error (2306.03078, eq. 2), summed over outputs.
+    """
+    missed = sum(jnp.sum(jnp.square(w - to_dense(format.base.pack(w))), axis=-1) for w in columns)
+    diagonal = jnp.diagonal(factor.upper)
+    diagonal = diagonal if factor.order is None else diagonal[jnp.argsort(factor.order)]
+    return format.find(missed / jnp.square(diagonal))
+
+
+def find_factor(
+    gram: jax.Array, format: FormatConfig, config: FeedbackConfig, damping: float | None = None
+) -> Factor | str:
+    """The factor of a Gram matrix (D, D) in the order of the solver, or why there is none; `damping` in the place of
+    the config's, beyond whose limits it may go."""
     order = order_positions(gram, pattern_of(format)) if config.order == "activations" else None
     try:
-        upper, damping = factorize(gram if order is None else gram[order][:, order], config.damping)
+        upper, taken = factorize(
+            gram if order is None else gram[order][:, order], config.damping if damping is None else damping
+        )
     except FloatingPointError as error:
         return str(error)
-    return Factor(upper=upper, damping=damping, order=order)
+    return Factor(upper=upper, damping=taken, order=order)
 
 
 @jax.jit

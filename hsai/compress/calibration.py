@@ -15,8 +15,8 @@ class CalibrationConfig:
     tokens: int = 65_536
     """In all; a multiple of sequence_length."""
 
-    sequence_length: int = 1024
-    """Tokens of a window."""
+    sequence_length: int = 512
+    """Tokens of a window; at most the model's longest text."""
 
     batch: int = 4
     """Windows at a time on the devices."""

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 MOST_DAMPING = 10.0
 """Beyond this share of the mean of H's diagonal, feedback is as good as none, and something is wrong with H."""
 
+DEAD = 1e-12
+"""What stands on the diagonal for a position that calibration never excited, as a share of the mean of the others."""
+
 
 def factorize(gram: jax.Array, damping: float) -> tuple[jax.Array, float]:
     """U (D, D) float32 of H = gram (D, D), and the damping that it took.
 
-    Positions that calibration never excited (a zero on the diagonal) get the mean of the diagonal in its place: they
-    neither give nor take corrections, and are rounded as they are.
+    Positions that calibration never excited (a zero on the diagonal) get next to nothing in its place: they neither
+    give nor take corrections, are the first to be pruned, and leave the choice of scales to the others. Where none was
+    excited, all are alike.
 
     Args:
       gram: X^T X, symmetric, float32.
@@ -41,7 +45,7 @@ def _factorize(gram: jax.Array, share: jax.Array) -> jax.Array:
     alive = diagonal > 0
     mean = jnp.where(jnp.any(alive), jnp.sum(diagonal) / jnp.maximum(jnp.sum(alive), 1), 1.0)
     # A matrix of order one: its factor neither overflows nor underflows, and U's scale cancels out of the feedback.
-    damped = gram / mean + jnp.diag(share + jnp.where(alive, 0.0, 1.0))
+    damped = gram / mean + jnp.diag(jnp.where(alive, share, jnp.where(jnp.any(alive), DEAD, 1.0)))
     reversed_lower = jnp.linalg.cholesky(damped[::-1, ::-1])
     upper = reversed_lower[::-1, ::-1]
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)

@@ -1,4 +1,5 @@
-"""The values that a format can hold: a grid of even levels times a scale a group, or any float at kept positions.
+"""The values that a format can hold: a grid of even levels times a scale a group, from zero or from a minimum of the
+group, or any float at kept positions.
 
 Solvers work on this description and not on packed arrays, so that one solver serves every format.
 """
@@ -14,15 +15,15 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
-    NMConfig,
-    NMInt4Config,
-    NMInt8Config,
+    OutliersConfig,
+    SparseConfig,
     TernaryConfig,
-    VNMConfig,
-    VNMInt4Config,
 )
 from hsai.formats.packed import invert_scale
+from hsai.formats.sparse import ByteValues, CodeValues
+from hsai.formats.vnm import VNMPattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,14 @@ class Grid:
     dtype: str
     """In which scales are stored."""
 
+    has_minimum: bool = False
+    """Whether levels count from a minimum of the group, stored like its scale. Wherever scales (..., F) are handed on,
+    they then are (..., 2 F): those of all outputs, and behind them their minima."""
+
+    def count_scales(self, outputs: int) -> int:
+        """How many numbers a group of each of so many outputs has in all."""
+        return 2 * outputs if self.has_minimum else outputs
+
     @property
     def ratios(self) -> np.ndarray:
         """Shares of the largest magnitude of a group that its largest level may stand for, 1 first: with few levels the
@@ -49,8 +58,11 @@ class Grid:
         return np.linspace(1.0, least, round((1 - least) / 0.02) + 1, dtype=np.float32)
 
     def round(self, w: jax.Array, scale: jax.Array) -> jax.Array:
-        """The nearest value of the grid, float32; `scale` broadcasts against w."""
+        """The nearest value of the grid, float32; `scale` broadcasts against w, but for the minima in it."""
         wide = scale.astype(jnp.float32)
+        if self.has_minimum:
+            wide, minimum = jnp.split(wide, 2, axis=-1)
+            return jnp.clip(jnp.round((w - minimum) * invert_scale(wide)), self.low, self.high) * wide + minimum
         half = self.low % 1.0
         return jnp.clip(jnp.round(w * invert_scale(wide) - half) + half, self.low, self.high) * wide
 
@@ -64,36 +76,42 @@ class Pattern:
     v: int | None = None
 
 
-def grid_of(format: FormatConfig) -> Grid | None:
-    """Where the values of a format lie; None where they are floats."""
+def grid_of(format: FormatConfig | CodeValues) -> Grid | None:
+    """Where the values of a format lie, but for those that it keeps apart; None where they are floats."""
     match format:
-        case Int8Config() | NMInt8Config():
+        case Int8Config() | ByteValues():
             return Grid(low=-127, high=127, group=None, dtype="float32")
-        case Int4Config() | NMInt4Config() | VNMInt4Config():
+        case Int4Config() | CodeValues():
             return Grid(low=-8, high=7, group=format.group, dtype="bfloat16")
+        case Int4OffsetConfig():
+            return Grid(low=0, high=15, group=format.group, dtype="float16", has_minimum=True)
         case Int3Config():
             return Grid(low=-3.5, high=3.5, group=format.group, dtype="bfloat16")
         case Int2Config():
             return Grid(low=-1.5, high=1.5, group=format.group, dtype="bfloat16")
         case TernaryConfig():
             return Grid(low=-1, high=1, group=format.group, dtype="bfloat16")
+        case OutliersConfig():
+            return grid_of(format.base)
         case _:
             return None
 
 
 def pattern_of(format: FormatConfig) -> Pattern | None:
     """What a format keeps; None where it keeps everything."""
-    match format:
-        case NMConfig() | NMInt8Config() | NMInt4Config():
-            return Pattern(n=format.n, m=format.m)
-        case VNMConfig() | VNMInt4Config():
-            return Pattern(n=format.n, m=format.m, v=format.v)
-        case _:
-            return None
+    if isinstance(format, OutliersConfig):
+        return pattern_of(format.base)
+    if not isinstance(format, SparseConfig):
+        return None
+    n, m = format.counts
+    return Pattern(n=n, m=m, v=format.v if isinstance(format, VNMPattern) else None)
 
 
 def search_scale(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax.Array:
-    """The scale with the least squared error of each output, as it is stored: (..., G, F) -> (..., 1, F).
+    """The scale with the least squared error of each output, as it is stored: (..., G, F) -> (..., 1, F), or, where
+    the grid has minima, (..., 1, 2 F) by `_search_span`.
+
+    NaN where none has a finite error: a group of numbers too large to be squared, or for what stores their scale.
 
     The grid's ratios of the largest magnitude are tried from 1 downwards, as they will be stored; the first wins a tie.
     One after the other, so that the search needs the memory of a few copies of w, however many there are.
@@ -103,6 +121,8 @@ def search_scale(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax
       importance: of each position's error, (G, 1) or a number.
       grid: where values lie.
     """
+    if grid.has_minimum:
+        return _search_span(w, importance, grid)
     largest = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / grid.high
 
     def try_ratio(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -111,6 +131,36 @@ def search_scale(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax
         better = error < best[0]
         return (jnp.where(better, error, best[0]), jnp.where(better, scale, best[1])), None
 
-    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.zeros(largest.shape, jnp.float32))
+    start = (jnp.full(largest.shape, jnp.inf, jnp.float32), jnp.full(largest.shape, jnp.nan, jnp.float32))
     (_, scale), _ = jax.lax.scan(try_ratio, start, jnp.asarray(grid.ratios))
     return scale.astype(grid.dtype)
+
+
+PARTS = np.asarray(
+    [(1.0, 0.0), *((share, at * (1 - share)) for share in np.linspace(1, 0.7, 13)[1:] for at in (0, 0.5, 1))],
+    np.float32,
+)
+"""Of the span of a group: what the levels from a minimum may cover, and how far from its smallest weight they begin."""
+
+
+def _search_span(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax.Array:
+    """Scale and minimum with the least squared error: (..., G, F) -> (..., 1, 2 F), as they are stored.
+
+    First the levels reach from the smallest weight to the largest, which holds what lies on such levels; then they
+    cover parts of that, at its begin, its middle and its end. The first wins a tie. Of normal weights in groups of 32
+    that takes 8 % off the error norm; fitting a line to the codes, as ggml does, takes 7 %.
+    """
+    low, high = jnp.min(w, axis=-2, keepdims=True), jnp.max(w, axis=-2, keepdims=True)
+
+    def try_part(best: tuple[jax.Array, jax.Array], part: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        # Rounded before it is added, so that no compiler makes one operation of both: every program finds the same.
+        begin = (part[1] * (high - low)).astype(grid.dtype).astype(jnp.float32)
+        found = jnp.concatenate([part[0] * (high - low) / grid.high, low + begin], axis=-1).astype(grid.dtype)
+        error = jnp.sum(importance * jnp.square(w - grid.round(w, found)), axis=-2, keepdims=True)
+        better = error < best[0]
+        return (jnp.where(better, error, best[0]), jnp.where(jnp.tile(better, 2), found, best[1])), None
+
+    none = jnp.full((*low.shape[:-1], 2 * low.shape[-1]), jnp.nan, grid.dtype)
+    start = (jnp.full(low.shape, jnp.inf, jnp.float32), none)
+    (_, found), _ = jax.lax.scan(try_part, start, jnp.asarray(PARTS))
+    return found

@@ -7,7 +7,8 @@ with heavy tails. It is split in two (half-quadratic splitting): errors u that a
 the norm's own shrinkage, u = sign(e) max(|e| - |e|^(p - 1) / beta, 0), and the scale is fitted to what is left by least
 squares, s = <q, w - u> / <q, q>, with the levels q that weights had; then weights are rounded anew.
 
-The authors keep the scale and move a zero point; our grids are symmetric and have none, so it is the scale that moves.
+The authors keep the scale and move a zero point; the grids here have none, so it is the scale that moves, and recipes
+refuse the one format that has minima.
 Errors are shrunk in units of the scale, so that it does not matter how large weights are.
 
 D contraction, F outputs, G positions that share a scale.

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of, search_scale
-from hsai.formats import FormatConfig, TernaryConfig
+from hsai.formats import FormatConfig, SparseConfig, TernaryConfig
 
 
 def find_mask(w: jax.Array, format: FormatConfig) -> jax.Array | None:
     """What the format keeps of w (..., D, F) by magnitude, bool; None of one that keeps all."""
-    return format.mask(w) if hasattr(format, "mask") else None
+    return format.mask(w) if isinstance(format, SparseConfig) else None
 
 
 def find_scale(w: jax.Array, format: FormatConfig, mask: jax.Array | None = None) -> jax.Array | None:

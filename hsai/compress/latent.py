@@ -7,7 +7,8 @@ What is held is a step function of the latent values, whose derivative is of no 
     2402.17764);
   - a learned scale is LSQ's (1902.08153, eqs. 3 and 5): what is clipped passes nothing to its weight and the level to
     the scale; what is not passes all to its weight and its rounding error to the scale. The gradient of the scale is
-    divided by sqrt(G * highest level) (section 2.2);
+    divided by sqrt(G * highest level) (section 2.2). Levels that count from a minimum move with it, so that what is
+    clipped passes all to the minimum, and what is not nothing (LSQ+, 2004.09576, eq. 6);
   - a mask that follows magnitudes passes the gradient to pruned weights as well, and pulls them towards zero (SR-STE,
     2102.04010, eq. 10), so that the choice settles; a fixed mask passes them nothing.
 
@@ -43,15 +44,17 @@ SMALLEST_SCALE = 1e-30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Latent(Packed):
-    """values float32 (..., D, F); exponent float32 (..., D / G, F), of the scale (`to_scale`)."""
+    """values float32 (..., D, F); exponent float32 (..., D / G, F), of the scale (`to_scale`); minimum float32
+    (..., D / G, F), of a format that has minima."""
 
     values: jax.Array
     exponent: jax.Array
+    minimum: jax.Array | None = None
 
     @classmethod
-    def from_scale(cls, values: jax.Array, scale: jax.Array) -> "Latent":
-        """With a scale as it is stored, which `find_parts` then gives back."""
-        return cls(values, to_exponent(scale))
+    def from_scale(cls, values: jax.Array, scale: jax.Array, minimum: jax.Array | None = None) -> "Latent":
+        """With a scale as it is stored, and a minimum, which `find_parts` then gives back."""
+        return cls(values, to_exponent(scale), None if minimum is None else minimum.astype(jnp.float32))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +71,7 @@ def to_scale(exponent: jax.Array) -> jax.Array:
 
 
 def to_exponent(scale: jax.Array) -> jax.Array:
-    """The inverse, exact for a scale of bfloat16."""
+    """The inverse, exact for a scale of bfloat16 or float16."""
     mantissa, above = jnp.frexp(jnp.maximum(scale.astype(jnp.float32), SMALLEST_SCALE))
     return (above - 1).astype(jnp.float32) + (2.0 * mantissa - 1.0)
 
@@ -99,7 +102,7 @@ class Straight:
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """values float32 (..., D, F); mask bool (..., D, F), None where all is kept; scale (..., D / G, F) as it is stored,
-    None of a format without."""
+    or (..., D / G, 2 F) with minima behind (`Grid.has_minimum`), None of a format without."""
 
     values: jax.Array
     mask: jax.Array | None
@@ -121,10 +124,11 @@ def begin_latent(value: Weight, how: Straight) -> Weight:
     if not how.learned:
         return values
     if solved:
-        return Latent.from_scale(values, getattr(value, "scale"))  # noqa: B009 (of which class is not known here)
-    scale = find_scale(values, how.format, _find_mask(values, how))
-    assert scale is not None, f"{how.format} has no scales"
-    return Latent.from_scale(values, scale)
+        scale = getattr(value, "scale")  # noqa: B009 (of which class is not known here)
+        return Latent.from_scale(values, scale, getattr(value, "minimum", None))
+    scale, grid = find_scale(values, how.format, _find_mask(values, how)), grid_of(how.format)
+    assert scale is not None and grid is not None, f"{how.format} has no scales"
+    return Latent.from_scale(values, *(jnp.split(scale, 2, axis=-1) if grid.has_minimum else (scale,)))
 
 
 def find_parts(latent: Weight, how: Straight) -> Parts:
@@ -135,7 +139,10 @@ def find_parts(latent: Weight, how: Straight) -> Parts:
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None, f"{how.format} has no scales"
-        return Parts(values, mask, to_scale(latent.exponent).astype(grid.dtype))
+        scale = to_scale(latent.exponent)
+        if latent.minimum is not None:
+            scale = jnp.concatenate([scale, latent.minimum], axis=-1)
+        return Parts(values, mask, scale.astype(grid.dtype))
     return Parts(values, mask, find_scale(values, how.format, mask))
 
 
@@ -176,30 +183,35 @@ def _see_forward(how: Straight, latent: Weight) -> tuple[jax.Array, tuple[Weight
 
 def _see_backward(how: Straight, saved: tuple[Weight, Parts], grad: jax.Array) -> tuple[Weight]:
     latent, parts = saved
-    mask, d_values, d_exponent = parts.mask, grad, None
+    mask, d_values, d_exponent, d_minimum = parts.mask, grad, None, None
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None and parts.scale is not None
         kept = grad if mask is None else jnp.where(mask, grad, 0.0)
-        d_kept, d_scale = _pull_back(kept, parts.values, parts.scale, grid)
+        d_kept, d_scale, d_minimum = _pull_back(kept, parts.values, parts.scale, grid)
         d_exponent = d_scale * _power_of_two(jnp.floor(latent.exponent))
         d_values = d_kept if mask is None else jnp.where(mask, d_kept, grad)
     if mask is not None:
         pruned = 0.0 if how.fixed else d_values + how.decay * parts.values
         d_values = jnp.where(mask, d_values, pruned)
-    return (d_values if d_exponent is None else Latent(d_values, d_exponent),)
+    return (d_values if d_exponent is None else Latent(d_values, d_exponent, d_minimum),)
 
 
 _see.defvjp(_see_forward, _see_backward)
 
 
-def _pull_back(grad: jax.Array, values: jax.Array, scale: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    """LSQ: the gradients of the values (..., D, F) and of the scale (..., D / G, F)."""
-    wide = scale.astype(jnp.float32)[..., None, :]
+def _pull_back(
+    grad: jax.Array, values: jax.Array, scale: jax.Array, grid: Grid
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """LSQ: the gradients of values (..., D, F), of scales (..., D / G, F), and of minima where there are any."""
+    wide, start = scale.astype(jnp.float32)[..., None, :], jnp.float32(0)
     groups, by_group = split_groups(values, grid.group), split_groups(grad, grid.group)
-    levels = groups * invert_scale(wide)
+    held = grid.round(groups, wide)
+    if grid.has_minimum:
+        wide, start = jnp.split(wide, 2, axis=-1)
+    levels, level = (groups - start) * invert_scale(wide), (held - start) * invert_scale(wide)
     inside = (levels >= grid.low) & (levels <= grid.high)
-    level = grid.round(groups, wide) * invert_scale(wide)
     share = 1.0 / math.sqrt(groups.shape[-2] * grid.high)
     d_scale = share * jnp.sum(by_group * (level - jnp.where(inside, levels, 0.0)), axis=-2)
-    return jnp.where(inside, by_group, 0.0).reshape(values.shape), d_scale
+    d_minimum = share * jnp.sum(jnp.where(inside, 0.0, by_group), axis=-2) if grid.has_minimum else None
+    return jnp.where(inside, by_group, 0.0).reshape(values.shape), d_scale, d_minimum

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from rich.table import Table
 
 from hsai.compress.allocate import Item, Option
@@ -21,14 +22,12 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
-    NMConfig,
-    NMInt4Config,
-    NMInt8Config,
+    OutliersConfig,
     Packed,
+    SparseConfig,
     TernaryConfig,
-    VNMConfig,
-    VNMInt4Config,
     Weight,
 )
 from hsai.formats.storage import NAMES
@@ -77,15 +76,15 @@ class LayerRow:
     format: str
     """For people, as that of a parameter."""
 
-    output_error: float
-    """||X (w - v)|| / ||X w|| over calibration."""
+    output_error: float | None
+    """||X (w - v)|| / ||X w|| over calibration; None where float32 does not hold it."""
 
     damping: float | None
-    """What the factorization took, of experts the most; None where it failed, and the weight was rounded plainly, or
-    stayed dense."""
+    """What the factorization took, of experts the most; None where the solve failed, and the weight was rounded
+    plainly, or stayed dense."""
 
     note: str = ""
-    """Why, if it failed; and of experts, which of them."""
+    """Why, if it failed, or took more damping; and of experts, which of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,14 +98,17 @@ class BlockRow:
     layer: int
     """Its number, from 0."""
 
-    error_solved: float
-    """As the solver left it."""
+    error_solved: float | None
+    """As the solver left it; None where it is no number."""
 
-    error_tuned: float
-    """After tuning."""
+    error_tuned: float | None
+    """After tuning; None where tuning diverged."""
 
     tuned: bool
     """Whether that was better, and kept."""
+
+    note: str = ""
+    """What became of an error that is no number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,7 @@ class ScaleRow:
     """Which scales some channels of one layer got before their readers were compressed.
 
     Errors are ||X (w - v)|| / ||X w|| over calibration of weights that are rounded by themselves, as a root mean square
-    over those that read the channels.
+    over those that read the channels; None where float32 does not hold them.
     """
 
     source: str
@@ -126,10 +128,10 @@ class ScaleRow:
     exponent: float
     """Of the channels' activations; 0 leaves them as they are."""
 
-    error_before: float
+    error_before: float | None
     """Without scales."""
 
-    error_after: float
+    error_after: float | None
     """With them."""
 
 
@@ -243,6 +245,22 @@ class Ledger:
         """Bits of all arrays for each parameter, norm gains included."""
         return 8.0 * self.bytes / self.size
 
+    @property
+    def remarks(self) -> list[str]:
+        """What did not go as asked, for people: a line for each weight and note, with the layers that say it."""
+        layers: dict[tuple[str, str], list[str]] = {}
+        rows: list[LayerRow | BlockRow] = [*self.layers, *self.blocks]
+        for row in rows:
+            if row.note:
+                found = layers.setdefault((row.weight if isinstance(row, LayerRow) else "", row.note), [])
+                found += [] if row.layer is None else [str(row.layer)]
+        lines = []
+        for (weight, note), numbers in layers.items():
+            place = [weight] if weight else []
+            place += [f"layer {', '.join(numbers)}"] if numbers else []
+            lines.append(f"{', '.join(place)}: {note}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}; "layers" where
         something was solved with feedback, "blocks" where layers were reconstructed, "allocation" where there was a
@@ -285,6 +303,12 @@ class Ledger:
         return table
 
 
+def keep_finite(x: jax.Array | float) -> float | None:
+    """A measured number as a ledger holds it: None for NaN and infinities, which JSON has no words for."""
+    number = float(x)
+    return number if math.isfinite(number) else None
+
+
 def name_formats(formats: Sequence[FormatConfig]) -> str:
     """Of a weight whose layers have these formats: "int4 g64", or "3 x int8, 9 x int4 g64"."""
     counts = collections.Counter(map(name_format, formats))
@@ -298,20 +322,14 @@ def name_format(format: FormatConfig | Weight) -> str:
             return format.dtype
         case Int8Config():
             return "int8"
-        case Int4Config() | Int3Config() | Int2Config():
+        case Int4Config() | Int4OffsetConfig() | Int3Config() | Int2Config():
             return f"{format.format} g{format.group}"
         case TernaryConfig():
             return f"ternary g{format.group}" if format.group else "ternary"
-        case NMConfig():
-            return f"{format.n}:{format.m} {format.dtype}"
-        case NMInt8Config():
-            return f"{format.n}:{format.m} int8"
-        case NMInt4Config():
-            return f"{format.n}:{format.m} int4 g{format.group}"
-        case VNMConfig():
-            return f"{format.v}:{format.n}:{format.m} {format.dtype}"
-        case VNMInt4Config():
-            return f"{format.v}:{format.n}:{format.m} int4 g{format.group}"
+        case SparseConfig():
+            return f"{format.pattern_name} {format.value_name}"
+        case OutliersConfig():
+            return f"{name_format(format.base)}, {format.share:.3g} apart"
         case Packed():
             return NAMES[type(format)]
         case _:

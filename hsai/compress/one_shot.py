@@ -21,7 +21,8 @@ from hsai.compress.calibrated import FeedbackConfig, NearestConfig, PlainConfig,
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
-from hsai.compress.prune import prune, prune_int4
+from hsai.compress.limits import check_held, check_range, count_lost
+from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, match_weights
 from hsai.compress.reconstruct import Reconstructor
@@ -34,14 +35,14 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
-    NMConfig,
-    NMInt4Config,
-    NMInt8Config,
+    Outliers,
+    OutliersConfig,
+    Packed,
     Runs,
+    SparseConfig,
     TernaryConfig,
-    VNMConfig,
-    VNMInt4Config,
     Weight,
     is_packed_as,
     nbytes,
@@ -73,8 +74,8 @@ def compress(
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
-      InputError: see `match_weights`, `transform_model`, `solve_layers` and `measure_sensitivities`; or a weight holds
-        a NaN or an infinity.
+      InputError: see `match_weights`, `transform_model`, `check_range`, `solve_layers` and `measure_sensitivities`; or
+        a weight holds a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
     rules = match_weights(recipe, model)
@@ -92,6 +93,8 @@ def compress(
         progress=progress,
     )
     params = named_weights(model)
+    for name, rule in rules.items():
+        check_range(name, params[name].get_value(), rule.formats)
     # What is in the format that is asked for, as training leaves it, stays as it is.
     values: dict[str, Weight] = {
         name: params[name].get_value()
@@ -162,6 +165,7 @@ def compress(
                 values[name] = pack_layers(to_dense(before), formats[name], solver)
             after = values[name]
             check_bytes(name, after, formats[name])
+            check_held(name, to_dense(before), after)
             error = 0.0 if name in kept else float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
@@ -190,6 +194,8 @@ def pack_layers(w: jax.Array, formats: Sequence[FormatConfig], solver: PlainConf
 @functools.partial(jax.jit, static_argnames=("format", "solver"))
 def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEAREST) -> Weight:
     """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
+    if isinstance(format, OutliersConfig):
+        return map_layers(functools.partial(_keep_outliers, format=format, solver=solver), w)
     if isinstance(solver, HalfQuadraticConfig) and grid_of(format) is not None:
         return map_layers(lambda layer: pack_half_quadratic(layer, format, solver), w)
     match format:
@@ -197,14 +203,20 @@ def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEARES
             return format.pack(w)
         case Int8Config():
             return round_int8(w, format)
-        case Int4Config() | Int3Config() | Int2Config():
+        case Int4Config() | Int4OffsetConfig() | Int3Config() | Int2Config():
             return round_codes(w, format)
         case TernaryConfig():
             return map_layers(format.pack, w)
-        case NMConfig() | NMInt8Config() | VNMConfig():
+        case SparseConfig():
             return prune(w, format)
-        case NMInt4Config() | VNMInt4Config():
-            return prune_int4(w, format)
+
+
+def _keep_outliers(w: jax.Array, format: OutliersConfig, solver: PlainConfig) -> Outliers:
+    """(D, F) with its largest positions apart, and the rest packed as it would be without them."""
+    index = format.find_largest(w)
+    base = pack_weight(format.rest(w, index), format.base, solver)
+    assert isinstance(base, Packed)
+    return format.join(w, index, base)
 
 
 @jax.jit
@@ -229,8 +241,12 @@ def measure_error(w: jax.Array, packed: Weight) -> jax.Array:
 def check_bytes(name: str, value: Weight, formats: Sequence[FormatConfig]) -> None:
     """Raises RuntimeError unless the arrays of a packed weight hold exactly the bytes that its formats promise, of
     which each holds for an equal share of it."""
-    share = math.prod(value.shape) // len(formats)
-    promised = sum(round(format.invariant_bits(value.shape[-2]) * share) for format in formats) / 8
+    share, contraction = math.prod(value.shape) // len(formats), value.shape[-2]
+    promised = sum(round(format.invariant_bits(contraction) * share) for format in formats) / 8
+    matrices = math.prod(value.shape[:-2]) // len(formats)
+    promised += (
+        sum(format.index_bits(contraction) * matrices for format in formats if isinstance(format, OutliersConfig)) / 8
+    )
     if nbytes(value) != promised:
         stated = name_formats(formats)
         raise RuntimeError(f"{name} of shape {tuple(value.shape)} has {nbytes(value)} bytes, {stated} says {promised}")
@@ -241,7 +257,7 @@ def _is_stacked(name: str) -> bool:
 
 
 def _check_finite(name: str, value: Weight) -> None:
-    bad = sum(int(jnp.sum(~jnp.isfinite(leaf))) for leaf in jax.tree.leaves(value))
+    bad = count_lost(value)
     if bad:
         raise InputError(
             f"{name} holds {bad} values that are NaN or infinite, of {math.prod(value.shape)}; "

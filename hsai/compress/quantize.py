@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress import grid
-from hsai.formats import Int2Config, Int3Config, Int4Config, Int8, Int8Config, NMInt4Config, Packed, VNMInt4Config
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int4OffsetConfig, Int8, Int8Config, Packed
+from hsai.formats.sparse import CodeValues
 
 T = TypeVar("T")
 
@@ -26,15 +27,16 @@ def round_int8(w: jax.Array, config: Int8Config) -> Int8:
     return map_layers(config.pack, w)
 
 
-def round_codes(w: jax.Array, config: Int2Config | Int3Config | Int4Config) -> Packed:
+def round_codes(w: jax.Array, config: Int2Config | Int3Config | Int4Config | Int4OffsetConfig) -> Packed:
     """(D, F) or stacked (L, D, F), float -> codes with searched scales."""
     return map_layers(lambda layer: config.pack(layer, search_scale(layer, config)), w)
 
 
 def search_scale(
-    w: jax.Array, config: Int2Config | Int3Config | Int4Config | NMInt4Config | VNMInt4Config
+    w: jax.Array, config: Int2Config | Int3Config | Int4Config | Int4OffsetConfig | CodeValues
 ) -> jax.Array:
-    """The scale of each group that rounds it with the least squared error: (D, F) -> bfloat16 (D / group, F)."""
+    """The scale of each group that rounds it with the least squared error: (D, F) -> (D / group, F) as it is stored, or
+    (D / group, 2 F) where minima follow."""
     levels = grid.grid_of(config)
     assert levels is not None
     groups = w.astype(jnp.float32).reshape(-1, config.group, w.shape[-1])

@@ -17,14 +17,15 @@ from hsai.compress.allocate import AllocationConfig, check_budget
 from hsai.compress.budget import count_least
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.grid import grid_of
+from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.transforms import TransformConfig, check_order, outline
 from hsai.errors import InputError
-from hsai.formats import NM, VNM, DenseConfig, FormatConfig, Packed, is_packed_as
+from hsai.formats import NM, VNM, DenseConfig, FormatConfig, OutliersConfig, Packed, Unstructured, is_packed_as
+from hsai.formats.kernels import Platform, explain_missing, list_present
 from hsai.formats.storage import NAMES, named_weights
 from hsai.models.layers import is_matrix
 
@@ -55,12 +56,19 @@ class Rule:
                 f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} has no scales, and the "
                 "half-quadratic solver finds nothing else; leave it nearest"
             )
+        if isinstance(self.solver, HalfQuadraticConfig):
+            for format in self.formats:
+                if (grid := grid_of(format)) is not None and grid.has_minimum:
+                    raise InputError(
+                        f"rule {self.pattern!r}: the half-quadratic solver moves scales, and {name_format(format)} has "
+                        "minima as well; leave it nearest"
+                    )
         if isinstance(self.solver, FeedbackConfig):
             if all(isinstance(format, DenseConfig) for format in self.formats):
                 raise InputError(
                     f"rule {self.pattern!r}: a dense format has nothing to solve; leave its solver nearest"
                 )
-            if self.solver.mask != "joint" and not any(hasattr(format, "mask") for format in self.formats):
+            if self.solver.mask != "joint" and not any(pattern_of(format) is not None for format in self.formats):
                 raise InputError(
                     f"rule {self.pattern!r}: {', '.join(format.format for format in self.formats)} prunes nothing, so "
                     f"solver mask={self.solver.mask!r} has no effect; leave it 'joint'"
@@ -144,13 +152,14 @@ class RecipeConfig:
             )
 
 
-def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
+def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = None) -> dict[str, Rule]:
     """The rule of each weight that the recipe changes, in the order of the model, weights that its transforms add among
     them. Arrays are not touched.
 
     Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
     or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
-    format of its rule, or if candidates cannot meet the budget.
+    format of its rule, if layers are to be tuned with outliers, or if candidates cannot meet the budget; and, of a
+    `target`, if its kernels do not multiply by a format.
     """
     every = named_weights(outline(recipe.transforms, model))
     params = {name: param for name, param in every.items() if is_matrix(param)}
@@ -168,7 +177,16 @@ def match_weights(recipe: RecipeConfig, model: Any) -> dict[str, Rule]:
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
-        if isinstance(rule.solver, FeedbackConfig) and not name.startswith("layers.") and name != head:
+            if target is not None:
+                _check_runs(name, tuple(params[name].get_value().shape), format, target)
+        solved = isinstance(rule.solver, FeedbackConfig)
+        tuned = solved and recipe.reconstruction is not None and name.startswith("layers.")
+        if tuned and any(isinstance(format, OutliersConfig) for format in rule.formats):
+            raise InputError(
+                f"{name}: reconstruction cannot tune outliers; give rule {rule.pattern!r} another format, or leave "
+                "reconstruction=None"
+            )
+        if solved and not name.startswith("layers.") and name != head:
             raise InputError(
                 f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "
                 "rule of its own with the nearest solver, before this one"
@@ -194,9 +212,21 @@ def _check_fits(name: str, value: Any, format: FormatConfig) -> None:
     """Raises `InputError`, naming the weight, unless the format can hold it; nothing is computed."""
     if is_packed_as(value, format):
         return
-    if isinstance(value, Packed) and not isinstance(value, NM | VNM):  # whose values are numbers as they were
+    # The values of these are numbers as they were.
+    if isinstance(value, Packed) and not isinstance(value, NM | VNM | Unstructured):
         raise InputError(f"{name} is {NAMES[type(value)]} already; compress the dense checkpoint instead")
     try:
         jax.eval_shape(format.pack, jax.ShapeDtypeStruct(value.shape, jnp.float32))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _check_runs(name: str, shape: tuple[int, ...], format: FormatConfig, target: Platform) -> None:
+    """Raises `InputError`, naming the weight and what could be had, unless the target has a kernel for the format."""
+    missing = explain_missing(format, shape, target)
+    if missing is not None:
+        present = ", ".join(map(name_format, list_present(shape, target)))
+        raise InputError(
+            f"{name}: no kernel for {target} multiplies by {name_format(format)}: {missing}; there are such for "
+            f"{present or 'no packed format'}"
+        )

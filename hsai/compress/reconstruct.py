@@ -16,6 +16,7 @@ N windows, B of them in a batch, T tokens each, D embed.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -23,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hsai.compress.grid import grid_of
+from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.latent import Latent, Straight, begin_latent, pack_latent, see_weight
-from hsai.compress.ledger import BlockRow
+from hsai.compress.ledger import BlockRow, keep_finite
 from hsai.compress.stream import Streams, apply_block
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, to_dense
@@ -46,7 +47,7 @@ class ReconstructionConfig:
 
     learning_rate: float = 0.03
     """Of Adam at the start, as a share of what packing changed of each weight (the root mean square of it); falls to
-    zero along a cosine. So few bits take the larger steps that they need."""
+    zero along a cosine. So few bits take the larger steps that they need. Of minima too, where a format has them."""
 
     scale_rate: float = 0.003
     """The same for the exponents of scales: 0.01 is a step of 0.7 %."""
@@ -119,12 +120,17 @@ class Reconstructor:
           layer: its number.
           block: with dense weights; those that are not in `packed` stay as they are.
           packed: by the weight's name within the block.
-          formats: of `packed`.
+          formats: of `packed`; none with outliers, which `match_weights` refuses.
           data: what reaches the block, and what it shall give.
         """
         assert data.targets is not None, "the dense stream was not followed"
         ways = tuple(
-            (name, Straight(format=format, learned=grid_of(format) is not None, fixed=hasattr(format, "mask"), decay=0))
+            (
+                name,
+                Straight(
+                    format=format, learned=grid_of(format) is not None, fixed=pattern_of(format) is not None, decay=0
+                ),
+            )
             for name, format in formats.items()
         )
         latents = {name: begin_latent(packed[name], how) for name, how in ways}
@@ -150,8 +156,14 @@ class Reconstructor:
             x, target = take(tuned_on[count % len(tuned_on)])
             latents, state = self._step(latents, state, units, block, number, x, target, ways=ways)
         after = judge(latents)
-        row = BlockRow(layer=layer, error_solved=before, error_tuned=after, tuned=after < before)
-        if not row.tuned:  # of NaN as well
+        row = BlockRow(
+            layer=layer,
+            error_solved=keep_finite(before),
+            error_tuned=keep_finite(after),
+            tuned=math.isfinite(after) and not after >= before,  # any number is better than none
+            note=_name_divergence(before, after),
+        )
+        if not row.tuned:
             return dict(packed), row
         return {name: pack_latent(latents[name], how) for name, how in ways}, row
 
@@ -159,4 +171,13 @@ class Reconstructor:
         """How large a step is at the start, in the tree of the latent weight."""
         changed = jnp.square(to_dense(latent) - dense.astype(jnp.float32))
         size = self._config.learning_rate * jnp.sqrt(jnp.mean(changed))
-        return Latent(size, jnp.float32(self._config.scale_rate)) if isinstance(latent, Latent) else size
+        if not isinstance(latent, Latent):
+            return size
+        return Latent(size, jnp.float32(self._config.scale_rate), None if latent.minimum is None else size)
+
+
+def _name_divergence(before: float, after: float) -> str:
+    """What a row says of errors that are no numbers."""
+    if not math.isfinite(before):
+        return f"the block's error is {before:g} as it was solved, and {after:g} after tuning"
+    return "" if math.isfinite(after) else f"tuning diverged to {after:g}; the block stays as it was solved"

@@ -1,17 +1,20 @@
 """What a run of compression has done so far, on disk: a run that is killed goes on at the block it was in.
 
-DIRECTORY/record.json           what is made of what: recipe, source, calibration; another record is another run
+DIRECTORY/record.json           what is made of what, and by which hsai; another record is another run
 DIRECTORY/scales.safetensors, scales.json            scales of channels, once they are known, and how they were found
 DIRECTORY/allocation.json       how the budget was spent, once it is known
 DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
 
 Each file appears by a rename, a layer's JSON last, so that a layer is there as a whole or not at all. The residual
 stream is not kept: what the layers before make of the calibration is computed again, one pass without solving.
+
+One run at a time works there (a lock sees to that), and nothing is removed that no run wrote.
 """
 
+import contextlib
 import dataclasses
-import shutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +24,58 @@ from safetensors.flax import load_file, save_file
 from hsai import configuration
 from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
-from hsai.files import atomic_write, read_json, write_json_atomic
+from hsai.files import atomic_write, lock_directory, read_json, write_json_atomic
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models.transformer import Block
 
-RECORD, ALLOCATION, SCALES = "record.json", "allocation.json", "scales.safetensors"
+RECORD, ALLOCATION, SCALES, LOCK = "record.json", "allocation.json", "scales.safetensors", ".lock"
+OWN = re.compile(r"\.?(record|allocation|scales|layer_\d+)\..*|\.lock")
+"""Names of files that a run writes, those of a write that was cut off among them."""
 
 
 class Workbench:
-    """The directory of one run. Attributes: `layers`, how many layers it held when it was opened."""
+    """The directory of one run, locked until it is closed, or the process ends; a context manager.
+
+    Attributes:
+      layers: how many layers it held when it was opened.
+      changed: by which parts of its record it was another run's; none if it was new, or the same one's.
+      discarded: what that other run had done, for people, and was thrown away; "" if nothing.
+    """
 
     def __init__(self, directory: Path, record: dict[str, Any]) -> None:
-        """Opens `directory` if it is of the same `record`; anything else in its place is thrown away.
+        """Opens `directory`; what a run of another `record` left in its place is thrown away.
 
         Raises:
-          InputError: the directory cannot be made.
+          InputError: the directory cannot be made; it is another's (`check_unfinished`), or in use by another run.
         """
         self._directory = directory
+        self.changed: tuple[str, ...] = ()
+        self.discarded = ""
+        check_unfinished(directory)
+        self._lock = lock_directory(directory, LOCK, option="--out")
         try:
-            same = read_json(directory / RECORD) == record
-        except InputError:
-            same = False
-        try:
-            if not same:
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir(parents=True)
+            before = read_json(directory / RECORD) if (directory / RECORD).exists() else None
+            if before != record:
+                if before is not None:
+                    self.changed = tuple(name for name in before | record if before.get(name) != record.get(name))
+                    self.discarded = self._describe()
+                for path in self._list_own():
+                    path.unlink()
                 write_json_atomic(directory / RECORD, record)
         except OSError as error:
+            self.close()
             raise InputError(f"cannot write to {directory}: {error.strerror}") from error
         self.layers = len(list(directory.glob("layer_*.json")))
+
+    def __enter__(self) -> "Workbench":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another run have the directory, which stays as it is."""
+        self._lock.close()
 
     def load_scales(self) -> tuple[Mapping[str, jax.Array], tuple[ScaleRow, ...]] | None:
         """The factors of channels by what makes them, and their rows, if they were found."""
@@ -104,8 +130,39 @@ class Workbench:
         write_json_atomic(path.with_suffix(".json"), content)
 
     def remove(self) -> None:
-        """Throws all of it away: the run is whole, and stands elsewhere."""
-        shutil.rmtree(self._directory)
+        """Throws all of it away, and closes: the run is whole, and stands elsewhere."""
+        for path in self._list_own():
+            path.unlink()
+        (self._directory / LOCK).unlink()
+        self.close()
+        with contextlib.suppress(OSError):  # what somebody else put there stays
+            self._directory.rmdir()
 
     def _name(self, layer: int) -> Path:
         return self._directory / f"layer_{layer:04}.safetensors"
+
+    def _list_own(self) -> Iterator[Path]:
+        """The files that a run wrote, but for the lock."""
+        return (path for path in list(self._directory.iterdir()) if OWN.fullmatch(path.name) and path.name != LOCK)
+
+    def _describe(self) -> str:
+        """What is here, for people."""
+        layers = len(list(self._directory.glob("layer_*.json")))
+        words = [f"{layers} solved layer{'s' * (layers > 1)}"] if layers else []
+        words += ["its allocation"] if (self._directory / ALLOCATION).exists() else []
+        words += ["its scales"] if (self._directory / SCALES).exists() else []
+        return ", ".join(words)
+
+
+def check_unfinished(directory: Path) -> None:
+    """Raises `InputError` for a directory that is there, and that no run left."""
+    if not directory.is_dir():
+        return
+    if (directory / RECORD).is_file():
+        if not isinstance(read_json(directory / RECORD), dict):
+            raise InputError(f"{directory / RECORD} is no record of an unfinished compression; move {directory} away")
+    elif any(not OWN.fullmatch(path.name) for path in directory.iterdir()):
+        raise InputError(
+            f"{directory}, where unfinished work is kept, holds something else (no {RECORD}); move it away, or give "
+            "another --out"
+        )

@@ -31,7 +31,7 @@ from hsai.compress.folds import (
     scale_rows,
     store_gain,
 )
-from hsai.compress.ledger import ScaleRow
+from hsai.compress.ledger import ScaleRow, keep_finite
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig, to_dense
@@ -116,15 +116,15 @@ def find_scales(
             factor = repeat_channels(fold, _raise(rates, exponent), model.config)
             squares = [_try_scale(w, gram, factor, format, plain) for w, gram, format in trial.values()]
             errors.append(float(sum(squares)))
-        best = int(np.argmin(errors))
+        best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
         found[fold.source].append(_raise(rates, best / config.steps))
         rows.append(
             ScaleRow(
                 source=fold.source,
                 layer=layer,
                 exponent=best / config.steps,
-                error_before=(errors[0] / len(trial)) ** 0.5,
-                error_after=(errors[best] / len(trial)) ** 0.5,
+                error_before=keep_finite((errors[0] / len(trial)) ** 0.5),
+                error_after=keep_finite((errors[best] / len(trial)) ** 0.5),
             )
         )
 

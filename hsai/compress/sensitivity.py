@@ -76,7 +76,7 @@ def measure_sensitivities(
 
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
-        params, solver = named_weights(block), BlockSolver(grams, plain)
+        params, solver = named_weights(block), BlockSolver(grams, plain, layer=layer)
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
             w, options = params[name].get_value(), []

@@ -154,8 +154,13 @@ class _Worker:
                 path = Path(__file__).with_name("chat_worker.py")
                 # -P: the modules beside it are no standard ones, whatever their names.
                 command = [sys.executable, "-P", str(path)]
+                # In a session of its own: Ctrl-C in a terminal is meant for who asks.
                 process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
                 self._process = process
                 deadline += START_SECONDS

@@ -26,16 +26,19 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
+    # Queues in C alone: a signal may cut a call of Python's own locks in two, and what closes them then never ends.
     ready: queue.SimpleQueue = queue.SimpleQueue()
-    slots = threading.Semaphore(depth)
-    closed = threading.Event()
+    slots: queue.SimpleQueue = queue.SimpleQueue()
+    for _ in range(depth):
+        slots.put(None)
+    closed = False
 
     def produce() -> None:
         try:
             iterator = iter(items)
             while True:
-                slots.acquire()
-                if closed.is_set():
+                slots.get()
+                if closed:
                     return
                 item = next(iterator, _END)
                 ready.put(item)
@@ -51,9 +54,9 @@ def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
         while (item := ready.get()) is not _END:
             if isinstance(item, _Failure):
                 raise item.error
-            slots.release()
+            slots.put(None)
             yield item
     finally:
-        closed.set()
-        slots.release()
+        closed = True
+        slots.put(None)
         thread.join()

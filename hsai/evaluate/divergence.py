@@ -7,7 +7,7 @@ both models' logits are made again for C tokens at a time.
 D embed, V vocabulary, N scored tokens, C of them whose logits exist together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.evaluate.metrics import Metric, average
+from hsai.evaluate.metrics import Metric, average, compare
 from hsai.evaluate.scorer import CHUNK, Scorer
 from hsai.models import Transformer
 
@@ -26,17 +26,38 @@ class Reference:
     Attributes:
       scorer: of a model that is dense, mostly, and its cache exact.
       tokenizer: of it; a model with another one is not compared.
-      hidden: by the text's name, of each pair, float32 (tokens, D), of `Scorer.score_and_read`.
+      hidden: of each pair of a text, float32 (tokens, D), of `Scorer.score_and_read`.
+      metrics: of each task.
+    Both by the task's name and settings: a text in other windows is not compared.
     """
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer) -> None:
         self.scorer = scorer
         self.tokenizer = tokenizer
-        self.hidden: dict[str, list[np.ndarray]] = {}
+        self.hidden: dict[tuple[object, ...], list[np.ndarray]] = {}
+        self.metrics: dict[tuple[object, ...], tuple[Metric, ...]] = {}
 
     def can_judge(self, tokenizer: Tokenizer) -> bool:
         """Whether a model with this tokenizer predicts the same tokens."""
-        return tokenizer.to_json() == self.tokenizer.to_json()
+        return tokenizer.cuts_like(self.tokenizer)
+
+    def compare(
+        self, task: str, settings: Mapping[str, int], metrics: Sequence[Metric], scorer: Scorer, tokenizer: Tokenizer
+    ) -> dict[str, Metric]:
+        """By name, how a model's metrics of a task differ from this one's (`hsai.evaluate.metrics.compare`).
+
+        None do of the reference's own scorer, whose metrics are kept. Documents are the same for every model, and so
+        are the bytes of a whole text; tokens only of one tokenizer.
+        """
+        key = (task, *settings.items())
+        if scorer is self.scorer:
+            self.metrics[key] = tuple(metrics)
+            return {}
+        firsts = {first.name: first for first in self.metrics.get(key, ())}
+        if settings and not self.can_judge(tokenizer):
+            sizes = {metric.name: metric.n for metric in metrics if metric.name == "bits_per_byte"}
+            firsts = {name: first for name, first in firsts.items() if sizes.get(name) == first.n}
+        return {metric.name: compare(firsts[metric.name], metric) for metric in metrics if metric.name in firsts}
 
 
 def measure_divergence(

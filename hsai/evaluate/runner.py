@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hsai.configuration import suggest
@@ -85,6 +85,9 @@ class TaskResult:
     part_of: str | None = None
     """The task that this one is a part of."""
 
+    changes: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    """By the names of metrics, `compare` of the reference's with these; empty of the reference itself."""
+
 
 def evaluate_tasks(
     scorer: Scorer,
@@ -102,11 +105,26 @@ def evaluate_tasks(
       tokenizer: of the model.
       config: what to measure.
       cache: where documents are kept, and fetched to, by default `hsai.fetch.default_cache()`.
-      reference: what it makes of texts is kept if it is of this scorer; another is compared with it.
+      reference: what it makes of tasks is kept if it is of this scorer; another is compared with it.
       progress: called with (what is done, how much of it, of how much).
     Raises:
       InputError: documents cannot be had, a text cannot be read or is too short.
     """
+    for result in _measure_each(scorer, tokenizer, config, cache, reference, progress):
+        if reference is not None:
+            changes = reference.compare(result.task, result.settings, result.metrics, scorer, tokenizer)
+            result = dataclasses.replace(result, changes=changes)
+        yield result
+
+
+def _measure_each(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
+    cache: Path | None,
+    reference: Reference | None,
+    progress: Progress | None,
+) -> Iterator[TaskResult]:
     for name in config.tasks:
         if name.startswith((WINDOWS, CHUNKS)):
             yield _measure_text(scorer, tokenizer, config, name, reference, progress)
@@ -223,6 +241,7 @@ def _measure_text(
         raise InputError(f"{path} holds no text")
     start = time.perf_counter()
     groups, report, hidden = [[pair] for pair in pairs], _bind(progress, name), None
+    key = (name, *settings.items())
     if reference is not None and reference.can_judge(tokenizer):
         scores, hidden = scorer.score_and_read(groups, report)
     else:
@@ -236,9 +255,9 @@ def _measure_text(
         metrics.append(Metric(name="bits_per_byte", value=bits, standard_error=None, n=size))
     if reference is not None and hidden is not None:
         if scorer is reference.scorer:
-            reference.hidden[name] = hidden
-        else:
-            metrics += measure_divergence(reference.scorer.model, reference.hidden[name], scorer.model, hidden)
+            reference.hidden[key] = hidden
+        elif key in reference.hidden:
+            metrics += measure_divergence(reference.scorer.model, reference.hidden[key], scorer.model, hidden)
     return TaskResult(
         task=name,
         metrics=tuple(metrics),

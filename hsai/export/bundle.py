@@ -20,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-import safetensors
-import safetensors.flax
 from jax.typing import DTypeLike
 
 import hsai
@@ -44,7 +42,7 @@ from hsai.export.stablehlo import GraphConfig, export_graphs
 from hsai.files import atomic_directory, check_replaceable, sha256
 from hsai.formats.storage import describe, named_arrays, restore
 from hsai.interop.assemble import ForeignModel, Progress, stream
-from hsai.interop.safetensors_file import write_tensors
+from hsai.interop.safetensors_file import ALIGNMENT, map_tensors, write_tensors
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 
@@ -90,8 +88,9 @@ def write_bundle(
       InputError: the directory exists (and may not be overwritten, or is no bundle), the tokenizer has more tokens than
         the model, or the graphs do not fit the model.
     """
-    # Such a file has no gaps: where wider numbers come first, each stands at a multiple of its own size.
-    arrays = dict(sorted(named_arrays(model).items(), key=lambda item: -item[1].dtype.itemsize))
+    # Such a file has no gaps: behind arrays that fill whole lines of memory, and wider numbers, each stands at a
+    # multiple of its own size, and almost all where XLA uses them as they lie.
+    arrays = dict(sorted(named_arrays(model).items(), key=lambda item: _place(item[1])))
     content = _Content(
         config=model.config,
         formats=describe(model),
@@ -135,14 +134,15 @@ def import_bundle(
 
 
 def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
-    """Reads a bundle and checks it.
+    """Reads a bundle and checks it. On a CPU its weights stay where they are: in the file, mapped into memory.
 
     Args:
       directory: of the bundle.
       verify: compares the SHA-256 of every file; sizes are compared in any case.
     Raises:
       InputError: what `hsai.export.manifest.read_manifest` refuses; a file is missing, truncated or altered; weights or
-        tokenizer do not fit the model; a weight or a scale is NaN or infinite, or a scale negative.
+        tokenizer do not fit the model; a weight or a scale is NaN or infinite, or a scale negative; the bundle was
+        replaced meanwhile.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -158,7 +158,16 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
     except InputError as error:
         raise InputError(f"{directory}: {error}") from error
     assets = read_assets(directory, manifest.files)
-    return Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
+    bundle = Bundle(directory=directory, manifest=manifest, model=model, tokenizer=tokenizer, assets=assets)
+    check_unchanged(bundle)
+    return bundle
+
+
+def check_unchanged(bundle: Bundle) -> None:
+    """Raises `InputError` if another bundle has taken the place of this one since its manifest was read: for whoever
+    has just read more of its files."""
+    if read_manifest(bundle.directory) != bundle.manifest:
+        raise InputError(f"{bundle.directory} was replaced while it was read; read it again")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +233,11 @@ def _build(
     return manifest
 
 
+def _place(array: jax.Array) -> tuple[bool, int]:
+    """By which arrays are sorted in a file."""
+    return bool(array.nbytes % ALIGNMENT), -array.dtype.itemsize
+
+
 def check_vocabulary(config: TransformerConfig, tokenizer: Tokenizer) -> None:
     """Refuses, as `InputError`, a tokenizer with tokens that the model has no rows for."""
     if tokenizer.vocab_size > config.vocab:
@@ -244,9 +258,11 @@ def _check_file(path: Path, record: FileRecord, verify: bool) -> None:
 def _load_model(path: Path, manifest: Manifest) -> Transformer:
     """The model with its weights; what they lack shows when the model is traced, at no cost."""
     try:
-        arrays = safetensors.flax.load_file(path)
-    except safetensors.SafetensorError as error:
+        mapped = map_tensors(path)
+    except InputError as error:
         raise InputError(f"{path.name} is not a safetensors file: {error}") from error
+    # A CPU takes memory that is aligned as it is, and copies other; accelerators copy all.
+    arrays = {name: jax.device_put(array) for name, array in mapped.items()}
     try:
         model = restore(abstract_transformer(manifest.model), manifest.weights, arrays)
         jax.eval_shape(lambda model, tokens: model.logits(model(tokens)[0]), model, jnp.zeros((1, 1), jnp.int32))

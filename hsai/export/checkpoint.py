@@ -5,7 +5,7 @@ from pathlib import Path
 from hsai.data.assets import TOKENIZER_CONFIG
 from hsai.export.source import ModelSource
 from hsai.interop.assemble import Progress
-from hsai.interop.assets import TOKENIZER, describe_tokenizer, name_tokens
+from hsai.interop.assets import TOKENIZER, describe_tokenizer, name_tokens, serialize_tokenizer
 from hsai.interop.families import Family
 from hsai.interop.huggingface import SHARD_BYTES, write_huggingface
 
@@ -26,7 +26,7 @@ def export_checkpoint(
     other, the tokenizer says which they are.
     """
     tokenizer, length = source.tokenizer, source.config.max_length
-    assets = {TOKENIZER: tokenizer.to_json().encode(), TOKENIZER_CONFIG: describe_tokenizer(tokenizer, length)}
+    assets = {TOKENIZER: serialize_tokenizer(tokenizer), TOKENIZER_CONFIG: describe_tokenizer(tokenizer, length)}
     return write_huggingface(
         directory,
         source.model,

@@ -8,8 +8,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from hsai.config import RunConfig
-from hsai.configuration import from_dict, to_dict
 from hsai.data.assets import ASSET_FILES, read_assets
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
@@ -24,9 +22,7 @@ from hsai.interop.huggingface import CONFIG, Checkpoint, is_huggingface, open_ch
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 from hsai.sharding import tree_shardings
-from hsai.train.checkpoint import Checkpointer, is_run
-from hsai.train.restore import read_run
-from hsai.train.seal import SEAL
+from hsai.train.directory import is_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +78,9 @@ def inspect_model(directory: str | os.PathLike[str]) -> ModelRecord:
     """
     directory = Path(directory)
     if is_run(directory):
-        with Checkpointer(directory / "checkpoints", None) as checkpointer:
-            record = checkpointer.read_record()
-        run = from_dict(RunConfig, record["config"])
-        return _record_run(
-            directory, run, int(record["next_step"]), record["data_directory"], record.get("sources", {})
-        )
+        from hsai.export.run_source import inspect_run  # who runs a bundle does not wait for what trains
+
+        return inspect_run(directory)
     if is_gguf(directory):
         return _record_gguf(open_gguf_checkpoint(directory))
     if is_huggingface(directory):
@@ -136,10 +129,9 @@ def open_model(directory: str | os.PathLike[str], *, mesh: Mesh | None = None) -
     """
     directory = Path(directory)
     if is_run(directory):
-        trained = read_run(directory)
-        record = _record_run(directory, trained.run, trained.step, str(trained.data_directory), trained.sources)
-        assets = read_assets(directory)
-        return ModelSource(**vars(record), model=trained.model, tokenizer=trained.tokenizer, assets=assets)
+        from hsai.export.run_source import open_run
+
+        return open_run(directory)
     if is_gguf(directory) or is_huggingface(directory):
         foreign = open_foreign(directory)
         shardings = None if mesh is None else tree_shardings(abstract_transformer(foreign.config), mesh)
@@ -157,25 +149,9 @@ def _check_is_bundle(directory: Path) -> None:
         raise InputError(f"{directory} {what}; give a training run, a bundle, a checkpoint or a .gguf file")
 
 
-def _record_run(
-    directory: Path, run: RunConfig, step: int, data_directory: str, sources: dict[str, Any]
-) -> ModelRecord:
-    origin = {
-        "run": directory.name,
-        "step": step,
-        "corpus": data_directory,
-        "sequence_length": run.data.sequence_length,
-        "training": to_dict(run),
-    }
-    origin |= {"sources": sources} if sources else {}
-    parts = (directory / "checkpoints" / str(step) / SEAL, directory / "tokenizer.json", *_list_assets(directory))
-    digest = _join(*(sha256(part) for part in parts))
-    return ModelRecord(directory=directory, config=run.model, origin=origin, sha256=digest)
-
-
 def _record_bundle(directory: Path, manifest: Manifest) -> ModelRecord:
     names = (WEIGHTS, manifest.tokenizer.file, *(name for name in ASSET_FILES if name in manifest.files))
-    digest = _join(*(manifest.files[name].sha256 for name in names))
+    digest = join_digests(*(manifest.files[name].sha256 for name in names))
     return ModelRecord(directory=directory, config=manifest.model, origin=dict(manifest.extra), sha256=digest)
 
 
@@ -187,8 +163,8 @@ def _record_checkpoint(checkpoint: Checkpoint) -> ModelRecord:
         "special_tokens": tokens,
     }
     parts = (checkpoint.path / CONFIG, *checkpoint.files, checkpoint.path / TOKENIZER)
-    parts += _list_assets(checkpoint.path)
-    digest = _join(*(sha256(part) for part in parts))
+    parts += list_asset_paths(checkpoint.path)
+    digest = join_digests(*(sha256(part) for part in parts))
     return ModelRecord(directory=checkpoint.path, config=checkpoint.config, origin=origin, sha256=digest)
 
 
@@ -202,9 +178,11 @@ def _record_gguf(checkpoint: GgufCheckpoint) -> ModelRecord:
     return ModelRecord(directory=path, config=checkpoint.config, origin=origin, sha256=sha256(path))
 
 
-def _list_assets(directory: Path) -> tuple[Path, ...]:
+def list_asset_paths(directory: Path) -> tuple[Path, ...]:
+    """The files that travel with a model, those that are there."""
     return tuple(path for name in ASSET_FILES if (path := directory / name).is_file())
 
 
-def _join(*digests: str) -> str:
+def join_digests(*digests: str) -> str:
+    """One digest of several."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()

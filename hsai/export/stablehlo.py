@@ -14,6 +14,7 @@ StableHLO may update the cache in place; but `Exported.call` does not donate. Wh
 
 import contextlib
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ from hsai.files import atomic_write
 from hsai.models import CacheFormat, TransformerConfig
 from hsai.models.cache import check_cache_format
 from hsai_kernels import native
+
+logger = logging.getLogger(__name__)
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 GRAPHS = "graphs"
@@ -126,17 +129,19 @@ def export_graphs(
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     slots = config.slots(model)
     cache = cache_shapes(model, config.batch, slots, config.cache)
+    packed = any(record["format"] != "dense" for record in formats.values())
     records = []
     for kernels in (None, *config.kernels):
+        shared = (slots, config, kernels, packed)
         for length in config.buckets(model):
             count = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
             arguments = (shapes, jax.ShapeDtypeStruct((config.batch, length), jnp.int32), count, *cache)
             step = make_prefill(model, formats)
             name = f"prefill_{length}"
-            records.append(_write_graph(directory, name, step, PREFILL_INPUTS, arguments, slots, config, kernels))
+            records.append(_write_graph(directory, name, step, PREFILL_INPUTS, arguments, *shared))
         arguments = (shapes, jax.ShapeDtypeStruct((config.batch, 1), jnp.int32), *cache)
         step = make_decode(model, formats)
-        records.append(_write_graph(directory, "decode", step, DECODE_INPUTS, arguments, slots, config, kernels))
+        records.append(_write_graph(directory, "decode", step, DECODE_INPUTS, arguments, *shared))
     return tuple(records)
 
 
@@ -178,6 +183,7 @@ def _write_graph(
     slots: int,
     config: GraphConfig,
     kernels: str | None,
+    packed: bool,
 ) -> GraphRecord:
     if kernels is None:
         portable, exported = (export_step(step, arguments, platforms) for platforms in (PLATFORMS[:1], PLATFORMS))
@@ -185,9 +191,13 @@ def _write_graph(
         portable = exported = export_with_kernels(step, arguments, kernels)
     file = name if kernels is None else f"{name}.{kernels}"
     version = config.stablehlo_version
-    custom_calls = find_custom_calls(portable.mlir_module())
+    text = portable.mlir_module()
+    custom_calls = find_custom_calls(text)
     if kernels is not None and not custom_calls:
         raise InputError(f"kernels={kernels!r}: none of hsai's kernels for it serves graph {name} of this model here")
+    if kernels is not None and packed and not count_products(text):
+        fault = "no product with a packed weight has a kernel, and each call rebuilds dense weights"
+        logger.warning("graph %s for %s: %s", name, kernels, fault)
     described = _describe_inputs(inputs, arguments)
     if len(portable.module_kept_var_idx) != len(described):
         dropped = sorted(set(range(len(described))) - set(portable.module_kept_var_idx))
@@ -220,6 +230,12 @@ def find_custom_calls(module: str) -> tuple[str, ...]:
     """The targets of the custom calls in a StableHLO module's text, in both of the forms that it may take."""
     found = re.findall(r"custom_call\s+@([\w.$-]+)|call_target_name\s*=\s*\"([^\"]+)\"", module)
     return tuple(sorted({first or second for first, second in found}))
+
+
+def count_products(module: str) -> int:
+    """How many of the custom calls in a module's text multiply by packed weights, as the names of kernels say."""
+    product = r"(?:quantized|sparse)_matmul"
+    return len(re.findall(rf"custom_call @hsai_{product}|name = \"(?:multiply_|{product}\")", module))
 
 
 def _describe_inputs(inputs: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[ArrayRecord, ...]:

@@ -5,6 +5,7 @@ D contraction, F outputs; leading dimensions (layers) are allowed everywhere and
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -31,15 +32,14 @@ class Packed(abc.ABC):
     def dense(self) -> jax.Array:
         """The dense weight (..., D, F), float32."""
 
+    @property
+    def unit(self) -> int:
+        """Positions of the contraction that must stay together where devices each get a part of it."""
+        return 1
+
     def kept(self) -> jax.Array | None:
         """Where the format keeps a weight, be it of the value 0: bool (..., D, F); None of one that keeps all."""
-        if not hasattr(self, "indices"):
-            return None
-        # Every value the largest, in the places that it has.
-        largest = {"values": 1, "words": 0xFFFFFFFF, "scale": 1}
-        present = {name: getattr(self, name) for name in largest if hasattr(self, name)}
-        filled = {name: jnp.full_like(array, largest[name]) for name, array in present.items()}
-        return dataclasses.replace(self, **filled).dense() != 0
+        return None
 
     def take(self, ids: jax.Array) -> "Packed":
         """The columns that `ids` (N,) int32 name, of an array for each field with F columns."""
@@ -82,7 +82,13 @@ class DenseConfig:
 
 def to_dense(w: Weight) -> jax.Array:
     """The dense array of any weight value; a dense one is returned as it is."""
-    return w.dense() if isinstance(w, Packed) else w
+    return _unpack(w) if isinstance(w, Packed) else w
+
+
+@functools.partial(jax.jit, inline=True)
+def _unpack(w: Packed) -> jax.Array:
+    """One program where nothing is traced: a format's steps one by one would be a dozen to compile for each shape."""
+    return w.dense()
 
 
 def is_packed_as(w: Weight, format: Any) -> bool:

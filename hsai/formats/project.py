@@ -1,26 +1,23 @@
-"""`project`: x @ w for a dense or packed weight; only this file asks what format a weight has.
+"""`project`: x @ w for a dense or packed weight; only here and in multiply.py is a weight's format asked for.
 
 B batch, T query, D contraction, F outputs, V vocabulary.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hsai.formats.codes import Codes
-from hsai.formats.int8 import Int8
-from hsai.formats.nm import NM
-from hsai.formats.nm_int4 import NMInt4
-from hsai.formats.nm_int8 import NMInt8
+from hsai.formats.layer import LayerOf
+from hsai.formats.multiply import are_alike, multiply_packed
 from hsai.formats.observed import Observed, Tapped
+from hsai.formats.outliers import Outliers
 from hsai.formats.packed import Packed, Weight, to_dense
-from hsai.formats.ternary import Ternary
-from hsai.formats.vnm import VNM, VNMInt4
 from hsai.sharding import Axes, constrain
 from hsai.shards import add_parts, find_splits, map_shards
-from hsai_kernels import quantized_matmul, sparse_matmul
+from hsai_kernels.dispatch import count_devices
 
 
 def project(
@@ -40,16 +37,37 @@ def project(
     Returns: (..., F), constrained to `out_axes`.
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    if isinstance(w, LayerOf) and count_devices() > 1:  # each device has a part of the layer, and of its own stack
+        w = w.cut()
     if isinstance(w, Observed):
         w.notes.add(w.name, x)
         w = w.value
     if isinstance(w, Tapped):
         return w.tap(project(x, w.value, out_axes=out_axes, in_axis=in_axis, out_dtype=out_dtype))
-    if isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
+    if isinstance(w, Outliers):
+        rest = project(x, w.base, out_axes=out_axes, in_axis=in_axis, out_dtype=out_dtype)
+        few = _multiply(jnp.dtype(jnp.float32), jnp.take(x, w.index[:, 0], axis=-1, mode="clip"), w.rows)
+        y = (rest.astype(jnp.float32) + few).astype(out_dtype)
+    elif isinstance(w, LayerOf):
+        (y,) = multiply_packed(x.astype(out_dtype), w)
+    elif isinstance(w, Packed):  # the kernels answer in the dtype of their activations, and round no weight
         y = _multiply_parts(x.astype(out_dtype), w, in_axis, out_axes)
     else:
         y = _multiply(out_dtype, x, w)
     return constrain(y, *out_axes)
+
+
+def project_all(
+    x: jax.Array, weights: Sequence[Weight], *, out_axes: Sequence[Axes], in_axis: str | None = None
+) -> list[jax.Array]:
+    """`project` of x with several weights, each with axes of its own.
+
+    Packed weights that are alike are multiplied by in one call on one device: of a token that is decoded, what happens
+    between products takes as long as small ones.
+    """
+    if count_devices() > 1 or not are_alike(weights):
+        return [project(x, w, out_axes=axes, in_axis=in_axis) for w, axes in zip(weights, out_axes, strict=True)]
+    return [constrain(y, *axes) for y, axes in zip(multiply_packed(x, *weights), out_axes, strict=True)]
 
 
 def _multiply_parts(x: jax.Array, w: Packed, in_axis: str | None, out_axes: Axes) -> jax.Array:
@@ -58,37 +76,17 @@ def _multiply_parts(x: jax.Array, w: Packed, in_axis: str | None, out_axes: Axes
     The batch claims its mesh axes first: a weight that is stored split over them is collected, packed as it is.
     """
     x_axes, w_axes = (*out_axes[:-1], in_axis), (in_axis, out_axes[-1])
-    splits = find_splits((x_axes, x), (w_axes, w))
+    whole = jax.ShapeDtypeStruct((w.shape[-2] // w.unit, w.shape[-1]), jnp.int32)
+    splits = find_splits((x_axes, x), (w_axes, w), (w_axes, whole))
     parts = splits.get(in_axis, ()) if in_axis is not None else ()
 
     def multiply(x: jax.Array, w: Packed) -> jax.Array:
         # A part of the sum is not rounded before the others are added to it.
-        y = _multiply_packed(x.astype(jnp.float32) if parts else x, w)
+        (y,) = multiply_packed(x.astype(jnp.float32) if parts else x, w)
         return add_parts(y, parts).astype(x.dtype)
 
     y: jax.Array = map_shards(multiply, splits, (x_axes, w_axes), out_axes)(x, w)
     return y
-
-
-def _multiply_packed(x: jax.Array, w: Packed) -> jax.Array:
-    """x @ w for (..., D) and (D, F), in x's dtype."""
-    match w:
-        case Int8(values, scale):
-            return quantized_matmul(x, values, scale)
-        case Codes(words, scale):
-            return quantized_matmul(x, words, scale, bits=w.bits, centered=w.centered)
-        case Ternary(words, scale):
-            return quantized_matmul(x, words, scale, bits=2)
-        case NM(values, indices, n, m):
-            return sparse_matmul(x, values, indices, n=n, m=m)
-        case NMInt8(values, indices, scale, n, m) | NMInt4(values, indices, scale, n, m):
-            return sparse_matmul(x, values, indices, scale, n=n, m=m)
-        case VNM(values, indices, choices, n, m):
-            return sparse_matmul(x, values, indices, choices=choices, n=n, m=m)
-        case VNMInt4(words, indices, scale, choices, n, m):
-            return sparse_matmul(x, words, indices, scale, choices, n=n, m=m)
-        case _:
-            raise NotImplementedError(f"project does not know the format {type(w).__name__}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

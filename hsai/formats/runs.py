@@ -9,6 +9,7 @@ L layers, D contraction, F outputs.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from hsai.formats.layer import LayerOf, is_whole
 from hsai.formats.packed import Packed, Weight, to_dense
 
 T = TypeVar("T")
@@ -63,7 +65,7 @@ def take_layer(stacked: T, layer: int) -> T:
 
 
 def scan_layers(
-    step: Callable[[C, tuple[T, jax.Array]], tuple[C, Y]], carry: C, stacked: T, layers: int
+    step: Callable[[C, tuple[T, jax.Array]], tuple[C, Y]], carry: C, stacked: T, layers: int, *, in_place: bool = False
 ) -> tuple[C, Y]:
     """What `carry` becomes through all layers, and what each gave, stacked: `jax.lax.scan` of `step`.
 
@@ -72,33 +74,38 @@ def scan_layers(
       carry: what the first layer gets.
       stacked: a tree of weights (L, ...); those that are `Runs` cut the scan.
       layers: L.
+      in_place: `step` gets packed weights as `LayerOf` their stacks, where the format allows it: for models that
+        generate, without gradients, which would be those of whole stacks.
     """
     runs = [leaf for leaf in jax.tree.leaves(stacked, is_leaf=_is_runs) if _is_runs(leaf)]
-    if not runs:
+    if not runs and not in_place:
         return jax.lax.scan(step, carry, (stacked, jnp.arange(layers)))
-    starts = sorted({start for weight in runs for start in weight.starts})
+    starts = sorted({0, *(start for weight in runs for start in weight.starts)})
     given: list[Y] = []
     for start, stop in itertools.pairwise((*starts, layers)):
 
         def step_in_piece(carry: C, layer: jax.Array, start: int = start) -> tuple[C, Y]:
             # Indexed within the loop, as the scan itself would: a slice of a stack in front of it would be a copy.
-            return step(carry, (_take(stacked, layer, start), layer))
+            return step(carry, (_take(stacked, layer, start, in_place), layer))
 
         carry, piece = jax.lax.scan(step_in_piece, carry, jnp.arange(start, stop))
         given.append(piece)
     return carry, jax.tree.map(lambda *pieces: jnp.concatenate(pieces), *given)
 
 
-def _take(stacked: T, layer: int | jax.Array, near: int) -> T:
+def _take(stacked: T, layer: int | jax.Array, near: int, in_place: bool = False) -> T:
     """The weights of `layer`; `near` is a layer in the same run of every weight, known while the program is traced."""
 
+    # One for all stacks that start together: products with several weights want the same.
+    find_number = functools.cache(lambda first: jnp.asarray(layer - first, jnp.int32))
+
     def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Runs):
-            return leaf[layer]
-        first, part = leaf.find(near)
+        first, part = leaf.find(near) if isinstance(leaf, Runs) else (0, leaf)
+        if in_place and is_whole(part):
+            return LayerOf(part, find_number(first))
         return jax.tree.map(lambda array: array[layer - first], part)
 
-    taken: T = jax.tree.map(take, stacked, is_leaf=_is_runs)
+    taken: T = jax.tree.map(take, stacked, is_leaf=lambda leaf: isinstance(leaf, Packed))
     return taken
 
 

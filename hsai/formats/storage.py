@@ -1,11 +1,13 @@
 """Trees of weights as named arrays and back: what checkpoints, bundles and exported graphs hold.
 
 A name is the way to an array through the tree: `layers.attention.q` for a dense weight; a packed one has an array a
-field, `layers.attention.q.words`, and runs those of each part, `layers.attention.q.parts.0.words`. What names cannot
-say (the format, its group or pattern) is one small JSON record a packed weight.
+field, `layers.attention.q.words`, and runs those of each part, `layers.attention.q.parts.0.words`; one with another
+inside of it has that one's arrays, `layers.attention.q.base.words`. What names cannot say (the format, its group or
+pattern) is one small JSON record a packed weight.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -15,19 +17,23 @@ from flax import nnx
 
 from hsai.errors import InputError
 from hsai.formats.codes import Int2, Int3, Int4
+from hsai.formats.int4_offset import Int4Offset
 from hsai.formats.int8 import Int8
-from hsai.formats.nm import NM
-from hsai.formats.nm_int4 import NMInt4
-from hsai.formats.nm_int8 import NMInt8
+from hsai.formats.nm import NM, NMInt4, NMInt8
+from hsai.formats.outliers import Outliers
 from hsai.formats.packed import Packed, Weight, check_finite, to_dense
+from hsai.formats.rounded import INTEGERS, Rounded
 from hsai.formats.runs import Runs
 from hsai.formats.ternary import Ternary
-from hsai.formats.vnm import VNM, VNMInt4
+from hsai.formats.unstructured import Unstructured, UnstructuredInt4, UnstructuredInt8
+from hsai.formats.vnm import VNM, VNMInt4, VNMInt8
 
 T = TypeVar("T")
+ROUNDED = "rounded"
 PACKED: dict[str, type[Packed]] = {
     "int8": Int8,
     "int4": Int4,
+    "int4_offset": Int4Offset,
     "int3": Int3,
     "int2": Int2,
     "ternary": Ternary,
@@ -35,7 +41,13 @@ PACKED: dict[str, type[Packed]] = {
     "nm_int8": NMInt8,
     "nm_int4": NMInt4,
     "vnm": VNM,
+    "vnm_int8": VNMInt8,
     "vnm_int4": VNMInt4,
+    "unstructured": Unstructured,
+    "unstructured_int8": UnstructuredInt8,
+    "unstructured_int4": UnstructuredInt4,
+    "outliers": Outliers,
+    ROUNDED: Rounded,
 }
 RUNS = "runs"
 NAMES: dict[type[Packed], str] = {kind: name for name, kind in PACKED.items()} | {Runs: RUNS}
@@ -91,8 +103,8 @@ def replace_weights(tree: T, values: Mapping[str, Weight]) -> T:
 
 
 def describe(tree: Any) -> dict[str, dict[str, Any]]:
-    """The JSON record of every parameter: {"format": "int4"} with the static fields of the format, or "dense"; of runs,
-    {"format": "runs", "parts": [a record each]}."""
+    """The JSON record of every parameter: {"format": "int4"} with the static fields of the format, and the record of
+    what is inside of it, or "dense"; of runs, {"format": "runs", "parts": [a record each]}."""
     return {name: _describe_weight(param.get_value()) for name, param in named_weights(tree).items()}
 
 
@@ -100,8 +112,14 @@ def _describe_weight(value: Weight) -> dict[str, Any]:
     if isinstance(value, Runs):
         return {"format": RUNS, "parts": [_describe_weight(part) for part in value.parts]}
     if isinstance(value, Packed):
-        static = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.metadata.get("static")}
-        return {"format": NAMES[type(value)], **static}
+        record: dict[str, Any] = {"format": NAMES[type(value)]}
+        for field in dataclasses.fields(value):
+            part = getattr(value, field.name)
+            if field.metadata.get("static"):
+                record[field.name] = part
+            elif isinstance(part, Packed):
+                record[field.name] = _describe_weight(part)
+        return record
     return {"format": "dense"}
 
 
@@ -146,17 +164,27 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
         raise InputError(f"{name!r} has the unknown format {kind!r}; known: dense, {', '.join(NAMES.values())}")
     values: dict[str, Any] = {}
     names: set[str] = set()
+    hints = typing.get_type_hints(PACKED[kind])
     for field in dataclasses.fields(PACKED[kind]):
+        part = f"{name}.{field.name}"
         if field.metadata.get("static"):
             _require(field.name in record, f"{kind} of {name!r} has no {field.name!r}")
             values[field.name] = record[field.name]
+        elif hints[field.name] is Packed:
+            inner = record.get(field.name)
+            sound = isinstance(inner, Mapping) and inner.get("format") in PACKED
+            _require(sound, f"{kind} of {name!r} has no packed {field.name!r}")
+            values[field.name], used = _restore_weight(part, inner or {}, arrays)
+            names |= used
         else:
-            part = f"{name}.{field.name}"
             _require(part in arrays, f"array {part!r} is missing")
             check_finite(repr(part), arrays[part], is_scale=field.name == "scale")
             values[field.name] = arrays[part]
             names.add(part)
     value = PACKED[kind](**values)
+    if isinstance(value, Rounded):
+        fits = isinstance(value.base, INTEGERS)
+        _require(fits, f"{name!r} is rounded, which is for integers, not for {NAMES[type(value.base)]}")
     try:  # the format's own arithmetic says whether its arrays fit together
         jax.eval_shape(to_dense, value)
     except (ArithmeticError, TypeError, ValueError) as error:

@@ -1,4 +1,5 @@
-"""VNM and VNMInt4: V neighbouring outputs keep the same 4 of every m weights along the contraction, each n of those 4.
+"""VNM, VNMInt8 and VNMInt4: V neighbouring outputs keep the same 4 of every m weights along the contraction, each n of
+those 4.
 
 Invariant: with p the 4 positions of a block's group that are set in `choices`, ascending, kept element c of an output
 stands at dense position (c // n) * m + p[index[c]]. With b-bit values: (n / m) * (b + 2) + 1 / V bits a weight, so 2:8
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from hsai.errors import InputError
-from hsai.formats.codes import Group, group_absmax, round_to_codes
+from hsai.formats.codes import Group
 from hsai.formats.nm import index_block, nm_mask, select_kept
-from hsai.formats.packed import Packed, check_divides, check_finite
-from hsai_kernels import densify_nm, pack_words, rank_chosen
+from hsai.formats.packed import Packed
+from hsai.formats.sparse import ByteValues, CodeValues, FloatValues, Sparse, SparseConfig
+from hsai_kernels import pack_words, rank_chosen
 
 CHOSEN = 4
 """Positions of every m that a block may keep."""
@@ -27,8 +29,8 @@ WORD = 32
 Width = Literal[8, 16, 32]
 
 
-class _Blocked(Packed):
-    """What both formats have in common: `choices` words (..., D / 32, F / V) beside values of F columns."""
+class _Blocked(Sparse):
+    """What the formats have in common: `choices` words (..., D / 32, F / V) beside values of F columns."""
 
     choices: jax.Array
 
@@ -50,13 +52,18 @@ class VNM(_Blocked):
     n: int = dataclasses.field(metadata={"static": True})
     m: int = dataclasses.field(metadata={"static": True})
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *stack, kept, outputs = self.values.shape
-        return (*stack, kept * self.m // self.n, outputs)
 
-    def dense(self) -> jax.Array:
-        return densify_nm(self.values, self.indices, None, self.n, self.m, self.shape[-2], self.choices)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VNMInt8(_Blocked):
+    """values int8 (..., C, F); indices and choices as in VNM; scale float32 (..., 1, F)."""
+
+    values: jax.Array
+    indices: jax.Array
+    scale: jax.Array
+    choices: jax.Array
+    n: int = dataclasses.field(metadata={"static": True})
+    m: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -71,111 +78,80 @@ class VNMInt4(_Blocked):
     n: int = dataclasses.field(metadata={"static": True})
     m: int = dataclasses.field(metadata={"static": True})
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *stack, words, outputs = self.words.shape
-        return (*stack, words * 8 * self.m // self.n, outputs)
 
-    def dense(self) -> jax.Array:
-        return densify_nm(self.words, self.indices, self.scale, self.n, self.m, self.shape[-2], self.choices)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VNMPattern(SparseConfig):
+    """Keeps n of every m weights along the contraction, out of 4 that `v` neighbouring outputs have in common."""
+
+    v: int = 64
+    """Outputs that share a choice; native products need a multiple of 16."""
+
+    n: int = 2
+    """Weights kept of each 4 that were chosen."""
+
+    m: Width = 8
+    """Positions along the contraction of which 4 are chosen."""
+
+    def __post_init__(self) -> None:
+        if self.v < 1 or not 1 <= self.n < CHOSEN or self.m not in (8, 16, 32):
+            raise InputError(
+                f"sparsity {self.pattern_name} is not supported; valid are 1 output a block or more, n from 1 to 3, "
+                "m 8, 16 or 32"
+            )
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return self.n, self.m
+
+    @property
+    def tile(self) -> int:
+        return max(WORD, index_block(self.n, CHOSEN) * self.m // CHOSEN)
+
+    @property
+    def position_bits(self) -> float:
+        return self.n / self.m * 2.0 + 1.0 / self.v
+
+    @property
+    def pattern_name(self) -> str:
+        return f"{self.v}:{self.n}:{self.m}"
+
+    @property
+    def width(self) -> int:
+        return self.v
+
+    def mask(self, w: jax.Array) -> jax.Array:
+        return vnm_mask(w, self.v, self.n, self.m)
+
+    def select(self, w: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        values, indices, choices = select_blocks(w, mask, self.v, self.n, self.m)
+        return {"values": values, "indices": pack_words(indices, 2), "choices": choices}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VNMConfig:
+class VNMConfig(FloatValues, VNMPattern):
     """Keeps n of every m weights along the contraction, out of 4 that `v` neighbouring outputs have in common."""
 
     format: Literal["vnm"] = "vnm"
-    """Names this format in files."""
-
-    v: int = 64
-    """Outputs that share a choice; native products need a multiple of 16."""
-
-    n: int = 2
-    """Weights kept of each 4 that were chosen."""
-
-    m: Width = 8
-    """Positions along the contraction of which 4 are chosen."""
-
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """The stored precision of the kept values."""
-
-    def __post_init__(self) -> None:
-        check_blocks(self.v, self.n, self.m)
-
-    def mask(self, w: jax.Array) -> jax.Array:
-        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
-        return vnm_mask(w, self.v, self.n, self.m)
-
-    def pack(self, w: jax.Array, mask: jax.Array | None = None) -> VNM:
-        """Packs w (..., D, F). `mask` (bool, what `vnm_mask` could have made) says what is kept: by default that."""
-        check_fits(w.shape, self.v, self.n, self.m)
-        check_finite("the weight", w)
-        mask = self.mask(w) if mask is None else mask
-        values, indices, choices = select_blocks(w, mask, self.v, self.n, self.m)
-        return VNM(values.astype(self.dtype), pack_words(indices, 2), choices, self.n, self.m)
-
-    def invariant_bits(self, contraction: int) -> float:
-        """Stored bits for each logical weight of a (contraction, F) matrix."""
-        return self.n / self.m * (8.0 * jnp.dtype(self.dtype).itemsize + 2.0) + 1.0 / self.v
+    packed = VNM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VNMInt4Config:
-    """Keeps n of every m weights, out of 4 that `v` outputs have in common, rounded to 4 bits with a scale a group."""
+class VNMInt8Config(ByteValues, VNMPattern):
+    """Keeps n of every m weights, out of 4 that `v` outputs have in common, in 8 bits with a scale an output."""
+
+    format: Literal["vnm_int8"] = "vnm_int8"
+    packed = VNMInt8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VNMInt4Config(CodeValues, VNMPattern):
+    """Keeps n of every m weights, out of 4 that `v` outputs have in common, in 4 bits with a scale a group."""
 
     format: Literal["vnm_int4"] = "vnm_int4"
-    """Names this format in files."""
-
-    v: int = 64
-    """Outputs that share a choice; native products need a multiple of 16."""
-
-    n: int = 2
-    """Weights kept of each 4 that were chosen."""
-
-    m: Width = 8
-    """Positions along the contraction of which 4 are chosen."""
+    packed = VNMInt4
 
     group: Group = 128
     """Dense positions along the contraction that share a scale."""
-
-    def __post_init__(self) -> None:
-        check_blocks(self.v, self.n, self.m)
-
-    def mask(self, w: jax.Array) -> jax.Array:
-        """True where w (..., D, F) is kept by magnitude, bool (..., D, F)."""
-        return vnm_mask(w, self.v, self.n, self.m)
-
-    def pack(self, w: jax.Array, mask: jax.Array | None = None, scale: jax.Array | None = None) -> VNMInt4:
-        """Packs w (..., D, F); `mask` as in VNMConfig, `scale` (..., D / group, F) by default max|kept| / 7."""
-        check_fits(w.shape, self.v, self.n, self.m, self.group)
-        check_finite("the weight", w)
-        w = w.astype(jnp.float32)
-        mask = self.mask(w) if mask is None else mask
-        kept = jnp.where(mask, w, 0.0)
-        scale = (group_absmax(kept, self.group) / 7.0 if scale is None else scale).astype(jnp.bfloat16)
-        check_finite("the scale", scale, is_scale=True)
-        codes, indices, choices = select_blocks(round_to_codes(kept, scale, 4), mask, self.v, self.n, self.m)
-        return VNMInt4(pack_words(codes, 4), pack_words(indices, 2), scale, choices, self.n, self.m)
-
-    def invariant_bits(self, contraction: int) -> float:
-        """Stored bits for each logical weight of a (contraction, F) matrix."""
-        return self.n / self.m * 6.0 + 16.0 / self.group + 1.0 / self.v
-
-
-def check_blocks(v: int, n: int, m: int) -> None:
-    """Raises `InputError` unless v:n:m is a pattern that the formats can hold."""
-    if v < 1 or not 1 <= n < CHOSEN or m not in (8, 16, 32):
-        raise InputError(
-            f"sparsity {v}:{n}:{m} is not supported; valid are 1 output a block or more, n from 1 to 3, m 8, 16 or 32"
-        )
-
-
-def check_fits(shape: tuple[int, ...], v: int, n: int, m: int, group: int = 1) -> None:
-    """Raises `InputError` unless weights of this shape (..., D, F) fill whole words and whole blocks."""
-    block = max(group, WORD, index_block(n, CHOSEN) * m // CHOSEN)
-    check_divides(f"{v}:{n}:{m} sparsity", block, shape[-2], shape)
-    if shape[-1] % v:
-        raise InputError(f"{v}:{n}:{m} sparsity needs outputs that are a multiple of {v}; {shape} has {shape[-1]}")
 
 
 def vnm_mask(w: jax.Array, v: int, n: int, m: int) -> jax.Array:

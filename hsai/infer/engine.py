@@ -21,10 +21,11 @@ from hsai.export.bundle import read_bundle
 from hsai.export.stablehlo import GraphConfig
 from hsai.infer.bench import Bench
 from hsai.infer.graphs import load_graphs
-from hsai.infer.request import Constraint, FinishReason, Request, TokenLogprob
+from hsai.infer.request import Constraint, FinishReason, Request, TokenLogprob, check_prompt
 from hsai.infer.runtime import Runtime, TracedRuntime
 from hsai.infer.sampling import SamplingConfig
 from hsai.infer.service import Service
+from hsai.infer.speculator import DRAFTS, Drafting, Speculator, TracedSpeculator, open_drafting
 from hsai.models import CacheFormat, Transformer
 
 
@@ -59,6 +60,12 @@ class Generation:
     decode_steps: int
     """Tokens that were made in `seconds_decode`."""
 
+    drafted_tokens: int = 0
+    """Tokens that speculation drafted."""
+
+    accepted_tokens: int = 0
+    """Those of them that the model made too."""
+
     @property
     def tokens_per_second(self) -> float:
         """Of decoding; 0 if the first token was the last, so that there was none."""
@@ -90,10 +97,17 @@ class Options(TypedDict, total=False):
 class Engine:
     """Generates with a runtime and a tokenizer: `Engine.load` takes a bundle, `Engine.trace` a model in memory."""
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, assets: Assets | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer,
+        assets: Assets | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         self.runtime = runtime
         self.tokenizer = tokenizer
         self.assets = assets or Assets()
+        self.speculator = speculator
 
     @classmethod
     def load(
@@ -104,6 +118,8 @@ class Engine:
         context: int | None = None,
         cache: CacheFormat | None = None,
         verify: bool = True,
+        speculate: str | os.PathLike[str] | None = None,
+        draft_tokens: int = DRAFTS,
     ) -> "Engine":
         """Reads a bundle.
 
@@ -113,18 +129,28 @@ class Engine:
           context: tokens that the cache holds, by default the model's max_length; shipped graphs have theirs.
           cache: what its numbers are stored as, by default the activations' dtype; shipped graphs have theirs.
           verify: checks the SHA-256 of every file.
+          speculate: "lookup", or the path of a draft model, makes texts sooner and changes none (speculation.py).
+          draft_tokens: with speculate: drafted at a time at most.
         Raises:
-          InputError: what `read_bundle` and `load_graphs` refuse; a context beyond the model's; an unknown cache;
-            either of them given with graphs.
+          InputError: what `read_bundle`, `load_graphs` and `open_drafting` refuse; a context beyond the model's, or the
+            draft model's; an unknown cache; any of these given with graphs.
         """
         if graphs and context is not None:
             raise InputError(f"context={context} cannot be chosen with graphs: theirs is fixed")
         if graphs and cache is not None:
             raise InputError(f"cache={cache} cannot be chosen with graphs: theirs is fixed")
-        config = GraphConfig(context=context, cache=cache or "activations")
+        if graphs and speculate is not None:
+            raise InputError(f"speculate={speculate} cannot be chosen with graphs: they write a token at a time")
         bundle = read_bundle(directory, verify=verify)
-        runtime: Runtime = load_graphs(bundle) if graphs else TracedRuntime(bundle.model, config)
-        return cls(runtime, bundle.tokenizer, Assets.parse(bundle.assets))
+        assets = Assets.parse(bundle.assets)
+        if graphs:
+            return cls(load_graphs(bundle), bundle.tokenizer, assets)
+        drafting = None
+        if speculate is not None:
+            drafting = open_drafting(speculate, draft_tokens, target=directory, tokenizer=bundle.tokenizer)
+        return cls.trace(
+            bundle.model, bundle.tokenizer, assets, context=context, cache=cache or "activations", drafting=drafting
+        )
 
     @classmethod
     def trace(
@@ -135,13 +161,15 @@ class Engine:
         *,
         context: int | None = None,
         cache: CacheFormat = "activations",
+        drafting: Drafting | None = None,
     ) -> "Engine":
         """An engine for a model on this device, with weights of any formats.
 
         Raises:
-          InputError: a context beyond the model's, or an unknown cache.
+          InputError: a context beyond the model's, or that of the model that drafts; an unknown cache.
         """
-        return cls(TracedRuntime(model, GraphConfig(context=context, cache=cache)), tokenizer, assets)
+        runtime = TracedRuntime(model, GraphConfig(context=context, cache=cache))
+        return cls(runtime, tokenizer, assets, None if drafting is None else TracedSpeculator(runtime, drafting))
 
     def generate(self, prompt: str, **options: Unpack[Options]) -> Generation:
         """Continues `prompt`: the tokenizer's prefix stands before it, and its end of text before an empty one.
@@ -211,6 +239,8 @@ class Engine:
             seconds_prefill=usage.seconds_prefill,
             seconds_decode=usage.seconds_decode,
             decode_steps=usage.steps,
+            drafted_tokens=usage.drafted_tokens,
+            accepted_tokens=usage.accepted_tokens,
         )
 
     @functools.cached_property
@@ -252,16 +282,6 @@ class Engine:
         return bench.repeat(read, tokens, repeats)
 
     def check_prompt(self, ids: Sequence[int]) -> np.ndarray:
-        """The prompt as int32 (T,).
-
-        Raises:
-          InputError: it has no tokens, more than the context holds, or one that the tokenizer does not have.
-        """
-        if len(ids) == 0:
-            raise InputError(f"the prompt has no tokens; an empty text begins with token {self.tokenizer.eot}")
-        if len(ids) > self.runtime.slots:
-            raise InputError(f"the prompt has {len(ids)} tokens, and the context holds {self.runtime.slots}")
-        for token in ids:
-            if not 0 <= token < self.tokenizer.vocab_size:
-                raise InputError(f"token id {token} is out of range; valid are 0 to {self.tokenizer.vocab_size - 1}")
+        """The prompt as int32 (T,); raises as `hsai.infer.request.check_prompt`."""
+        check_prompt(ids, self.tokenizer, self.runtime.slots)
         return np.asarray(ids, np.int32)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.stages import Wrapped
 
 from hsai.errors import InputError
-from hsai.export.bundle import Bundle
+from hsai.export.bundle import Bundle, check_unchanged
 from hsai.export.manifest import GraphRecord
 from hsai.export.stablehlo import load_graph
 from hsai.export.steps import CACHE_NAMES, DECODE_INPUTS, PREFILL_INPUTS
@@ -29,7 +29,7 @@ from hsai.infer.programs import Made, Rows, Vocabulary
 from hsai.infer.runtime import make_extras, make_rows, plan_buckets
 from hsai.models import KVCache
 from hsai_kernels.dispatch import BackendMissing
-from hsai_kernels.native import load_library
+from hsai_kernels.native import NAMES, load_library
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ def load_graphs(bundle: Bundle) -> GraphRuntime:
     """Takes the graphs that the bundle ships; see `choose_graphs`.
 
     Raises:
-      InputError: it ships none, or they are for several rows at a time, or this jax cannot read them.
+      InputError: it ships none, or they are for several rows at a time, or this jax cannot read them; or they are those
+        of another bundle that has taken its place.
     """
     graphs = choose_graphs(bundle.manifest.graphs)
     if not graphs:
@@ -162,6 +163,7 @@ def load_graphs(bundle: Bundle) -> GraphRuntime:
         if not found or (step == "decode" and 1 not in found):
             raise InputError(f"{bundle.directory} holds no {step} graph; export it again")
     cache = _read_cache(bundle.directory, graphs)
+    check_unchanged(bundle)
     return GraphRuntime(named_arrays(bundle.model), steps["prefill"], steps["decode"][1], cache, bundle.config.vocab)
 
 
@@ -174,6 +176,9 @@ def choose_graphs(graphs: Sequence[GraphRecord]) -> tuple[GraphRecord, ...]:
     if here == "cpu":
         try:
             load_library()  # and tells XLA of its custom calls
+            calls = {call for graph in chosen for call in graph.custom_calls if call.startswith("hsai_")}
+            if unknown := calls - set(NAMES):
+                raise BackendMissing(f"the library here has no {', '.join(sorted(unknown))}: a newer hsai wrote them")
         except BackendMissing as error:
             logger.warning("the portable graphs run in the place of those with kernels: %s", error)
             return tuple(graph for graph in graphs if graph.kernels is None)

@@ -38,6 +38,13 @@ class Vocabulary:
     stops: frozenset[int]
     """Their ids."""
 
+    def ends(self, tokens: jax.Array) -> jax.Array:
+        """bool: which of `tokens`, int32 of any shape, end a text."""
+        found = jnp.zeros(tokens.shape, bool)
+        for stop in sorted(self.stops):
+            found |= tokens == stop
+        return found
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +66,17 @@ class Rows:
     settings: Settings
     """How its tokens are chosen."""
 
+    history: jax.Array | None = None
+    """int32 (B, S): all tokens of each by their positions, the last one included; for those who draft."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What a block made, step by step."""
+    """What a block made, step by step, or token by token where a step makes several."""
 
     tokens: jax.Array
-    """int32 (N, B); -1 where a row had ended, or the block."""
+    """int32 (N, B), of drafting blocks with a larger N; -1 where a row had ended, or the block."""
 
     logprobs: jax.Array | None = None
     """float32 (N, B); these and the next are there in the full kind."""
@@ -76,6 +86,16 @@ class Made:
 
     top_logprobs: jax.Array | None = None
     """float32 (N, B, MOST_LOGPROBS)."""
+
+    drafts: jax.Array | None = None
+    """int32 (2, B), of drafting blocks: tokens drafted for each row, and accepted: those that it made beyond the one
+    that each step makes in any case."""
+
+    @property
+    def steps(self) -> int:
+        """N: how many the row that took most has taken; of arrays of numpy."""
+        made = (self.tokens >= 0).sum(axis=0)
+        return int((made if self.drafts is None else made - self.drafts[1]).max())
 
 
 def make_read(config: TransformerConfig, formats: Mapping[str, Mapping[str, Any]]) -> Callable[..., KVCache]:
@@ -88,7 +108,7 @@ def make_read(config: TransformerConfig, formats: Mapping[str, Mapping[str, Any]
         model = restore(abstract_transformer(config), formats, weights)
         places = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         positions = jnp.where(places < count, start + places, -1)[None]
-        return _read(model, tokens, positions, PagedCache(pages, table))[1]
+        return read_tokens(model, tokens, positions, PagedCache(pages, table))[1]
 
     return read
 
@@ -119,16 +139,14 @@ def make_write(
 
         def step(state: State) -> State:
             index, tokens, positions, seen, made, pages = state
-            hidden, pages = _read(model, tokens[:, None], positions[:, None], PagedCache(pages, rows.table))
+            hidden, pages = read_tokens(model, tokens[:, None], positions[:, None], PagedCache(pages, rows.table))
             settings = dataclasses.replace(rows.settings, step=rows.settings.step + index)
             now = None if extras is None or seen is None else dataclasses.replace(extras, seen=seen)
             logits = model.logits(hidden)[:, 0]
             chosen = choose_tokens(logits, settings, now, kind=kind, vocab=vocabulary.size)
             there = positions >= 0
             made = _put(made, index, dataclasses.replace(chosen, token=jnp.where(there, chosen.token, -1)))
-            ended = index + 1 >= rows.limits
-            for stop in sorted(vocabulary.stops):
-                ended |= chosen.token == stop
+            ended = (index + 1 >= rows.limits) | vocabulary.ends(chosen.token)
             if seen is not None:
                 seen = seen.at[jnp.arange(batch), chosen.token].set(True)
             return index + 1, chosen.token, jnp.where(there & ~ended, positions + 1, -1), seen, made, pages
@@ -140,7 +158,9 @@ def make_write(
     return write
 
 
-def _read(model: Transformer, tokens: jax.Array, positions: jax.Array, cache: PagedCache) -> tuple[jax.Array, KVCache]:
+def read_tokens(
+    model: Transformer, tokens: jax.Array, positions: jax.Array, cache: PagedCache
+) -> tuple[jax.Array, KVCache]:
     """Hidden states (B, T, D) of tokens at `positions` (B, T), and the pages with them."""
     hidden, cached = model(tokens, positions=positions, cache=cache)
     assert cached is not None, "a model that is given a cache returns one"

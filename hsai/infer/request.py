@@ -1,13 +1,16 @@
 """What is asked of the engine, and what it answers: requests go in, events come out, piece by piece."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.infer.sampling import SamplingConfig
 
-FinishReason = Literal["end_of_text", "stop", "max_tokens", "context", "cancelled", "failed"]
-"""Why a text ended: the model ended it; it held a stop string; `max_tokens` were made; the context is full; the request
+FinishReason = Literal["end_of_text", "stop", "max_tokens", "context", "constraint", "cancelled", "failed"]
+"""Why a text ended: the model ended it; it held a stop string; `max_tokens` were made; the context is full; the
+constraint turned out, in the middle of the text, to be too large for its parser, whose words the log has; the request
 was cancelled; or the engine failed, which is a defect and stands in the log."""
 
 FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
@@ -109,6 +112,12 @@ class Usage:
     steps: int
     """Tokens that were made beyond the first, the one that ended the text included: those of `seconds_decode`."""
 
+    drafted_tokens: int = 0
+    """Tokens that speculation drafted."""
+
+    accepted_tokens: int = 0
+    """Those of them that became tokens of the text, or ended it."""
+
     seconds_queued: float
     """From the submission to the beginning."""
 
@@ -137,3 +146,22 @@ class Event:
 
     usage: Usage | None = None
     """In the last event only."""
+
+
+def check_prompt(ids: Sequence[int], tokenizer: Tokenizer, slots: int) -> None:
+    """Refuses a prompt that a model cannot read.
+
+    Args:
+      ids: the prompt.
+      tokenizer: of the model.
+      slots: tokens that the context holds.
+    Raises:
+      InputError: it has no tokens, more than the context holds, or one that the tokenizer does not have.
+    """
+    if len(ids) == 0:
+        raise InputError(f"the prompt has no tokens; an empty text begins with token {tokenizer.eot}")
+    if len(ids) > slots:
+        raise InputError(f"the prompt has {len(ids)} tokens, and the context holds {slots}")
+    for token in ids:
+        if not 0 <= token < tokenizer.vocab_size:
+            raise InputError(f"token id {token} is out of range; valid are 0 to {tokenizer.vocab_size - 1}")

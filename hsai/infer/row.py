@@ -3,6 +3,7 @@
 Attributes are read and written by the scheduler, which is the only one that knows of more than one sequence.
 """
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from hsai.infer.programs import Made
 from hsai.infer.request import Event, FinishReason, Request, TokenLogprob, Usage
 from hsai.infer.streaming import StopFinder, TextStream
 
+logger = logging.getLogger(__name__)
+
 
 class Row:
     """A request that is being answered.
@@ -26,6 +29,7 @@ class Row:
       request: what was asked.
       tokens: those of the prompt, and the new ones.
       read: how many of them the row's pages hold.
+      followed: how many of them the draft model's pages hold, where there is one.
       pages: the row's pages, in order.
       names: of full pages of its tokens, from the first on; the first `named` pages bear theirs.
       cached: tokens of the prompt that were in the cache when the row began.
@@ -55,7 +59,7 @@ class Row:
         """
         self.request = request
         self.tokens = list(request.tokens)
-        self.read = 0
+        self.read = self.followed = 0
         self.pages: list[int] = []
         self.names: list[Name] = []
         self.named = 0
@@ -69,7 +73,8 @@ class Row:
         self._stream = TextStream(tokenizer)
         self._stops = StopFinder(request.stop)
         self._seen: np.ndarray | None = None
-        self._steps = 0
+        self._history = np.zeros(0, np.int32)
+        self._steps = self._drafted = self._accepted = 0
         self._queued = time.perf_counter()
         self._begun = self._first = self._last = 0.0
         plain = follower is None and request.logprobs is None and request.sampling.repetition_penalty == 1.0
@@ -109,12 +114,21 @@ class Row:
         if self.request.logprobs is not None:
             extras.probable[...] = True
 
+    def fill_history(self, line: np.ndarray) -> None:
+        """Writes the row's tokens into its line, int32 (S,), of the rows of a block."""
+        new = np.asarray(self.tokens[len(self._history) :], np.int32)
+        self._history = np.concatenate([self._history, new])
+        line[: len(self._history)] = self._history
+
     def take(self, index: int, made: Made) -> None:
         """Goes on with what a block made in its row `index`, and tells what became certain."""
         now = time.perf_counter()
         text: list[str] = []
         first = len(self.tokens)
         logprobs: list[TokenLogprob] = []
+        if made.drafts is not None:
+            drafted, accepted = made.drafts[:, index].tolist()
+            self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
         for step, token in enumerate(made.tokens[:, index].tolist()):
             if token < 0 or self.finished is not None:
                 break
@@ -145,8 +159,10 @@ class Row:
         if self.follower is not None:
             try:
                 self.follower.push(token)
-            except GuideFailed:
-                self.finished = "failed"
+            except GuideFailed as error:
+                fault = " ".join(str(error).split("<state>")[0].split())
+                logger.warning("the parser of a constraint gave up: %s", fault[:300])
+                self.finished = "constraint"
                 return
             if self.follower.ended:
                 self.finished = "end_of_text"
@@ -168,6 +184,8 @@ class Row:
             cached_tokens=self.cached,
             new_tokens=self.new,
             steps=max(0, self._steps - 1),
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             seconds_queued=begun - self._queued,
             seconds_prefill=self._first - begun if self._first else 0.0,
             seconds_decode=self._last - self._first,

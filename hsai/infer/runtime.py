@@ -20,9 +20,13 @@ from hsai.infer.choose import Extras, Kind, stack_settings
 from hsai.infer.programs import Made, Rows, Vocabulary, make_read, make_write
 from hsai.infer.sampling import SamplingConfig
 from hsai.models import KVCache, Transformer
+from hsai_kernels.memory import allocate
 
 PAGE = 64
 """R: what the CPU's attention takes at a time, and little enough for prompts to share their beginnings."""
+
+SHORTEST = 8
+"""Tokens of the smallest chunk: what follows a beginning that is in the cache is often short."""
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Rows that a block is padded to."""
@@ -72,28 +76,39 @@ class Runtime(Protocol):
 
 
 class TracedRuntime:
-    """A `Runtime` of programs that are traced here, and compiled when they are first needed."""
+    """A `Runtime` of programs that are traced here, and compiled when they are first needed.
+
+    Attributes:
+      described: the model's config, and the formats of its weights.
+      weights: its arrays by name.
+      cache: what pages store their numbers as.
+    """
 
     def __init__(self, model: Transformer, graphs: GraphConfig, *, page: int = PAGE) -> None:
-        """For `model` in the prefill buckets, context and cache format that `graphs` says, and pages of `page` tokens.
+        """For `model` in the context and cache format that `graphs` says, and pages of `page` tokens.
+
+        Prompts are read in its prefill buckets, and one of `SHORTEST`.
 
         Raises:
           InputError: a context beyond the model's.
         """
         self._model = jax.eval_shape(lambda: model)
-        self._formats = describe(model)
-        self._weights = named_arrays(model)
-        self._cache = graphs.cache
+        self.described = (model.config, describe(model))
+        self.weights = named_arrays(model)
+        self.cache = graphs.cache
         self.slots = graphs.slots(model.config)
-        self.buckets = graphs.buckets(model.config)
+        self.buckets = tuple(sorted({min(SHORTEST, self.slots), *graphs.buckets(model.config)}))
         self.page = min(page, self.slots)
         self.width = -(-self.slots // self.page)
         self.batches: tuple[int, ...] = BATCHES
         self._programs: dict[Any, Callable[..., Any]] = {}
 
     def make_pages(self, count: int) -> KVCache:
-        """As of `Runtime`."""
-        return self._model.make_cache(count, self.page, self._cache)
+        """As of `Runtime`; memory that is not written yet costs none."""
+        shapes = jax.eval_shape(lambda: self._model.make_cache(count, self.page, self.cache))
+        make = jax.jit(lambda: jax.tree.map(allocate, shapes))
+        pages: KVCache = make()
+        return pages
 
     def read(self, tokens: np.ndarray, start: int, table: np.ndarray, pages: KVCache) -> KVCache:
         """As of `Runtime`."""
@@ -101,7 +116,7 @@ class TracedRuntime:
         padded = np.zeros((1, bucket), np.int32)
         padded[0, : len(tokens)] = tokens
         read: KVCache = self._compile_read(bucket, pages)(
-            self._weights, padded, np.int32(start), np.int32(len(tokens)), table, pages
+            self.weights, padded, np.int32(start), np.int32(len(tokens)), table, pages
         )
         return read
 
@@ -110,7 +125,7 @@ class TracedRuntime:
     ) -> tuple[Made, KVCache]:
         """As of `Runtime`."""
         program = self._compile_write(len(rows.tokens), kind, vocabulary, pages)
-        made, pages = program(self._weights, rows, extras, np.int32(steps), pages)
+        made, pages = program(self.weights, rows, extras, np.int32(steps), pages)
         return jax.device_get(made), pages
 
     def prepare_read(self, tokens: int, pages: KVCache) -> None:
@@ -124,10 +139,10 @@ class TracedRuntime:
     def _compile_read(self, bucket: int, pages: KVCache) -> Callable[..., Any]:
         key = (bucket, pages.keys.shape)
         if key not in self._programs:
-            step = jax.jit(make_read(self._model.config, self._formats), donate_argnames="pages")
+            step = jax.jit(make_read(*self.described), donate_argnames="pages")
             number, table = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((1, self.width), jnp.int32)
             tokens = jax.ShapeDtypeStruct((1, bucket), jnp.int32)
-            self._programs[key] = step.lower(self._weights, tokens, number, number, table, pages).compile()
+            self._programs[key] = step.lower(self.weights, tokens, number, number, table, pages).compile()
         return self._programs[key]
 
     def _compile_write(
@@ -135,10 +150,10 @@ class TracedRuntime:
     ) -> Callable[..., tuple[Made, KVCache]]:
         key = (batch, kind, vocabulary, pages.keys.shape)
         if key not in self._programs:
-            step = make_write(self._model.config, self._formats, vocabulary, kind)
+            step = make_write(*self.described, vocabulary, kind)
             rows = make_rows([], batch, self.width, pages.keys.shape[1])
             extras = make_extras(batch, vocabulary.size) if kind == "full" else None
-            compiled = jax.jit(step, donate_argnames="pages").lower(self._weights, rows, extras, np.int32(1), pages)
+            compiled = jax.jit(step, donate_argnames="pages").lower(self.weights, rows, extras, np.int32(1), pages)
             self._programs[key] = compiled.compile()
         return self._programs[key]
 
@@ -157,12 +172,19 @@ def make_rows(
     """
     tokens, limits = np.zeros((2, batch), np.int32)
     positions = np.full(batch, -1, np.int32)
-    table = np.full((batch, width), pages, np.int32)
-    for index, (token, position, limit, own, _, _) in enumerate(rows):
+    for index, (token, position, limit, *_) in enumerate(rows):
         tokens[index], positions[index], limits[index] = token, position, limit
-        table[index, : len(own)] = own
+    table = make_table([own for _, _, _, own, _, _ in rows], batch, width, pages)
     settings = stack_settings([(config, step) for *_, config, step in rows], batch)
     return Rows(tokens, positions, limits, table, settings)  # type: ignore[arg-type]  # numpy's
+
+
+def make_table(rows: Sequence[Sequence[int]], batch: int, width: int, pages: int) -> np.ndarray:
+    """int32 (B, M): the pages of rows, and P where there are none."""
+    table = np.full((batch, width), pages, np.int32)
+    for line, own in zip(table, rows, strict=False):
+        line[: len(own)] = own
+    return table
 
 
 def make_extras(batch: int, vocab: int) -> Extras:

@@ -24,12 +24,13 @@ import jax
 import numpy as np
 
 from hsai.errors import InputError
-from hsai.infer.choose import Kind
+from hsai.infer.choose import Extras, Kind
 from hsai.infer.pages import PagePool, name_pages
-from hsai.infer.programs import MOST_STEPS, Vocabulary
+from hsai.infer.programs import MOST_STEPS, Made, Vocabulary
 from hsai.infer.request import FINISH_REASONS, FinishReason
 from hsai.infer.row import Row
-from hsai.infer.runtime import Runtime, make_extras, make_rows, plan_buckets
+from hsai.infer.runtime import Runtime, make_extras, make_rows, make_table, plan_buckets
+from hsai.infer.speculator import DraftPages, Speculator
 
 PATIENCE = 0.1
 """Seconds that reading, and a block, may take where others wait."""
@@ -46,10 +47,19 @@ class Scheduler:
       running: rows that have begun, oldest first.
       waiting: rows that have not, or that were set back; another thread may append to it.
       finished: how many ended, by the reason.
-      counts: of prompt_tokens, cached_tokens, new_tokens and preempted, as `hsai.infer.service.Stats` has them.
+      counts: of prompt_tokens, cached_tokens, new_tokens, drafted_tokens, accepted_tokens and preempted, as
+        `hsai.infer.service.Stats` has them.
     """
 
-    def __init__(self, runtime: Runtime, vocabulary: Vocabulary, *, rows: int, tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        vocabulary: Vocabulary,
+        *,
+        rows: int,
+        tokens: int | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         """With an empty cache.
 
         Args:
@@ -58,6 +68,7 @@ class Scheduler:
           rows: requests that are answered at a time.
           tokens: how many the cache holds, of all rows together; by default what `rows` of 1,024 need, or one of the
             longest context.
+          speculator: drafts for blocks of all kinds but the full one.
         Raises:
           InputError: rows beyond what the runtime has programs for; fewer tokens than one context has.
         """
@@ -73,9 +84,11 @@ class Scheduler:
         self.waiting: collections.deque[Row] = collections.deque()
         # Another thread may read them: no key is ever new.
         self.finished: dict[FinishReason, int] = dict.fromkeys(FINISH_REASONS, 0)
-        self.counts = {"prompt_tokens": 0, "cached_tokens": 0, "new_tokens": 0, "preempted": 0}
+        counted = ("prompt_tokens", "cached_tokens", "new_tokens", "drafted_tokens", "accepted_tokens", "preempted")
+        self.counts = dict.fromkeys(counted, 0)
         self._runtime, self._vocabulary, self._rows = runtime, vocabulary, rows
         self._pages = runtime.make_pages(self.pool.count)
+        self._drafts = None if speculator is None else DraftPages(speculator, runtime, self.pool.count)
         self._reading: collections.deque[Row] = collections.deque()
         self._read_seconds: dict[int, float] = {}
         self._step_seconds: dict[tuple[int, Kind], float] = {}
@@ -117,7 +130,7 @@ class Scheduler:
         if row in self._reading:
             self._reading.remove(row)
         self.pool.give(row.pages)
-        row.pages, row.read, row.named = [], 0, 0
+        row.pages, row.read, row.followed, row.named = [], 0, 0, 0
 
     def _take_up(self) -> None:
         """Begins waiting rows, in order, as long as there are pages for them, and one more for each of the others."""
@@ -133,7 +146,8 @@ class Scheduler:
                 self.pool.give(found)
                 return
             self.waiting.popleft()
-            row.pages, row.read, row.named = found + own, len(found) * size, len(found)
+            row.pages, row.named = found + own, len(found)
+            row.read = row.followed = len(found) * size
             self._prepare(row)
             if row.begin():
                 row.cached = row.read
@@ -147,17 +161,26 @@ class Scheduler:
         """Compiles what the row needs if it is alone, before its clock starts."""
         for bucket in plan_buckets(row.unread, self._runtime.buckets):
             self._runtime.prepare_read(bucket, self._pages)
-        self._runtime.prepare_write(1, row.kind, self._vocabulary, self._pages)
+        if self._drafts is not None:
+            self._drafts.prepare_read(row.unread)
+        self._prepare_write(1, row.kind)
+
+    def _prepare_write(self, batch: int, kind: Kind) -> None:
+        """Compiles what a block needs."""
+        if kind == "full" or self._drafts is None:
+            self._runtime.prepare_write(batch, kind, self._vocabulary, self._pages)
+        else:
+            self._drafts.prepare_write(batch, kind, self._vocabulary, self._pages)
 
     def _read(self) -> None:
-        """Reads prompts, a chunk of each in turn; where somebody has read its own, until patience is at its end."""
+        """Reads prompts, a chunk of each in turn, until patience is at its end: others may have come, or left."""
         begun = time.perf_counter()
         while self._reading:
             row = self._reading.popleft()
             self._read_chunk(row, self._choose_chunk(row.unread, len(self._reading) + 1 < len(self.running)))
             if row.unread:
                 self._reading.append(row)
-            if len(self._reading) < len(self.running) and time.perf_counter() - begun > PATIENCE:
+            if time.perf_counter() - begun > PATIENCE:
                 return
 
     def _choose_chunk(self, unread: int, somebody_writes: bool) -> int:
@@ -174,16 +197,18 @@ class Scheduler:
         self._runtime.prepare_read(bucket, self._pages)
         begun = time.perf_counter()
         tokens = np.asarray(row.tokens[row.read : row.read + count], np.int32)
-        table = np.full((1, self._runtime.width), self.pool.count, np.int32)
-        table[0, : len(row.pages)] = row.pages
+        table = make_table([row.pages], 1, self._runtime.width, self.pool.count)
         self._pages = jax.block_until_ready(self._runtime.read(tokens, row.read, table, self._pages))
         _learn(self._read_seconds, bucket, time.perf_counter() - begun)
         row.read += count
         self._name(row)
 
     def _name(self, row: Row) -> None:
-        """Names the row's pages that have become full."""
+        """Names the row's pages that have become full; a draft model has read them first, as it must have where others
+        find them."""
         size = self._runtime.page
+        if self._drafts is not None:
+            self._drafts.follow(row, row.read // size * size)
         row.names = name_pages(row.tokens[: row.read], size, row.names)
         for index in range(row.named, row.read // size):
             self.pool.name(row.pages[index], row.names[index])
@@ -196,47 +221,66 @@ class Scheduler:
             return
         kind = max((row.kind for row in rows), key=KINDS.index)
         batch = next(size for size in self._runtime.batches if size >= len(rows))
-        steps = self._find_pages(rows, self._plan_steps(rows, batch, kind))
-        extras = None
-        if kind == "full":
-            extras = make_extras(batch, self._vocabulary.size)
-            for index, row in enumerate(rows):
-                row.fill_extras(index, extras)
-        given = [
-            (row.tokens[-1], row.read, min(steps, row.most), row.pages, row.request.sampling, row.new) for row in rows
-        ]
-        arrays = make_rows(given, batch, self._runtime.width, self.pool.count)
-        self._runtime.prepare_write(batch, kind, self._vocabulary, self._pages)
-        begun = time.perf_counter()
-        made, self._pages = self._runtime.write(arrays, extras, steps, kind, self._vocabulary, self._pages)
-        taken = int((made.tokens >= 0).any(axis=1).sum())
-        _learn(self._step_seconds, (batch, kind), (time.perf_counter() - begun) / taken)
+        steps = self._plan_steps(rows, batch, kind)
+        wanted = steps if kind == "full" or self._drafts is None else steps * (1 + self._drafts.most)
+        most = self._find_pages(rows, wanted)
+        made = self._make(rows, batch, kind, steps if most == wanted else 1, most)
         for index, row in enumerate(rows):
             before = row.new
             row.take(index, made)
             self.counts["new_tokens"] += row.new - before
             row.read = len(row.tokens) - 1
+            if made.drafts is not None:
+                row.followed = max(0, row.read - 1)  # the last draft that was accepted may not have been read
             self._name(row)
             if row.finished is not None:
                 self._leave(row)
 
+    def _make(self, rows: Sequence[Row], batch: int, kind: Kind, steps: int, most: int) -> Made:
+        """A block of so many steps, in which a row makes at most `most` tokens; what a step takes is learnt."""
+        given = [
+            (row.tokens[-1], row.read, min(most, row.most), row.pages, row.request.sampling, row.new) for row in rows
+        ]
+        arrays = make_rows(given, batch, self._runtime.width, self.pool.count)
+        self._prepare_write(batch, kind)
+        if kind == "full" or self._drafts is None:
+            extras = self._make_extras(rows, batch) if kind == "full" else None
+            begun = time.perf_counter()
+            made, self._pages = self._runtime.write(arrays, extras, steps, kind, self._vocabulary, self._pages)
+        else:
+            arrays = self._drafts.show(arrays, rows)
+            begun = time.perf_counter()
+            made, self._pages = self._drafts.write(arrays, steps, kind, self._vocabulary, self._pages)
+            assert made.drafts is not None
+            for name, tokens in zip(("drafted_tokens", "accepted_tokens"), made.drafts, strict=True):
+                self.counts[name] += int(tokens.sum())
+        _learn(self._step_seconds, (batch, kind), (time.perf_counter() - begun) / made.steps)
+        return made
+
+    def _make_extras(self, rows: Sequence[Row], batch: int) -> Extras:
+        """What a block of the full kind reads besides."""
+        extras = make_extras(batch, self._vocabulary.size)
+        for index, row in enumerate(rows):
+            row.fill_extras(index, extras)
+        return extras
+
     def _plan_steps(self, rows: Sequence[Row], batch: int, kind: Kind) -> int:
-        """How many tokens the block is to make of each row: 1 where somebody waits for the first, or for a mask."""
+        """How many steps the block is to have: 1 where somebody waits for the first token, or for a mask."""
         known = self._step_seconds.get((batch, kind))
         if known is None or any(row.new == 0 or row.follower is not None for row in rows):
             return 1
         return max(1, min(MOST_STEPS, int(PATIENCE / known), max(row.most for row in rows)))
 
-    def _find_pages(self, rows: list[Row], steps: int) -> int:
-        """Gives the rows pages for so many steps, or for the number that is returned; rows may be set back."""
+    def _find_pages(self, rows: list[Row], most: int) -> int:
+        """Gives the rows pages for so many tokens each, or else for one, which is returned; rows may be set back."""
         size = self._runtime.page
 
-        def count_missing(row: Row, steps: int) -> int:
-            return max(0, -(-(row.read + min(steps, row.most)) // size) - len(row.pages))
+        def count_missing(row: Row) -> int:
+            return max(0, -(-(row.read + min(most, row.most)) // size) - len(row.pages))
 
-        while sum(count_missing(row, steps) for row in rows) > self.pool.available:
-            if steps > 1:
-                steps = 1
+        while sum(map(count_missing, rows)) > self.pool.available:
+            if most > 1:
+                most = 1
                 continue
             youngest = self.running[-1]
             if youngest in rows:
@@ -245,10 +289,10 @@ class Scheduler:
             self.waiting.appendleft(youngest)
             self.counts["preempted"] += 1
         for row in rows:
-            pages = self.pool.take(count_missing(row, steps))
+            pages = self.pool.take(count_missing(row))
             assert pages is not None, "they were counted"
             row.pages += pages
-        return steps
+        return most
 
 
 def _learn(known: dict[Any, float], key: Any, seconds: float) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hsai.errors import InputError
 from hsai.infer.constraint import Guide
 from hsai.infer.programs import Vocabulary
-from hsai.infer.request import Event, FinishReason, Request
+from hsai.infer.request import Event, FinishReason, Request, check_prompt
 from hsai.infer.row import Row
 from hsai.infer.scheduler import Scheduler
 
@@ -67,6 +67,12 @@ class Stats:
 
     new_tokens: int
     """Tokens made."""
+
+    drafted_tokens: int
+    """Tokens that speculation drafted."""
+
+    accepted_tokens: int
+    """Those of them that the model made too."""
 
     finished: dict[FinishReason, int]
     """Requests that ended, by the reason."""
@@ -130,10 +136,11 @@ class Service:
         """
         if queue < 1:
             raise InputError(f"queue={queue} must be at least 1")
-        self.engine = engine
-        tokenizer = engine.tokenizer
+        # Not the engine itself, which has a service: in a circle, weights would outlive whoever holds them.
+        self._runtime, self._tokenizer = runtime, tokenizer = engine.runtime, engine.tokenizer
         vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.stops)
-        self._make_scheduler = lambda: Scheduler(engine.runtime, vocabulary, rows=rows, tokens=tokens)
+        speculator = engine.speculator
+        self._make_scheduler = lambda: Scheduler(runtime, vocabulary, rows=rows, tokens=tokens, speculator=speculator)
         self._scheduler = self._make_scheduler()
         self._guide = Guide(tokenizer)
         self._queue = queue
@@ -162,13 +169,13 @@ class Service:
           Busy: the queue is full.
           Closed: no more requests are taken.
         """
-        self.engine.check_prompt(request.tokens)
+        check_prompt(request.tokens, self._tokenizer, self._runtime.slots)
         follower = None if request.constraint is None else self._guide.follow(request.constraint)
         ticket = Ticket(request, on_event)
         row = Row(
             request,
-            self.engine.tokenizer,
-            slots=self.engine.runtime.slots,
+            self._tokenizer,
+            slots=self._runtime.slots,
             follower=follower,
             give=ticket.give,
             is_cancelled=lambda: ticket.cancelled or self._abandoned,

@@ -115,7 +115,11 @@ def stream(
 
 
 def disassemble(
-    model: Transformer, entries: Iterable[Entry], *, dequantize: bool = False
+    model: Transformer,
+    entries: Iterable[Entry],
+    *,
+    dequantize: bool = False,
+    kept: Mapping[str, Callable[[Entry, Packed], np.ndarray]] = {},
 ) -> Iterator[tuple[Entry, np.ndarray]]:
     """The foreign tensors of a model, in the order of `entries`; each is made when it is asked for.
 
@@ -123,13 +127,14 @@ def disassemble(
       model: sharded weights are gathered, a slice at a time.
       entries: which tensors.
       dequantize: packed weights become the float32 numbers that they stand for.
-    Yields: an entry, and its tensor as the foreign file has it, in the dtype of our array.
+      kept: by the names of packed weights that the foreign format holds as they are, what makes a tensor of a slice.
+    Yields: an entry, and its tensor as the foreign file has it, in the dtype of our array, or as `kept` makes it.
     Raises:
-      InputError: a weight is packed, and was not to be dequantized.
+      InputError: a weight is packed, and was neither to be kept nor to be dequantized.
     """
     values = {name: param.get_value() for name, param in named_weights(model).items()}
     for name, value in values.items():
-        if isinstance(value, Packed) and not dequantize:
+        if isinstance(value, Packed) and not dequantize and name not in kept:
             raise InputError(
                 f"{name} is packed as {NAMES[type(value)]}, which the foreign format does not know; "
                 "export the dense model, or have it dequantized"
@@ -140,6 +145,9 @@ def disassemble(
             first, value = value.find(index[0])
             index = (index[0] - first, *index[1:])
         piece = jax.tree.map(lambda array, at=index: array[at] if at else array, value)
+        if entry.leaf in kept:
+            yield entry, kept[entry.leaf](entry, piece)
+            continue
         dense = piece.dense() if isinstance(piece, Packed) else piece
         yield entry, entry.to_foreign(np.asarray(jax.device_get(dense)))
 

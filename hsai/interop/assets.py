@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+import tokenizers
+from tokenizers import processors
+
 from hsai.data.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -19,6 +22,21 @@ def describe_tokenizer(tokenizer: Tokenizer, max_length: int) -> bytes:
         "clean_up_tokenization_spaces": False,
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def serialize_tokenizer(tokenizer: Tokenizer) -> bytes:
+    """A tokenizer.json by which `transformers`, too, puts the prefix before a text: it asks no other file for that."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    count = len(tokenizer.prefix)
+    if tuple(backend.encode("a").ids[:count]) != tokenizer.prefix:
+        names = [tokenizer.name(token) for token in tokenizer.prefix]
+        special = list(dict.fromkeys(zip(names, tokenizer.prefix, strict=True)))
+        template = processors.TemplateProcessing(
+            single=[*names, "$A"], pair=[*names, "$A", "$B:1"], special_tokens=special
+        )
+        before = backend.post_processor
+        backend.post_processor = template if before is None else processors.Sequence([before, template])
+    return (backend.to_str(pretty=True) + "\n").encode()
 
 
 def name_tokens(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -35,6 +35,19 @@ def quantize(kind: GGMLQuantizationType, tensor: np.ndarray) -> np.ndarray:
     return quants.quantize(np.ascontiguousarray(tensor, np.float32), kind).reshape(-1).view(np.uint8)
 
 
+def join_q4_1(codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+    """Q4_1 of codes that are there already, with nothing rounded: the inverse of what `dequantize` takes apart.
+
+    Args:
+      codes: uint8 (..., row), at most 15; a row is a whole number of blocks.
+      scale, minimum: float16 (..., row / 32): a number is code * scale + minimum.
+    Returns: uint8 (bytes,).
+    """
+    blocks = codes.reshape(-1, 32)
+    numbers = np.stack([scale.reshape(-1), minimum.reshape(-1)], axis=1).astype("<f2").view(np.uint8)
+    return np.concatenate([numbers, blocks[:, :16] | blocks[:, 16:] << 4], axis=1).reshape(-1)
+
+
 def _floats(data: np.ndarray) -> np.ndarray:
     return data.view("<f4").astype(np.float32, copy=False)
 

@@ -6,23 +6,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import gguf
+import jax
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from hsai.errors import InputError
 from hsai.files import atomic_write
+from hsai.formats import Int4Offset, Packed, Weight
 from hsai.formats.storage import named_weights
 from hsai.interop.assemble import disassemble
 from hsai.interop.entries import Entry
-from hsai.interop.gguf_blocks import quantize
+from hsai.interop.gguf_blocks import join_q4_1, quantize
 from hsai.interop.gguf_config import write_config
 from hsai.interop.gguf_names import ROPE_FACTORS, list_entries
 from hsai.interop.gguf_tokenizer import GgufTokenizer
 from hsai.interop.gguf_vocabulary import describe_tokenizer
 from hsai.models import Transformer
+from hsai_kernels import unpack_words
 
 Type = GGMLQuantizationType
-GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"]
 
 _TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f32": (Type.F32, LlamaFileType.ALL_F32),
@@ -30,9 +33,10 @@ _TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "bf16": (Type.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (Type.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
-# The largest magnitude whose scale, or which itself, is a finite float16.
-_LARGEST = {Type.F16: 65504.0, Type.Q8_0: 65504.0 * 127, Type.Q4_0: 65504.0 * 8}
+# The largest magnitude whose scale, or which itself (as a minimum), is a finite float16.
+_LARGEST = {Type.F16: 65504.0, Type.Q8_0: 65504.0 * 127, Type.Q4_0: 65504.0 * 8, Type.Q4_1: 65504.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,9 @@ def write_gguf(
 ) -> GgufRecord:
     """Writes the file, tensor by tensor, whole or not at all.
 
-    Gains, biases and the router of experts stay float32, as in llama.cpp's own files. In a q4_0 file, the table that
-    projects to logits is Q8_0: its errors reach the logits undamped, and llama.cpp keeps more bits for it, too.
+    Gains, biases and the router of experts stay float32, as in llama.cpp's own files. In a q4_0 or q4_1 file, the table
+    that projects to logits is Q8_0: its errors reach the logits undamped, and llama.cpp keeps more bits for it, too.
+    Weights that are packed as int4_offset in groups of 32 are in a q4_1 file what they are here, the table as well.
 
     Args:
       path: of the file; what stands there is replaced.
@@ -76,8 +81,8 @@ def write_gguf(
       about: `general.*` keys: name, license, ...
       progress: called with (tensors done, tensors in all).
     Raises:
-      InputError: llama.cpp has no such model or tokenizer; weights are packed and not to be dequantized; a weight is
-        beyond the range of `dtype`.
+      InputError: llama.cpp has no such model or tokenizer; weights are packed, not as blocks of `dtype`, and not to be
+        dequantized; a weight is beyond the range of `dtype`.
     """
     if dtype not in _TYPES:
         raise InputError(f"no GGUF type {dtype!r}; those that are written are {', '.join(get_args(GgufType))}")
@@ -87,12 +92,16 @@ def write_gguf(
     metadata |= {"general.file_type": int(file_type), "general.quantization_version": gguf.GGML_QUANT_VERSION}
     metadata |= describe_tokenizer(tokenizer, model.config.vocab)
     entries = list_entries(architecture, model.config)
-    leaves = {name: param.get_value().shape for name, param in named_weights(model).items()}
+    values = {name: param.get_value() for name, param in named_weights(model).items()}
+    leaves = {name: value.shape for name, value in values.items()}
+    kept = {name: _take_blocks for name, value in values.items() if kind == Type.Q4_1 and _is_q4_1(value)}
     kinds, fallbacks = {}, []
     for entry in entries:
         kinds[entry.name], fell = _choose(entry, entry.shape(leaves[entry.leaf]), kind, model.config.tie_embeddings)
+        if entry.leaf in kept:
+            kinds[entry.name], fell = kind, False
         fallbacks += [entry.name] if fell else []
-    tensors = disassemble(model, entries, dequantize=dequantize)
+    tensors = disassemble(model, entries, dequantize=dequantize, kept=kept)
     first = next(tensors)  # what is refused is refused before anything is written
     with atomic_write(path) as temporary:
         writer = GGUFWriter(temporary, architecture.name)
@@ -109,7 +118,9 @@ def write_gguf(
                 writer.write_tensor_data(factors)
             done = 0
             for entry, tensor in _chain(first, tensors):
-                writer.write_tensor_data(_encode(entry.name, np.asarray(tensor, np.float32), kinds[entry.name]))
+                if entry.leaf not in kept:
+                    tensor = _encode(entry.name, np.asarray(tensor, np.float32), kinds[entry.name])
+                writer.write_tensor_data(tensor)
                 done += 1
                 if progress is not None:
                     progress(done, len(entries))
@@ -133,7 +144,7 @@ def _choose(
     """How a tensor is stored, and whether that is for want of whole blocks."""
     if len(shape) < 2 or entry.name.endswith("ffn_gate_inp.weight"):
         return Type.F32, False
-    if kind == Type.Q4_0 and entry.name == ("token_embd.weight" if tied else "output.weight"):
+    if kind in (Type.Q4_0, Type.Q4_1) and entry.name == ("token_embd.weight" if tied else "output.weight"):
         kind = Type.Q8_0
     if shape[-1] % GGML_QUANT_SIZES[kind][0]:
         return Type.F16, True
@@ -148,6 +159,18 @@ def _add_tensor(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGM
         writer.add_tensor_info(name, shape, dtype, int(np.prod(stored)), kind)
     else:
         writer.add_tensor_info(name, stored, np.dtype(np.uint8), int(np.prod(stored)), kind)
+
+
+def _is_q4_1(value: Weight) -> bool:
+    """Whether a weight is blocks of Q4_1: those of its contraction, which is the row of a tensor in the file."""
+    return isinstance(value, Int4Offset) and value.shape[-2] == 32 * value.scale.shape[-2]
+
+
+def _take_blocks(entry: Entry, piece: Packed) -> np.ndarray:
+    """The bytes of a tensor of Q4_1."""
+    assert isinstance(piece, Int4Offset)
+    parts = (unpack_words(piece.words, 4), piece.scale, piece.minimum)
+    return join_q4_1(*(entry.to_foreign(np.asarray(jax.device_get(part))) for part in parts))
 
 
 def _encode(name: str, tensor: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:

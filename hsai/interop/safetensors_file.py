@@ -1,8 +1,8 @@
 """safetensors files, read with suspicion and a tensor at a time, and written the same way.
 
-The `safetensors` package writes what is all in memory, and maps what it reads: a process then seems to hold the whole
-file. Here a tensor is read when it is asked for, and written when it is made. The format is eight bytes that say how
-long the header is, the header (JSON: dtype, shape and place of every tensor), and the numbers.
+The `safetensors` package writes what is all in memory, and copies what it reads. Here a tensor is read when it is asked
+for, or not at all: mapped into memory, where the system brings what is used; and written when it is made. The format is
+eight bytes that say how long the header is, the header (JSON: dtype, shape and place of every tensor), and the numbers.
 """
 
 import dataclasses
@@ -28,6 +28,8 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INTEGERS = {np.dtype(f"{sign}int{bits}"): f"{sign or 'i'}{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32)}
 """What packed weights are made of: written here, and never read from the files of others."""
+ALIGNMENT = 64
+"""Numbers begin at a multiple of this many bytes: XLA uses such memory where it lies."""
 LONGEST_HEADER = 100_000_000
 """As the `safetensors` package has it; longer ones are refused before they are read."""
 METADATA = "__metadata__"
@@ -66,12 +68,15 @@ class TensorRecord:
         return flat.reshape(self.shape)
 
 
-def read_records(path: Path) -> dict[str, TensorRecord]:
+def read_records(path: Path, *, integers: bool = False) -> dict[str, TensorRecord]:
     """What a file holds, in the order of its bytes; no tensor is read.
 
+    Args:
+      path: of the file.
+      integers: whether a tensor's dtype may also be one of INTEGERS, beside those of DTYPES.
     Raises:
       InputError: the file is cut off, its header is no header, or says what the file's size does not bear out; a
-        tensor's dtype is not one of DTYPES.
+        tensor's dtype is another.
     """
     try:
         with open(path, "rb") as file:
@@ -89,7 +94,8 @@ def read_records(path: Path) -> dict[str, TensorRecord]:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is {type(header).__name__}, and not an object")
     header.pop(METADATA, None)
-    records = [_read_record(path, name, value, 8 + length) for name, value in header.items()]
+    dtypes = DTYPES | ({name: dtype for dtype, name in INTEGERS.items()} if integers else {})
+    records = [_read_record(path, name, value, 8 + length, dtypes) for name, value in header.items()]
     records.sort(key=lambda record: (record.begin, record.end))
     place = 8 + length
     for record in records:
@@ -101,6 +107,22 @@ def read_records(path: Path) -> dict[str, TensorRecord]:
         fault = "truncated" if place > size else "longer than its header says"
         raise InputError(f"{path} is {fault}: it has {size} bytes, and its tensors end at {place}")
     return {record.name: record for record in records}
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of one of our own files, as read-only views of its pages in memory: none is read before it is used.
+
+    The file must not be changed in place as long as they are in use; one that takes its name does no harm.
+
+    Raises:
+      InputError: as `read_records`.
+    """
+    records = read_records(path, integers=True)
+    content = np.memmap(path, np.uint8, "r")
+    return {
+        name: np.asarray(content[record.begin : record.end]).view(record.dtype).reshape(record.shape)
+        for name, record in records.items()
+    }
 
 
 def write_tensors(
@@ -123,7 +145,7 @@ def write_tensors(
         header[name] = {"dtype": (NAMES | INTEGERS)[dtype], "shape": list(shape), "data_offsets": [place, end]}
         place = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of eight
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     left = {name: math.prod(shape) for name, (shape, _) in shapes.items()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -141,7 +163,7 @@ def write_tensors(
             raise ValueError(f"tensor {next(iter(left))!r} was announced and did not come whole")
 
 
-def _read_record(path: Path, name: str, value: Any, start: int) -> TensorRecord:
+def _read_record(path: Path, name: str, value: Any, start: int, dtypes: Mapping[str, np.dtype]) -> TensorRecord:
     what = f"{path}: tensor {name!r}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{what} is described by {str(value)[:80]}, and not by dtype, shape and data_offsets")
@@ -149,9 +171,9 @@ def _read_record(path: Path, name: str, value: Any, start: int) -> TensorRecord:
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 1 << 60 for n in numbers):
             raise InputError(f"{what} has the shape or place {str(numbers)[:80]}")
-    if value["dtype"] not in DTYPES:
-        raise InputError(f"{what} is {value['dtype']!r}; what can be read is {', '.join(DTYPES)}")
-    dtype = DTYPES[value["dtype"]]
+    if value["dtype"] not in dtypes:
+        raise InputError(f"{what} is {value['dtype']!r}; what can be read is {', '.join(dtypes)}")
+    dtype = dtypes[value["dtype"]]
     size = math.prod(shape) * dtype.itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise InputError(f"{what} needs {size} bytes for {value['dtype']} {shape}, and its place is {offsets}")

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hsai.formats import project
+from hsai.formats import project, project_all
 from hsai.models.cache import LayerView
 from hsai.models.heads import attend_heads
 from hsai.models.layers import RMSNorm, declare
 from hsai.models.rope import Rotation, rotate
-from hsai.sharding import constrain
+from hsai.sharding import Axes, constrain
 
 if TYPE_CHECKING:
     from hsai.models.transformer import TransformerConfig
@@ -71,15 +71,17 @@ class Attention(nnx.Module):
         c = self.config
         batch, length, _ = x.shape
 
-        def heads(weight: nnx.Param, bias: nnx.Param | None, axis: str, count: int) -> jax.Array:
-            flat = project(x, weight.get_value(), out_axes=("batch", "seq", axis), in_axis="embed")
+        def heads(flat: jax.Array, bias: nnx.Param | None, axis: str, count: int) -> jax.Array:
             if bias is not None:
                 flat = flat + bias[...].astype(flat.dtype)
             # The flat axis may be cut inside a head, where there are fewer kv heads than devices; heads are whole.
             return constrain(flat.reshape(batch, length, count, c.head_dim), "batch", "seq", axis, "head_dim")
 
-        q = heads(self.q, self.q_bias, "heads", c.heads)
-        k, v = (heads(w, b, "kv_heads", c.kv_heads) for w, b in ((self.k, self.k_bias), (self.v, self.v_bias)))
+        weights = self.q.get_value(), self.k.get_value(), self.v.get_value()
+        axes: list[Axes] = [("batch", "seq", axis) for axis in ("heads", "kv_heads", "kv_heads")]
+        q, k, v = project_all(x, weights, out_axes=axes, in_axis="embed")
+        q = heads(q, self.q_bias, "heads", c.heads)
+        k, v = (heads(flat, bias, "kv_heads", c.kv_heads) for flat, bias in ((k, self.k_bias), (v, self.v_bias)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotation), rotate(k, rotation)

@@ -166,7 +166,7 @@ class LayerCache:
             k_scale=k_scale,
             v_scale=v_scale,
             q_positions=positions,
-            kv_positions=jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2]),
+            kv_positions=jnp.broadcast_to(jnp.arange(k.shape[1], dtype=jnp.int32), k.shape[:2]),
             window=window,
             scale=scale,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 from flax import nnx
 
-from hsai.formats import project
+from hsai.formats import project, project_all
 from hsai.models.layers import declare
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) -> (B, T, D)."""
-        gate = project(x, self.gate.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
-        up = project(x, self.up.get_value(), out_axes=("batch", "seq", "mlp"), in_axis="embed")
+        weights = self.gate.get_value(), self.up.get_value()
+        gate, up = project_all(x, weights, out_axes=[("batch", "seq", "mlp")] * 2, in_axis="embed")
         hidden = activate(gate, self.activation) * up
         return project(hidden, self.down.get_value(), out_axes=("batch", "seq", "embed"), in_axis="mlp")

@@ -268,7 +268,8 @@ class Transformer(nnx.Module):
             saveable = policies.dots_with_no_batch_dims_saveable if remat == "dots" else policies.nothing_saveable
             step = jax.checkpoint(step, policy=saveable, prevent_cse=False)
         carry: Carry = (x, None if cache is None else cache.stored)
-        (x, stored), imbalances = scan_layers(step, carry, self.layers, self.config.layers)
+        in_place = cache is not None
+        (x, stored), imbalances = scan_layers(step, carry, self.layers, self.config.layers, in_place=in_place)
         if cache is not None and stored is not None:
             cache = cache.advance(stored, tokens.shape[1])
         return self.final_norm(x), cache, imbalances

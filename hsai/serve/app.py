@@ -17,6 +17,7 @@ from hsai.serve.completion import read_completion_request
 from hsai.serve.errors import ApiError, confess, refuse_model
 from hsai.serve.gate import Gate
 from hsai.serve.generate import Generate
+from hsai.serve.linger import Linger
 from hsai.serve.metrics import Metrics
 from hsai.serve.respond import ErrorResponse, ObjectResponse
 from hsai.serve.served import Limits, Served
@@ -67,7 +68,7 @@ def make_app(served: Served, limits: Limits, *, api_key: str | None = None) -> A
     handlers = {ApiError: _respond, HTTPException: _respond_as_http, Exception: _respond_to_defect}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
     app.router.redirect_slashes = False
-    return Gate(app, metrics, api_key)
+    return Linger(Gate(app, metrics, api_key))
 
 
 def read_page() -> tuple[bytes, dict[str, str]]:

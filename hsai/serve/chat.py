@@ -44,7 +44,9 @@ def read_chat_request(content: dict[str, Any], defaults: GenerationDefaults) -> 
         fields.only(name, ([],), TOOLS)
     for name in ("tool_choice", "function_call"):
         fields.only(name, ("none", "auto"), TOOLS)  # without tools, both are none
-    fields.ignore("parallel_tool_calls", "prediction")
+    fields.flag("parallel_tool_calls")
+    if (prediction := fields.take("prediction")) is not None:
+        Fields(prediction, "prediction")  # what text is expected could not change the answer
     fields.only("modalities", (["text"],), "the answer is text")
     fields.only("audio", (), "the answer is text")
     fields.only("store", (False,), "nothing is stored")

@@ -80,6 +80,14 @@ def refuse_closing() -> ApiError:
     )
 
 
+def refuse_constraint() -> ApiError:
+    """What a text must follow is too large for its parser, which showed only in the middle of the text."""
+    message = (
+        "response_format: its parser gave up in the middle of the text, as the schema allows too much; simplify it"
+    )
+    return ApiError(400, message, param="response_format", code="schema_too_large")
+
+
 def refuse_time(seconds: float) -> ApiError:
     """The answer took too long."""
     message = f"the answer was not ready after {seconds:g} seconds, the longest a request may take"

@@ -57,22 +57,27 @@ class Fields:
             raise refuse(self.path(name), f"{self.path(name)}={show(value)} must be {valid}")
         return value
 
-    def number(self, name: str, low: float, high: float, *, open: bool = False) -> float | None:
-        """A number from `low` to `high`, both valid; with `open`, `low` is not."""
+    def number(self, name: str, low: float, high: float) -> float | None:
+        """A number from `low` to `high`, both valid."""
         value = self.take(name)
         if value is None:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._mistyped(name, "a number")
-        if not low <= value <= high or (open and value == low):
-            valid = f"above {low:g} and at most {high:g}" if open else f"between {low:g} and {high:g}"
-            raise refuse(self.path(name), f"{self.path(name)}={show(value)} must be {valid}")
+        if not low <= value <= high:
+            raise refuse(self.path(name), f"{self.path(name)}={show(value)} must be between {low:g} and {high:g}")
         return float(value)
 
     def text(self, name: str) -> str | None:
         """A string that has a form in UTF-8."""
         value = self.take(name)
         return None if value is None else check_text(value, self.path(name))
+
+    def pairs(self, name: str) -> None:
+        """An object of strings, which have no meaning here."""
+        value = self.take(name)
+        if value is not None and not (isinstance(value, dict) and all(isinstance(v, str) for v in value.values())):
+            raise self._mistyped(name, "an object of strings")
 
     def choice(self, name: str, valid: Collection[str]) -> str:
         """One of some strings; it must be there."""
@@ -96,10 +101,6 @@ class Fields:
             valid = " or ".join(["null", *map(show, neutral)])
             message = f"{self.path(name)}={show(value)}: {why}; valid is {valid}"
             raise refuse(self.path(name), message, code="unsupported_value")
-
-    def ignore(self, *names: str) -> None:
-        """Fields that ask for nothing that could change the answer."""
-        self._known += names
 
     def finish(self) -> None:
         """Refuses what was not read."""

@@ -18,6 +18,7 @@ from hsai.serve.errors import (
     confess,
     refuse_busy,
     refuse_closing,
+    refuse_constraint,
     refuse_input,
     refuse_length,
     refuse_model,
@@ -155,6 +156,8 @@ async def _stream(exchange: Exchange, answer: Answer, stream: EventStream) -> No
 
 def _check_end(event: Event) -> None:
     """Whether a text ended as a text does."""
+    if event.finish_reason == "constraint":
+        raise refuse_constraint()
     if event.finish_reason == "failed":
         raise confess()
     if event.finish_reason == "cancelled":  # and not by us, who would not be here

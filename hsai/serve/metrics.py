@@ -81,6 +81,10 @@ class _ServiceCollector(Collector):
             "hsai_cached_prompt_tokens", "Tokens of prompts that were found in the cache.", stats.cached_tokens
         )
         yield CounterMetricFamily("hsai_generated_tokens", "Tokens made.", stats.new_tokens)
+        yield CounterMetricFamily("hsai_drafted_tokens", "Tokens that speculation drafted.", stats.drafted_tokens)
+        yield CounterMetricFamily(
+            "hsai_accepted_tokens", "Drafted tokens that the model made too.", stats.accepted_tokens
+        )
         pages = GaugeMetricFamily("hsai_cache_pages", "Pages of the cache, by what they hold.", labels=["state"])
         pages.add_metric(["used"], stats.pages_used)
         pages.add_metric(["reusable"], stats.pages_reusable)

@@ -6,13 +6,12 @@ import json
 import secrets
 from typing import Any, ClassVar
 
-from hsai.errors import InputError
 from hsai.infer import Engine
 from hsai.infer.defaults import GenerationDefaults
 from hsai.infer.request import LONGEST_STOP, MOST_STOPS, Constraint, JsonSchema
-from hsai.infer.sampling import SamplingConfig
+from hsai.infer.sampling import LOWEST_TEMPERATURE, SamplingConfig
 from hsai.serve.answers import Answer
-from hsai.serve.errors import refuse, refuse_input
+from hsai.serve.errors import refuse
 from hsai.serve.fields import Fields, check_text, show
 
 HOTTEST = 2.0
@@ -21,7 +20,8 @@ HOTTEST = 2.0
 PENALTIES = (0.1, 10.0)
 """The least and the largest repetition_penalty; useful ones are near 1, and far from it logits leave float32."""
 
-LARGEST_SEED = 2**32 - 1
+SEEDS = (-(2**63), 2**63 - 1)
+"""The least and the largest seed, as of OpenAI."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,9 @@ def read_options(fields: Fields, defaults: GenerationDefaults) -> Options:
     for penalty in ("presence_penalty", "frequency_penalty"):
         fields.only(penalty, (0,), "it is not supported; repetition_penalty is")
     fields.only("logit_bias", ({},), "it is not supported")
-    fields.ignore("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
+    for name in ("user", "safety_identifier", "prompt_cache_key", "service_tier"):
+        fields.text(name)
+    fields.pairs("metadata")
     stream = fields.flag("stream")
     return Options(
         sampling=_read_sampling(fields, defaults),
@@ -111,23 +113,29 @@ def read_length(fields: Fields, *names: str) -> int | None:
 
 
 def _read_sampling(fields: Fields, defaults: GenerationDefaults) -> SamplingConfig:
-    """At temperature 0, what narrows the choice is dropped: it always leaves the likeliest token."""
+    """At temperature 0, what narrows the choice is dropped: it always leaves the likeliest token.
+
+    A temperature that the sampler takes for 0, and a share of 0, ask for the likeliest token, too.
+    """
     temperature = fields.number("temperature", 0, HOTTEST)
     narrowing: dict[str, Any] = {
         "top_k": fields.integer("top_k", 1),
-        "top_p": fields.number("top_p", 0, 1, open=True),
+        "top_p": fields.number("top_p", 0, 1),
         "min_p": fields.number("min_p", 0, 1),
     }
     penalty = fields.number("repetition_penalty", *PENALTIES)
-    seed = fields.integer("seed", 0, LARGEST_SEED)
+    seed = fields.integer("seed", *SEEDS)
+    seed = secrets.randbits(32) if seed is None else _fold_seed(seed)
+    if narrowing["top_p"] == 0 or (temperature is not None and temperature < LOWEST_TEMPERATURE):
+        temperature = 0.0
     if (defaults.temperature if temperature is None else temperature) == 0:
         narrowing = {}
-    if seed is None:
-        seed = secrets.randbelow(LARGEST_SEED + 1)
-    try:
-        return defaults.sampling(temperature=temperature, repetition_penalty=penalty, seed=seed, **narrowing)
-    except InputError as error:
-        raise refuse_input(error, param="temperature") from error  # too small for float32; all else was checked
+    return defaults.sampling(temperature=temperature, repetition_penalty=penalty, seed=seed, **narrowing)
+
+
+def _fold_seed(seed: int) -> int:
+    """The 32 bits that the sampler has: those below 2^32 are themselves."""
+    return (seed ^ seed >> 32) & 0xFFFFFFFF if not 0 <= seed < 2**32 else seed
 
 
 def _read_stop(fields: Fields) -> tuple[str, ...]:
@@ -167,7 +175,9 @@ def _read_constraint(fields: Fields) -> Constraint | None:
         constraint = JsonSchema('{"type": "object"}')
     elif kind == "json_schema":
         described = Fields(form.demand(form.take("json_schema"), "json_schema"), "response_format.json_schema")
-        described.ignore("name", "description", "strict")
+        for name in ("name", "description"):
+            described.text(name)
+        described.flag("strict")
         schema = described.demand(described.take("schema"), "schema")
         described.finish()
         if not isinstance(schema, dict):

@@ -1,6 +1,6 @@
 """HTTP/1.1 with deadlines: a client that dawdles is dropped, before its request as while its answer is sent.
 
-uvicorn waits for ever for the head of a request, and for a client to read. Bodies have their deadline in `app.py`.
+uvicorn waits for ever for the head of a request, and for a client to read. Bodies have their deadline in `body.py`.
 """
 
 import asyncio
@@ -51,6 +51,13 @@ class PatientProtocol(H11Protocol):
         """Something came."""
         super().data_received(data)
         self._watch_head()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP; whoever got an answer already, and lingers (`linger.py`), gets no other."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
 
     def pause_writing(self) -> None:
         """The client does not read."""

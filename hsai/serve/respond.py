@@ -24,7 +24,7 @@ class ObjectResponse(Response):
 
 
 class ErrorResponse(ObjectResponse):
-    """A refusal. The connection ends with it: what is left of the request is not read."""
+    """A refusal. The connection ends with it: what is left of the request is of no use (see `linger.py`)."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.body, error.status, error.headers | {"connection": "close"})

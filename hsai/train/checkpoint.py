@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from hsai.errors import InputError
 from hsai.formats.storage import fill, named_arrays
 from hsai.processes import agree
+from hsai.signals import held
 from hsai.train.seal import check_seal, write_seal
 
 T = TypeVar("T")
@@ -44,11 +45,6 @@ LOCK = ".lock"
 
 RUN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "loss.png", "result.json")
 """What a run writes beside its checkpoints, over whatever has those names."""
-
-
-def is_run(directory: Path) -> bool:
-    """Whether `directory` holds the checkpoints of a training run."""
-    return (directory / "checkpoints").is_dir()
 
 
 class Checkpointer:
@@ -81,7 +77,8 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        with held():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -102,8 +99,9 @@ class Checkpointer:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(named_arrays(state)), record=ocp.args.JsonSave(record))
         self._manager.wait_until_finished()  # `_seal` looks for the one step that is being written
         self._saving = step
-        # Forced: left to itself, Orbax also saves the first step that it is shown.
-        return self._manager.save(step, args=items, force=True)
+        with held():  # Orbax starts threads, which its `close` waits for
+            # Forced: left to itself, Orbax also saves the first step that it is shown.
+            return self._manager.save(step, args=items, force=True)
 
     def read_record(self, step: int | None = None, *, verify: bool = True) -> dict[str, Any]:
         """The JSON record of `step` (default: the newest); raises as `restore`. The seal takes reading all files; who

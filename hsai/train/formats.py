@@ -14,11 +14,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from hsai.compress.grid import grid_of
+from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.latent import Straight, begin_latent, pack_latent, see_weight
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, Weight, to_dense
+from hsai.formats import FormatConfig, OutliersConfig, Weight, to_dense
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -47,9 +47,11 @@ class FormatRule:
     def __post_init__(self) -> None:
         Rule(pattern=self.pattern, format=self.format)
         kind = self.format.format
+        if isinstance(self.format, OutliersConfig):
+            raise InputError(f"rule {self.pattern!r}: {kind} cannot be trained in; leave that to a recipe, afterwards")
         if self.scales == "learned" and grid_of(self.format) is None:
             raise InputError(f"rule {self.pattern!r}: {kind} has no scales to learn; leave scales 'derived'")
-        if self.masks == "fixed" and not hasattr(self.format, "mask"):
+        if self.masks == "fixed" and pattern_of(self.format) is None:
             raise InputError(f"rule {self.pattern!r}: {kind} prunes nothing; leave masks 'magnitude'")
         if not 0 <= self.decay < float("inf"):
             raise InputError(f"rule {self.pattern!r}: decay={self.decay} must be at least 0, and finite")

@@ -5,11 +5,10 @@ killed and started again ends in the same bits as one that was not.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,13 @@ from hsai.data.corpus import Corpus, build_corpus
 from hsai.data.loader import Loader
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
+from hsai.files import lock_directory
 from hsai.models import Remat
 from hsai.processes import agree, require_same
 from hsai.progress import ProgressBar, say
 from hsai.sharding import array_sharding, check_mesh, make_mesh, use_mesh
-from hsai.train.checkpoint import LOCK, Checkpointer, is_run
+from hsai.train.checkpoint import LOCK, Checkpointer
+from hsai.train.directory import is_run
 from hsai.train.distill import DistillConfig, make_teacher
 from hsai.train.evaluate import Quality, make_evaluation
 from hsai.train.formats import FormatRule, match_formats, see_packed
@@ -353,19 +354,7 @@ def _check_finite(row: dict[str, float], step: int, run: "RunConfig", checkpoint
 @contextmanager
 def _exclusive(directory: Path) -> Iterator[None]:
     """Holds the directory for this run; a second one that is started by mistake is refused."""
-    with ExitStack() as stack:
-        agree(lambda: _lock(directory, stack) if jax.process_index() == 0 else None)
+    first = jax.process_index() == 0
+    lock = agree(lambda: lock_directory(directory, LOCK, option="--directory") if first else None)
+    with lock or nullcontext():
         yield
-
-
-def _lock(directory: Path, stack: ExitStack) -> None:
-    """Makes the directory if need be, and locks it until `stack` is left or the process ends, however it does."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(open(directory / LOCK, "a"))
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror}; give another --directory") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{directory} is in use by another run; wait for it, or give another --directory") from error

@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 from hsai.errors import InputError
 from hsai.files import atomic_write
 from hsai.models.transformer import TransformerConfig
+from hsai.signals import held
 from hsai.train.flops import flops_per_token, peak_flops
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,7 +52,8 @@ class MetricsWriter:
             _truncate(path, resume_step)
         self._rows = path.open("a", encoding="utf-8")
         # Event files are never rewritten; TensorBoard itself hides what an earlier one holds from purge_step on.
-        self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
+        with held():  # it writes in a thread, here and below
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=resume_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one row: {"step": step, **metrics}. It has left this process when the call returns, so that a kill
@@ -64,16 +66,18 @@ class MetricsWriter:
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._rows.write(json.dumps(row, allow_nan=False) + "\n")
         self._rows.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        with held():
+            for name, value in values.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes both files; later writes do nothing."""
         if self._rows is not None and self._tensorboard is not None:
             self._rows.close()
-            self._tensorboard.close()
+            with held():
+                self._tensorboard.close()
         self._rows = self._tensorboard = None
 
     def __enter__(self) -> "MetricsWriter":

@@ -75,14 +75,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def matrix_mask(params: Any) -> Any:
-    """True for the values of every matrix, False for its learned scales and for gains, in the tree's own structure."""
+    """True for the values of every matrix, False for its learned scales and minima and for gains, in the tree's own
+    structure."""
 
     def mark(param: nnx.Variable) -> nnx.Variable:
         marks: nnx.Variable = jax.tree.map(lambda _: is_matrix(param), param)
         if not isinstance(param.get_value(), Latent):
             return marks
         mark: Any = marks.get_value()
-        return marks.replace(dataclasses.replace(mark, exponent=False))
+        minimum = None if mark.minimum is None else False
+        return marks.replace(dataclasses.replace(mark, exponent=False, minimum=minimum))
 
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -83,7 +83,7 @@ def open_teacher(run: "RunConfig", opener: Opener) -> ModelOnDisk | None:
 
 def check_words(teacher: ModelOnDisk, tokenizer: Tokenizer) -> None:
     """Raises `InputError` unless the teacher reads the same tokens."""
-    if teacher.tokenizer.to_json() != tokenizer.to_json():
+    if not teacher.tokenizer.cuts_like(tokenizer):
         raise InputError(f"the teacher {teacher.directory} has another tokenizer than the run; it must be the same")
 
 

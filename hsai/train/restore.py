@@ -13,7 +13,8 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
-from hsai.train.checkpoint import Checkpointer, is_run
+from hsai.train.checkpoint import Checkpointer
+from hsai.train.directory import is_run
 from hsai.train.formats import begin, pack_trained
 from hsai.train.origin import read_tokenizer
 

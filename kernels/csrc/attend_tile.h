@@ -75,12 +75,17 @@ inline bool find_run(const Attention& a, const AttentionTile& tile, const Marks&
     return true;
   }
   // Keys stand at their positions: what is seen is an interval.
-  if (a.window != 0 && next <= marks.first_position - a.window) next = marks.first_position - a.window + 1;
+  if (a.window != 0 && next <= marks.first_position - a.window) {
+    // Blocks begin and end where they do for any row, whoever is in its tile.
+    const std::int64_t first = marks.first_position - a.window + 1, block = first - first % a.page % kBlockKeys;
+    next = block > next ? block : next;
+  }
   const std::int64_t end = marks.last_position < tile.last_key ? marks.last_position + 1 : tile.last_key;
   if (next >= end) return false;
   const std::int64_t place = next % a.page, page = a.table[tile.batch * a.row_pages + next / a.page];
   const std::int64_t left = a.page - place < end - next ? a.page - place : end - next;
-  run = {next, (a.layer * a.pages + page) * a.page + place, left < kBlockKeys ? left : kBlockKeys, a.page - place};
+  const std::int64_t whole = kBlockKeys - place % kBlockKeys;
+  run = {next, (a.layer * a.pages + page) * a.page + place, left < whole ? left : whole, a.page - place};
   return true;
 }
 
@@ -201,7 +206,8 @@ void attend_typed(const Attention& a, const AttentionTile& tile) {
   constexpr std::int64_t kBytes = Head::template Part<0>::kBytes;
   const std::int64_t part_width = a.head_dim / kParts;
   // Few keys and values are used as they lie, part by part, if vectors tile the parts; else as floats, scaled already.
-  const bool few = tile.rows <= kFewRows;
+  // So many tokens as a draft may have: theirs are the same bits as a token's by itself.
+  const bool few = a.queries <= kFewQueries;
   const bool direct = few && part_width % kHeadStep == 0;
   const std::int64_t step = tile.rows * kBlockKeys;
   float* q = tile.scratch;

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "ffi_checks.h"
+#include "stopwatch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -116,6 +117,7 @@ ffi::Error run(hsai::Attention& a, ffi::ThreadPool& pool, std::int64_t window, f
   a.window = window;
   a.softcap = softcap;
   a.scale = scale;
+  const hsai::Stopwatch stopwatch;
   try {
     hsai::attend(a, pool.num_threads(), [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
   } catch (const std::exception& failure) {

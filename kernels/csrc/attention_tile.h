@@ -43,7 +43,7 @@ struct Attention {
 constexpr std::int64_t kHeadStep = 16;   // a multiple of every instruction set's lanes
 constexpr std::int64_t kBlockKeys = 64;  // keys whose scores exist at a time
 constexpr std::int64_t kMostRows = 64;   // rows of a tile
-constexpr std::int64_t kFewRows = 8;     // up to here keys are multiplied as they lie; beyond, transposed first
+constexpr std::int64_t kFewQueries = 17;  // up to here keys are multiplied as they lie; beyond, transposed first
 constexpr int kMostParts = 2;            // of a head, with a scale each
 
 // Where a tile leaves its rows: sums of weighted values, not yet divided, with the maximum and the sum behind them.

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 
 #include "lanes.h"
 #include "planes.h"
@@ -45,23 +46,56 @@ HSAI_INLINE void compact_bytes(const std::uint8_t* from, const Bytes8& members, 
 #endif
 }
 
+#if defined(__AVX512BW__)
+// The same for 64 positions of every row at a time, from `at` on while there are so many and each 8 of them have 4
+// members; returns where that ends. Compressing bytes is an instruction that not all of these machines have.
+__attribute__((noinline, target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512bitalg"))) std::int64_t compress_chosen(
+    const std::uint8_t* from, std::int64_t row, std::int64_t plane, int rows, int planes, std::int64_t span,
+    const std::uint32_t* choices, std::int64_t stride, std::uint8_t* to, std::int64_t row_stride,
+    std::int64_t plane_stride) {
+  std::int64_t at = 0;
+  for (; at + 64 <= span; at += 64, to += 32) {
+    const std::uint64_t low = choices[at / 32 * stride], high = choices[(at / 32 + 1) * stride];
+    const auto set = static_cast<long long>(high << 32 | low);
+    const __m128i counts = _mm_popcnt_epi8(_mm_cvtsi64_si128(set));
+    if ((_mm_cmpeq_epi8_mask(counts, _mm_set1_epi8(4)) & 0xff) != 0xff) return at;
+    for (int p = 0; p < planes; ++p) {
+      for (int r = 0; r < rows; ++r) {
+        const __m512i digits = _mm512_loadu_si512(from + p * plane + r * row + at);
+        const __m512i chosen = _mm512_maskz_compress_epi8(static_cast<__mmask64>(set), digits);
+        // Not a cast to 256 bits: GCC 12 warns of it where the function has a target of its own.
+        std::memcpy(to + p * plane_stride + r * row_stride, &chosen, 32);
+      }
+    }
+  }
+  return at;
+}
+#endif
+
 // Of R rows of P planes, and of `span` digits each from `first` on, the 4 of every `pattern` (8, 16 or 32) that are set
-// in `choices`, whose words are `stride` apart; to P * R rows of kStride bytes. A group of fewer than 4 ends in zeros; of
-// more, the first 4 are taken.
-template <int P, int R, int kStride>
+// in `choices`, whose words are `stride` apart. The result's rows are `row_stride` apart, its planes `plane_stride`. A
+// group of fewer than 4 ends in zeros; of more, the first 4 are taken.
+template <int P, int R>
 HSAI_INLINE void gather_chosen(const Planes& x, int row, std::int64_t first, std::int64_t span,
                                const std::uint32_t* choices, std::int64_t stride, std::int64_t pattern,
-                               std::uint8_t* to) {
+                               std::uint8_t* to, std::int64_t row_stride, std::int64_t plane_stride) {
   const std::uint8_t* from = x.digits + row * x.stride + first;
   const std::int64_t plane = x.rows * x.stride;
-  for (std::int64_t at = 0; at < span;) {
+  std::int64_t at = 0;
+#if defined(__AVX512BW__)
+  if (pattern == 8 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg")) {
+    at = compress_chosen(from, x.stride, plane, R, P, span, choices, stride, to, row_stride, plane_stride);
+    to += at / 2;
+  }
+#endif
+  while (at < span) {
     std::int64_t filled = 0;
     for (const std::int64_t end = at + pattern; at < end; at += 8) {
       const std::uint32_t set = choices[at / 32 * stride] >> (at & 31) & 255u;
       unroll<P>([&](auto p) HSAI_INLINE_LAMBDA {
         unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
           compact_bytes(from + p.value * plane + r.value * x.stride + at, kMembers[set],
-                        to + (p.value * R + r.value) * kStride + filled);
+                        to + p.value * plane_stride + r.value * row_stride + filled);
         });
       });
       filled += __builtin_popcount(set);

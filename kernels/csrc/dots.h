@@ -32,9 +32,11 @@ constexpr bool kWideDigits = false;
 constexpr bool kWideDigits = true;
 #endif
 
-// In every lane, the sum of the products of 4 bytes of `a`, unsigned if kBiasedDigits, with those of `b`, signed.
+// In every lane, the sum of the products of 4 bytes of `a`, unsigned if kBiasedDigits, with those of `b`, signed. Where
+// that is one instruction, it may start from any number (kStarts).
 template <int L>
 struct Dots {
+  static constexpr bool kStarts = false;
   typename Lanes<L>::Int sum = {};
 
   HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
@@ -55,14 +57,21 @@ struct Dots {
 // written to memory and read again.
 HSAI_INLINE void keep_in_register(__m256i& sum) { __asm__("" : "+x"(sum)); }
 #endif
+#if defined(__AVX512F__)
+HSAI_INLINE void keep_in_register(__m512i& sum) { __asm__("" : "+v"(sum)); }
+#endif
 
 #if defined(__AVX512VNNI__)
 template <>
 struct Dots<16> {
+  static constexpr bool kStarts = true;
   __m512i sum = {};
+
+  HSAI_INLINE void start(const Lanes<16>::Int& from) { sum = (__m512i)from; }
 
   HSAI_INLINE void add(const Lanes<16>::Word& a, const Lanes<16>::Word& b) {
     sum = _mm512_dpbusd_epi32(sum, (__m512i)a, (__m512i)b);
+    keep_in_register(sum);
   }
 
   HSAI_INLINE Lanes<16>::Int finish() const { return (Lanes<16>::Int)sum; }
@@ -70,7 +79,10 @@ struct Dots<16> {
 #elif defined(__AVXVNNI__)
 template <>
 struct Dots<8> {
+  static constexpr bool kStarts = true;
   __m256i sum = {};
+
+  HSAI_INLINE void start(const Lanes<8>::Int& from) { sum = (__m256i)from; }
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
     sum = _mm256_dpbusd_avx_epi32(sum, (__m256i)a, (__m256i)b);
@@ -81,6 +93,7 @@ struct Dots<8> {
 #elif defined(__AVX2__)
 template <>
 struct Dots<8> {
+  static constexpr bool kStarts = false;
   __m256i sum = {};
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
@@ -95,7 +108,10 @@ struct Dots<8> {
 #elif defined(__ARM_FEATURE_MATMUL_INT8) || defined(__ARM_FEATURE_DOTPROD)
 template <>
 struct Dots<4> {
+  static constexpr bool kStarts = true;
   int32x4_t sum = {};
+
+  HSAI_INLINE void start(const Lanes<4>::Int& from) { sum = (int32x4_t)from; }
 
   HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -110,6 +126,7 @@ struct Dots<4> {
 #elif defined(__SSE2__)
 template <>
 struct Dots<4> {
+  static constexpr bool kStarts = false;
   __m128i sum = {};
 
   HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
@@ -123,6 +140,7 @@ struct Dots<4> {
 #elif defined(__aarch64__)
 template <>
 struct Dots<4> {
+  static constexpr bool kStarts = false;
   int16x8_t low = {}, high = {};  // of the bytes of the first two lanes, and of the last two
 
   HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
@@ -140,6 +158,7 @@ struct Dots<4> {
 // summed in two parts, of bytes from -8 to 8.
 template <int L>
 struct SplitDots {
+  static constexpr bool kStarts = false;
   Dots<L> low, high;
 
   HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
@@ -166,6 +185,7 @@ using ByteDots = Dots<L>;
 // so that 32 bits hold the sum of 512.
 template <int L>
 struct WideDots {
+  static constexpr bool kStarts = false;
   typename Lanes<L>::Int sum = {};
 
   HSAI_INLINE void add(const typename Lanes<L>::Word& a, const typename Lanes<L>::Word& b) {
@@ -179,6 +199,7 @@ struct WideDots {
 #if defined(__AVX2__)
 template <>
 struct WideDots<8> {
+  static constexpr bool kStarts = false;
   __m256i sum = {};
 
   HSAI_INLINE void add(const Lanes<8>::Word& a, const Lanes<8>::Word& b) {
@@ -191,6 +212,7 @@ struct WideDots<8> {
 #elif defined(__SSE2__)
 template <>
 struct WideDots<4> {
+  static constexpr bool kStarts = false;
   __m128i sum = {};
 
   HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
@@ -202,6 +224,7 @@ struct WideDots<4> {
 #elif defined(__aarch64__)
 template <>
 struct WideDots<4> {
+  static constexpr bool kStarts = false;
   int32x4_t low = {}, high = {};  // the products of the first two lanes, and of the last two
 
   HSAI_INLINE void add(const Lanes<4>::Word& a, const Lanes<4>::Word& b) {
@@ -239,11 +262,16 @@ __attribute__((noinline)) typename Lanes<L>::Word pick_singly(const std::uint8_t
   return load<typename Lanes<L>::Word>(bytes);
 }
 
-// In every byte, the one of table[0..15] that `places` names; all of them are below 16.
-template <int L>
+// In every byte, the one of table[0..15] that `places` names; all of them are below kSpan, 8 or 16.
+template <int L, int kSpan>
 HSAI_INLINE typename Lanes<L>::Word pick_bytes(const std::uint8_t* table, const typename Lanes<L>::Word& places) {
   using Word [[maybe_unused]] = typename Lanes<L>::Word;
 #if defined(__AVX512F__)
+  if constexpr (L == 16 && kSpan == 8) {
+    // Loading 8 bytes to all lanes is no work for the units that shuffle, unlike loading 16.
+    const __m512i eight = _mm512_maskz_set1_epi64(0xff, load<long long>(table));
+    return (Word)_mm512_shuffle_epi8(eight, (__m512i)places);
+  }
   if constexpr (L == 16) {
     const __m512i sixteen = _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)table));
     return (Word)_mm512_shuffle_epi8(sixteen, (__m512i)places);

@@ -98,6 +98,7 @@ void fill_planes(const Planes& planes, int row, const float* x) {
     planes.scale[row * planes.blocks + block] = scale * static_cast<float>(1 << (8 * (digits - 1)));
     std::uint8_t* to = planes.digits + row * planes.stride + block * planes.padded * (planes.wide ? 2 : 1);
     std::int32_t sum[kMostPlanes] = {};
+    planes.total[row * planes.blocks + block] = scale > 0 ? 0 : scale;
     // All zeros, or no numbers: the digits stay zeros, and whatever they are, their product with the scale is right.
     if (!(scale > 0)) continue;
     if (planes.wide) {
@@ -116,6 +117,10 @@ void fill_planes(const Planes& planes, int row, const float* x) {
       split_block<3>(planes, x, scale, to, sum);
     }
     for (int p = 0; p < planes.planes; ++p) planes.sum[(p * planes.rows + row) * planes.blocks + block] = sum[p];
+    // int8 weights, the only ones of wide digits, have no minimum. The span of a sparse weight may be of thousands.
+    std::int64_t total = planes.biased ? -(planes.span << (8 * planes.planes - 1)) : 0;
+    for (int p = 0; p < planes.planes; ++p) total += static_cast<std::int64_t>(sum[p]) * (1 << (8 * p));
+    planes.total[row * planes.blocks + block] = static_cast<float>(total) * scale;
   }
 }
 

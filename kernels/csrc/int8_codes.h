@@ -16,6 +16,9 @@ struct Int8Codes {
   static constexpr bool kWide = kWideDigits;
   template <int L>
   using Dot = std::conditional_t<kWide, WideDots<L>, Dots<L>>;
+  static constexpr int kMostRows = 2;  // more have a panel (plan.cc)
+  // Columns that share cache lines are best taken together: of one row in 16 lanes, all 64.
+  static constexpr int kMostSums = kManyRegisters ? 12 : kFewSums;
   static constexpr int kStep = 4;  // elements at once, in one word or in two
   // Multiplied as unsigned bytes where Dots wants the first one unsigned.
   static constexpr int kZeroPoint = kWide || !kBiasedDigits ? 0 : 128;
@@ -61,14 +64,26 @@ struct Int8Codes {
         }
         from = rest;
         stride = kWidth;
-      } else if constexpr (R <= 2) {
-        // More rows walk over weights that are in a near cache.
-        for (int i = 0; i < kStep; ++i) __builtin_prefetch(from + (x.block + i) * stride, 0, 2);
+      } else {
+        for (int i = 0; i < kStep; ++i) __builtin_prefetch(from + (x.ahead + i) * stride, 0, 2);
       }
       add_four<L, P, R, U>(from, stride, x, row, at, sums);
       from += kStep * stride;
       at += kWide ? 2 * kStep : kStep;
     }
+  }
+
+  static constexpr int kFours = 1;
+
+  template <int L, class Sink>
+  static HSAI_INLINE void unpack(const Weight& w, std::int64_t element, std::int64_t left, std::int64_t column,
+                                 const Sink& sink) {
+    const auto* from = static_cast<const std::int8_t*>(w.values) + element * w.columns + column;
+    for (int i = 0; i < kStep; ++i) __builtin_prefetch(from + (kUnpackAhead + i) * w.columns, 0, 2);
+    if (left >= kStep) return sink(0, interleave_four<L>(from, w.columns));
+    std::int8_t rest[kStep * L] = {};
+    for (std::int64_t i = 0; i < left; ++i) __builtin_memcpy(rest + i * L, from + i * w.columns, L);
+    sink(0, interleave_four<L>(rest, L));
   }
 };
 

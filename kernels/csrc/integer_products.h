@@ -34,6 +34,9 @@ HSAI_INLINE std::uint32_t load_word(const std::uint8_t* from) {
 // Asks for what the same columns need a block later. Runs of a row are too short for the hardware to foresee them.
 HSAI_INLINE void fetch_ahead(const std::uint32_t* at) { __builtin_prefetch(at, 0, 2); }
 
+// Elements between what is unpacked and what is asked for.
+constexpr std::int64_t kUnpackAhead = 32;
+
 // Adds four codes of each of U vectors times the digits of element `element` and the three behind it.
 template <int L, int P, int R, int U>
 HSAI_INLINE void add_codes(const typename Lanes<L>::Word (&codes)[U], const Planes& x, int row, std::int64_t element,
@@ -48,6 +51,22 @@ HSAI_INLINE void add_codes(const typename Lanes<L>::Word (&codes)[U], const Plan
   });
 }
 
+// The code that signed ones of a weight with minima count from.
+constexpr std::int32_t kMiddle = 8;
+
+// Twice the code that sums are counted from.
+HSAI_INLINE std::int32_t find_zero(const Weight& w) { return w.minimum != nullptr ? 2 * kMiddle : w.zero; }
+
+// Codes of 4 bits or fewer as signed bytes: counted from zero, in halves if that lies between two codes.
+template <int L>
+HSAI_INLINE typename Lanes<L>::Word sign_codes(const typename Lanes<L>::Word& codes, const Weight& w) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(4 * L)));
+  const std::int32_t zero = find_zero(w);
+  const int odd = zero % 2;
+  const auto middle = static_cast<std::uint8_t>(odd != 0 ? zero : zero / 2);
+  return (typename Lanes<L>::Word)((Bytes)(codes << odd) - middle);
+}
+
 // Codes of kBits bits, laid out by packing.py. A block's sum is that of the codes; what they are too large by, the code
 // of zero times the sum of the digits, is taken off at the block's end, when all is counted in halves of a level: the
 // zero of centered codes lies between two of them.
@@ -55,6 +74,8 @@ template <int kBits>
 struct Codes {
   template <int L>
   using Dot = Dots<L>;
+  static constexpr int kMostRows = 8;  // at a time
+  static constexpr int kMostSums = kFewSums;
   static constexpr int kStep = 32 / kBits;  // elements a word
   static constexpr bool kCodes = true;
   static constexpr bool kSparse = false;
@@ -72,7 +93,7 @@ struct Codes {
     Word packed[U];
     unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
       packed[u.value] = load<Word>(words + u.value * L);
-      fetch_ahead(words + u.value * L + x.block / kStep * w.columns);
+      fetch_ahead(words + u.value * L + x.ahead / kStep * w.columns);
     });
     unroll<8 / kBits>([&](auto slot) HSAI_INLINE_LAMBDA {
       Word codes[U];
@@ -87,6 +108,20 @@ struct Codes {
     for (std::int64_t element = first; element < last; element += kStep) {
       add_word<L, P, R, U>(w, x, row, element, column, sums);
     }
+  }
+
+  static constexpr int kFours = 8 / kBits;
+
+  template <int L, class Sink>
+  static HSAI_INLINE void unpack(const Weight& w, std::int64_t element, std::int64_t, std::int64_t column,
+                                 const Sink& sink) {
+    constexpr std::uint32_t mask = ((1u << kBits) - 1) * 0x01010101u;
+    const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * w.columns + column;
+    const auto packed = load<typename Lanes<L>::Word>(words);
+    fetch_ahead(words + kUnpackAhead / kStep * w.columns);
+    unroll<kFours>([&](auto four) HSAI_INLINE_LAMBDA {
+      sink(four.value, sign_codes<L>((packed >> (kBits * four.value)) & mask, w));
+    });
   }
 };
 
@@ -133,6 +168,7 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
   Format::template add<L, kPlanes, R, U>(w, x, row, first, last, column, sums, excess);
   unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
     const Float scale = load_scale<L>(w, scales + column + u.value * L);
+    fetch_scales(w, (first + x.ahead) / w.group * w.columns + column + u.value * L);
     unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
       Int sum[kPlanes];
       unroll<kPlanes>([&](auto p) HSAI_INLINE_LAMBDA {
@@ -141,7 +177,7 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
           if constexpr (kBiasedDigits && p.value == P - 1) sum[p.value] -= excess.at[0][0][u.value].finish();
         } else if constexpr (Format::kCodes) {
           const std::int32_t digits = x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
-          sum[p.value] = (sum[p.value] << 1) - w.zero * digits;
+          sum[p.value] = (sum[p.value] << 1) - find_zero(w) * digits;
         } else if constexpr (Format::kZeroPoint != 0) {
           sum[p.value] -= Format::kZeroPoint * x.sum[(p.value * x.rows + row + r.value) * x.blocks + block];
         }
@@ -154,6 +190,15 @@ HSAI_INLINE void add_integer_block(const Weight& w, const Planes& x, int row, st
         store(to, load<Float>(to) + combine_planes<L, P, Format::kUnit>(sum) * step);
       }
     });
+    if constexpr (Format::kCodes) {
+      if (w.minimum == nullptr) return;
+      // Of the code that digits are counted from.
+      const Float offset = load_minimum<L>(w, scales + column + u.value * L) + scale * kMiddle;
+      unroll<R>([&](auto r) HSAI_INLINE_LAMBDA {
+        float* to = out + r.value * length + u.value * L;
+        store(to, load<Float>(to) + offset * x.total[(row + r.value) * x.blocks + block]);
+      });
+    }
   });
 }
 
@@ -162,8 +207,8 @@ template <class Format, int L, int P, int R>
 HSAI_INLINE void add_integer_columns(const Weight& w, const Planes& x, int row, std::int64_t block, std::int64_t begin,
                                      std::int64_t length, float* out, std::int64_t stride) {
   // Sums in registers: enough to hide the latency of a multiply-add, few enough to stay there. Single columns are few.
-  constexpr int kSums = count_planes<Format>(P) * R;
-  constexpr int U = L == 1 || kSums >= kMostSums ? 1 : kMostSums / kSums >= 4 ? 4 : kMostSums / kSums;
+  constexpr int kFit = Format::kMostSums / (count_planes<Format>(P) * R);
+  constexpr int U = L == 1 || kFit < 2 ? 1 : kFit < 4 ? 2 : 4;
   const std::int64_t first = block * x.block, last = first + x.block;
   const std::int64_t scales = first / w.group * w.columns;
   std::int64_t i = 0;
@@ -201,7 +246,7 @@ HSAI_INLINE void add_chosen_columns(const Weight& w, const Planes& x, int row, s
       const std::int64_t next = (column / w.width + 1) * w.width;
       end = next < end ? next : end;
       const std::uint32_t* choices = w.choices + block * x.span / 32 * words + column / w.width;
-      gather_chosen<P, R, kGathered>(x, row, block * x.span, x.span, choices, words, w.pattern, digits);
+      gather_chosen<P, R>(x, row, block * x.span, x.span, choices, words, w.pattern, digits, kGathered, R * kGathered);
     }
     // The one copy of it, for whoever compiles.
     add_integer_columns<Format, L, P, R>(w, chosen, first_row, block, column, end - column, out + (column - begin),
@@ -215,9 +260,11 @@ void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, 
                            float* out) {
   // Copies, which nothing that is written to `out` can change, so that their fields stay in registers.
   const Weight w = weight;
-  const Planes x = planes;
+  Planes x = planes;
   for (std::int64_t i = 0; i < R * length; ++i) out[i] = 0;
   for (std::int64_t block = 0; block < x.blocks; ++block) {
+    // Behind the last block is what nobody needs now.
+    x.ahead = block + 1 < x.blocks ? x.block : 0;
     if constexpr (Format::kChosen) {
       add_chosen_columns<Format, L, P, R>(w, x, row, block, begin, length, out, length);
     } else {
@@ -230,7 +277,7 @@ void multiply_integer_rows(const Weight& weight, const Planes& planes, int row, 
 template <class Format, int L, int P, int R>
 void multiply_integer_planes(const Weight& w, const Planes& x, int row, std::int64_t begin, std::int64_t length,
                              float* out) {
-  if constexpr (R == 1 || (L > 1 && R * count_planes<Format>(P) <= kMostSums)) {
+  if constexpr (R == 1 || (L > 1 && R * count_planes<Format>(P) <= kFewSums && R <= Format::kMostRows)) {
     for (; row + R <= x.rows; row += R) {
       multiply_integer_rows<Format, L, P, R>(w, x, row, begin, length, out + row * length);
     }

@@ -37,8 +37,15 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Sums that a product may hold in registers: what they leave holds weights and activations.
-constexpr int kMostSums = 8;
+// Whether there are 32 vector registers, and not 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
+// Sums that a product of few rows may hold in registers: what they leave holds weights and activations.
+constexpr int kFewSums = 8;
 
 template <int L>
 struct Lanes {
@@ -83,6 +90,23 @@ HSAI_INLINE typename Lanes<L>::Float load_bfloat16(const void* from) {
   using Word = typename Lanes<L>::Word;
   const Word wide = __builtin_convertvector(load<typename Lanes<L>::Half>(from), Word) << 16;
   return (typename Lanes<L>::Float)wide;
+}
+
+template <int L>
+HSAI_INLINE typename Lanes<L>::Float load_float16(const void* from) {
+  using Float = typename Lanes<L>::Float;
+  using Word = typename Lanes<L>::Word;
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (Float)_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from));
+#elif defined(__aarch64__)
+  if constexpr (L == 4) return (Float)vcvt_f32_f16(vreinterpret_f16_u64(load<uint64x1_t>(from)));
+#endif
+  const Word half = __builtin_convertvector(load<typename Lanes<L>::Half>(from), Word);
+  const Word magnitude = half & 0x7fffu;
+  // Exponents of 5 bits count from 15, those of 8 from 127, and the largest of either is no number's.
+  const Word normal = (magnitude << 13) + (magnitude >= 0x7c00u ? Word{} + (224u << 23) : Word{} + (112u << 23));
+  const Float below = __builtin_convertvector((typename Lanes<L>::Int)magnitude, Float) * 0x1p-24f;
+  return (Float)((magnitude >= 0x400u ? normal : (Word)below) | (half & 0x8000u) << 16);
 }
 
 // In every lane, the one of quad[0..3] that the low 2 bits of `index` name; higher bits are ignored.

@@ -22,18 +22,20 @@ namespace {
 // What stands before a case.
 enum class Kind : std::int64_t { kProduct, kAttention };
 
-// What stands before the arrays of a product: x, values, indices, scale and choices, each of as many bytes as it says.
+// What stands before the arrays of a product: x, values, indices, scale, choices and minimum, each of as many bytes as
+// it says.
 struct ProductHeader {
   std::int64_t format, dense, stored, group, zero, columns, pattern, width, scale_type;
   std::int64_t rows, bfloat16, int8, threads;
-  std::int64_t bytes[5];
+  std::int64_t bytes[6];
 };
 
-// What stands before the arrays of attention: q, k, v, scales of k and v, positions of q and k, segments of q and k, and
-// softcap and scale, two floats. What is not there has no bytes.
+// What stands before the arrays of attention: q, k, v, scales of k and v, positions of q and k, segments of q and k,
+// softcap and scale, two floats, and the table of a cache in pages. What is not there has no bytes.
 struct AttentionHeader {
   std::int64_t cache, bfloat16, batch, queries, keys, heads, kv_heads, head_dim, window, threads;
-  std::int64_t bytes[10];
+  std::int64_t layer, pages, page, row_pages;
+  std::int64_t bytes[11];
 };
 
 // Exactly so many bytes: reading one more ends the program. With the address sanitizer that is its work; without, a
@@ -111,8 +113,8 @@ class Helpers {
 
 void run_product(std::FILE* cases, std::FILE* results) {
   const auto header = read_header<ProductHeader>(cases);
-  std::unique_ptr<Buffer> arrays[5];
-  for (int i = 0; i < 5; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
+  std::unique_ptr<Buffer> arrays[6];
+  for (int i = 0; i < 6; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
   Buffer out(header.rows * header.columns * (header.bfloat16 != 0 ? 2 : 4));
 
   hsai::Weight weight = {};
@@ -126,12 +128,12 @@ void run_product(std::FILE* cases, std::FILE* results) {
   weight.zero = static_cast<std::int32_t>(header.zero);
   weight.columns = header.columns;
   weight.choices = reinterpret_cast<const std::uint32_t*>(arrays[4]->data());
+  weight.minimum = arrays[5]->data();
   weight.pattern = header.pattern;
   weight.width = header.width;
-  const hsai::Activations activations = {arrays[0]->data(), out.data(), header.bfloat16 != 0, header.rows,
-                                         header.int8 != 0};
+  const hsai::Activations activations = {arrays[0]->data(), header.bfloat16 != 0, header.rows, header.int8 != 0};
   Helpers helpers;
-  hsai::multiply_packed(static_cast<hsai::Format>(header.format), weight, activations, header.threads,
+  hsai::multiply_packed(static_cast<hsai::Format>(header.format), {{weight, out.data()}}, activations, header.threads,
                         helpers.schedule());
   helpers.join();
   std::fwrite(out.data(), 1, out.size(), results);
@@ -139,8 +141,8 @@ void run_product(std::FILE* cases, std::FILE* results) {
 
 void run_attention(std::FILE* cases, std::FILE* results) {
   const auto header = read_header<AttentionHeader>(cases);
-  std::unique_ptr<Buffer> arrays[10];
-  for (int i = 0; i < 10; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
+  std::unique_ptr<Buffer> arrays[11];
+  for (int i = 0; i < 11; ++i) arrays[i] = read_buffer(header.bytes[i], cases);
   Buffer out(header.bytes[0]);
   const auto floats = [&](int i) { return reinterpret_cast<const float*>(arrays[i]->data()); };
   const auto integers = [&](int i) { return reinterpret_cast<const std::int32_t*>(arrays[i]->data()); };
@@ -164,6 +166,11 @@ void run_attention(std::FILE* cases, std::FILE* results) {
   a.heads = header.heads;
   a.kv_heads = header.kv_heads;
   a.head_dim = header.head_dim;
+  a.table = integers(10);
+  a.layer = header.layer;
+  a.pages = header.pages;
+  a.page = header.page;
+  a.row_pages = header.row_pages;
   a.window = header.window;
   a.softcap = floats(9)[0];
   a.scale = floats(9)[1];

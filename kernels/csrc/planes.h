@@ -19,14 +19,16 @@ constexpr int kMostPlanes = 3;
 constexpr std::int64_t kPlanePadding = 16;
 
 struct Planes {
-  int planes;             // P, the digits of a number
+  int planes;             // P, the digits of a number; 0 where kernels take the numbers themselves
   bool int8;              // dynamic int8: numbers are rounded to one digit, and that is all of a plane, or its upper byte
   bool wide;              // two digits a plane, an int16: P digits, 2 or 3, make P - 1 planes
   bool biased;            // digits are those of q + 128 * 256^(P-1), unsigned; else from -128 to 127
   int rows;               // R
+  int given;              // rows that there are, of which the others are to make a multiple
   std::int64_t stride;    // bytes a row of a plane: the contraction and the padding
   std::int64_t blocks;    // blocks a row
   std::int64_t block;     // stored elements of the weight a block
+  std::int64_t ahead;     // stored elements from what is read to what is asked for meanwhile: a block, or 0 in the last
   std::int64_t span;      // positions of the contraction a block
   std::int64_t padded;    // what a block takes of a row: span, or a multiple of 4; there are zeros behind its numbers
   std::int64_t shared;    // blocks that share a scale: 1, or for dynamic int8 all those of a group of the weight
@@ -34,6 +36,8 @@ struct Planes {
   std::int64_t origin;    // the position of digits[0]
   float* scale;           // (R, blocks), of the most significant digit
   std::int32_t* sum;      // (P, R, blocks): the sum of a block's digits, unless they are biased
+  float* total;           // (R, blocks): the sum of a block's numbers
+  const float* numbers;   // (given, D): without digits, what they would be of
 };
 
 }  // namespace hsai

@@ -1,6 +1,5 @@
-// The kernels of products.h: lanes are columns, activations are broadcast.
-//
-// A tile of columns is walked in blocks of few stored elements: within a block the sums stay in registers, and between
+// The kernels of products.h: lanes are columns, activations are broadcast. many_rows.h has those of many rows; of few,
+// a tile of columns is walked in blocks of few stored elements: within a block the sums stay in registers, and between
 // blocks they rest, scaled, in the tile's output buffer, which fits a near cache. So the weight is read in runs of the
 // tile's width, few enough at a time for the prefetcher, each byte of it once, whatever the number of rows.
 //
@@ -30,6 +29,7 @@ constexpr bool kSingly = false;
 #include "float_products.h"
 #include "int8_codes.h"
 #include "integer_products.h"
+#include "many_rows.h"
 #include "sparse_codes.h"
 #include "three_bit_codes.h"
 
@@ -43,14 +43,14 @@ const Products HSAI_PRODUCTS = {
     kWideDigits,
     multiply<SparseFloat<0>>,
     multiply<SparseFloat<1>>,
-    multiply_integer<Int8Codes>,
-    multiply_integer<Codes<4>>,
-    multiply_integer<ThreeBitCodes>,
-    multiply_integer<Codes<2>>,
-    multiply_integer<SparseCodes<NibbleValues, 4>>,
-    multiply_integer<SparseCodes<NibbleValues, 8>>,
-    multiply_integer<SparseCodes<ByteValues, 4>>,
-    multiply_integer<SparseCodes<ByteValues, 8>>,
+    {multiply_integer<Int8Codes>, multiply_many<Int8Codes>},
+    {multiply_integer<Codes<4>>, multiply_many<Codes<4>>},
+    {multiply_integer<ThreeBitCodes>, multiply_many<ThreeBitCodes>},
+    {multiply_integer<Codes<2>>, multiply_many<Codes<2>>},
+    {multiply_integer<SparseCodes<NibbleValues, 4>>, multiply_many<SparseCodes<NibbleValues, 4>>},
+    {multiply_integer<SparseCodes<NibbleValues, 8>>, multiply_many<SparseCodes<NibbleValues, 8>>},
+    {multiply_integer<SparseCodes<ByteValues, 4>>, multiply_many<SparseCodes<ByteValues, 4>>},
+    {multiply_integer<SparseCodes<ByteValues, 8>>, multiply_many<SparseCodes<ByteValues, 8>>},
     fill_planes,
     attend_tile,
 };

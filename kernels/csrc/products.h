@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "attention_tile.h"
+#include "panels.h"
 #include "planes.h"
 
 namespace hsai {
@@ -20,7 +21,7 @@ constexpr int kMaxIntegerRows = 1 << 16;  // of an integer one
 
 constexpr int kBlockColumns = 16;         // V of a V:N:M weight is a multiple: the columns of the widest vector
 
-enum class ScaleType { kNone, kFloat32, kBfloat16 };
+enum class ScaleType { kNone, kFloat32, kBfloat16, kFloat16 };
 
 // Where 4 consecutive kept elements of an N:4 or N:8 weight look for their activations.
 struct Slot {
@@ -34,16 +35,18 @@ struct Weight {
   const void* values;         // int8 (C, F), float or bfloat16 (C, F), words of codes (C * bits / 32, F)
   const std::uint32_t* indices;  // (C/16, F) for N:4 weights, (3*C/32, F) for N:8 ones, else null
   const void* scale;          // (C/group, F), null for kNone
+  const void* minimum;        // as scale, of dense codes of 4 bits: what code 0 stands for; else null
   ScaleType scale_type;
   const std::int32_t* quads;  // N:4 floats: for each stored element, the dense position where its group of 4 starts
   const Slot* slots;          // N:4 and N:8 codes: for every 4 stored elements
+  std::int32_t slot_span;     // digits that a slot sees at most: 8, 16, or 32 for those of `next`
   const std::uint32_t* choices;  // V:N:M: (D/32, F/V), bit i of word j for position 32 * j + i; else null
   std::int64_t width;         // V, a multiple of kBlockColumns
   std::int64_t pattern;       // M, of which a block of V columns may keep 4; without choices 4 or 8
   std::int64_t dense;         // D
   std::int64_t stored;        // C; D for dense formats
   std::int64_t group;         // stored elements that share a scale
-  std::int32_t zero;          // of words of dense codes: twice the code that stands for zero
+  std::int32_t zero;          // of words of dense codes: twice the code that stands for zero, 0 with a minimum
   std::int64_t columns;       // F
 };
 
@@ -57,6 +60,15 @@ using ProductTile = void (*)(const Weight& weight, const float* x, int rows, std
 using IntegerTile = void (*)(const Weight& weight, const Planes& x, std::int64_t begin, std::int64_t length,
                              float* out);
 
+// Columns [begin, begin + length) times rows [row, row + rows), multiples of kRowsAtOnce, to `out` (rows, length).
+using ManyTile = void (*)(const Weight& weight, const Planes& x, const Panel& panel, std::int64_t begin,
+                          std::int64_t length, int row, int rows, float* out);
+
+struct IntegerProduct {
+  IntegerTile few;
+  ManyTile many;  // for length of whole vectors only
+};
+
 struct Products {
   const char* name;
   int lanes;       // columns a vector register holds; weights of fewer go to the baseline's table
@@ -65,14 +77,14 @@ struct Products {
   bool wide;       // whether int8 weights take planes of two digits
   ProductTile sparse_float32;
   ProductTile sparse_bfloat16;
-  IntegerTile int8;
-  IntegerTile int4;
-  IntegerTile int3;
-  IntegerTile int2;
-  IntegerTile sparse_int4;
-  IntegerTile sparse_int4_of_8;
-  IntegerTile sparse_int8;
-  IntegerTile sparse_int8_of_8;
+  IntegerProduct int8;
+  IntegerProduct int4;
+  IntegerProduct int3;
+  IntegerProduct int2;
+  IntegerProduct sparse_int4;
+  IntegerProduct sparse_int4_of_8;
+  IntegerProduct sparse_int8;
+  IntegerProduct sparse_int8_of_8;
   // Fills digits, scale and sum of row `row` from x (blocks * span numbers).
   void (*fill_planes)(const Planes& planes, int row, const float* x);
   AttendTile attend;

@@ -17,6 +17,14 @@ struct NibbleValues {
   static constexpr int kRows = 1;  // of the array, which hold 8 elements
   static constexpr int kUnit = kCodeUnit;
 
+  // Elements 4 * kPart to 4 * kPart + 3 of the 8 at `from`, signed.
+  template <int L, int kPart>
+  static HSAI_INLINE typename Lanes<L>::Word unpack_four(const Stored* from, std::int64_t) {
+    typedef std::uint8_t Bytes __attribute__((vector_size(4 * L)));
+    const auto codes = (load<typename Lanes<L>::Word>(from) >> (4 * kPart)) & 0x0f0f0f0fu;
+    return (typename Lanes<L>::Word)((Bytes)codes - 8);
+  }
+
   template <int L, int U>
   struct Eight {
     typename Lanes<L>::Word packed[U];
@@ -45,6 +53,11 @@ struct ByteValues {
   static constexpr int kRows = 8;
   static constexpr int kUnit = 1;
 
+  template <int L, int kPart>
+  static HSAI_INLINE typename Lanes<L>::Word unpack_four(const Stored* from, std::int64_t stride) {
+    return interleave_four<L>(from + 4 * kPart * stride, stride);
+  }
+
   template <int L, int U>
   struct Eight {
     const Stored* from;
@@ -71,6 +84,8 @@ struct SparseCodes {
   using Stored = typename Values::Stored;
   static constexpr bool kCodes = false;
   static constexpr bool kSparse = true;
+  static constexpr int kMostRows = 8;  // at a time
+  static constexpr int kMostSums = kFewSums;
   static constexpr bool kWide = false;
   static constexpr bool kChosen = kM == 4;  // whether V:N:M comes down to it
   static constexpr int kZeroPoint = 0;
@@ -78,14 +93,41 @@ struct SparseCodes {
   static constexpr int kIndexBits = kM == 4 ? 2 : 4;  // between the index of an element and that of 4 elements later
   static constexpr std::uint32_t kIndexMask = 0x01010101u * (kM - 1);
 
+  static constexpr int kFours = 2;
+
+  template <int L, class Sink>
+  static HSAI_INLINE void unpack(const Weight& w, std::int64_t element, std::int64_t, std::int64_t column,
+                                 const Sink& sink) {
+    using Word = typename Lanes<L>::Word;
+    const auto* from = static_cast<const Stored*>(w.values) + element / 8 * Values::kRows * w.columns + column;
+    for (int i = 0; i < Values::kRows; ++i) {
+      __builtin_prefetch(from + (kUnpackAhead / 8 * Values::kRows + i) * w.columns, 0, 2);
+    }
+    Word index;
+    if constexpr (kM == 8) {
+      Word both[1];
+      load_index<L, 1>(w, kUnpackAhead, element / 8, column, both);
+      index = both[0];
+    } else {
+      fetch_ahead(w.indices + (element + kUnpackAhead) / 16 * w.columns + column);
+      index = load<Word>(w.indices + element / 16 * w.columns + column) >> (element % 16 / 4 * kIndexBits);
+    }
+    unroll<2>([&](auto part) HSAI_INLINE_LAMBDA {
+      sink(part.value, Values::template unpack_four<L, part.value>(from, w.columns),
+           ((index >> (part.value * kIndexBits)) & kIndexMask) | w.slots[element / 4 + part.value].offsets);
+    });
+  }
+
   // The digits that 4 elements of a lane pick.
   template <int L>
   static HSAI_INLINE typename Lanes<L>::Word pick_digits(const Slot& slot, const std::uint8_t* table,
                                                          const typename Lanes<L>::Word& places) {
     if constexpr (kM == 8) {
-      if (slot.next != 0) return join_halves<L>(pick_bytes<L>(table, places), pick_bytes<L>(table + slot.next, places));
+      if (slot.next != 0) {
+        return join_halves<L>(pick_bytes<L, 16>(table, places), pick_bytes<L, 16>(table + slot.next, places));
+      }
     }
-    return pick_bytes<L>(table, places);
+    return pick_bytes<L, 16>(table, places);
   }
 
   // The kPart-th four of 8 elements, whose indices have been shifted to bit 0.
@@ -124,13 +166,13 @@ struct SparseCodes {
   // The 3-bit indices of the elements 8 * word to 8 * word + 7: the last four stand 4 bits above the others. Three words
   // hold those of 32 elements, folded together (packing.py).
   template <int L, int U>
-  static HSAI_INLINE void load_index(const Weight& w, const Planes& x, std::int64_t word, std::int64_t column,
+  static HSAI_INLINE void load_index(const Weight& w, std::int64_t ahead, std::int64_t word, std::int64_t column,
                                      typename Lanes<L>::Word (&index)[U]) {
     using Word = typename Lanes<L>::Word;
     const auto turn = static_cast<int>(word % 4);
     const std::uint32_t* high = w.indices + (word / 4 * 3 + 2) * w.columns + column;
     const std::uint32_t* low = high - (turn < 2 ? 2 : 1) * w.columns;
-    const std::uint32_t* later = (turn % 2 == 0 ? low : high) + x.block * 3 / 32 * w.columns;
+    const std::uint32_t* later = (turn % 2 == 0 ? low : high) + ahead * 3 / 32 * w.columns;
     unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
       const Word lower = load<Word>(low + u.value * L) >> (turn % 2 * 2);
       const Word upper = load<Word>(high + u.value * L) >> turn;
@@ -139,60 +181,31 @@ struct SparseCodes {
     });
   }
 
+  // The same of N:4, 2 bits each: an index word has those of 16 elements, of the second 8 four bits above those of the
+  // first.
+  template <int L, int U>
+  static HSAI_INLINE void load_index_of_4(const Weight& w, const Planes& x, std::int64_t word, std::int64_t column,
+                                          typename Lanes<L>::Word (&index)[U]) {
+    const std::uint32_t* from = w.indices + word / 2 * w.columns + column;
+    unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
+      index[u.value] = load<typename Lanes<L>::Word>(from + u.value * L) >> static_cast<int>(word % 2 * 4);
+      if (word % 2 == 0) fetch_ahead(from + u.value * L + x.ahead / 16 * w.columns);
+    });
+  }
+
   template <int L, int P, int R, int U, class Sums, class Excess>
   static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t first, std::int64_t last,
                               std::int64_t column, Sums& sums, Excess& excess) {
-    constexpr int kRows = Values::kRows;
-    const auto at = static_cast<std::size_t>(first);
-    const auto* from = static_cast<const Stored*>(w.values) + at / 8 * kRows * w.columns + column;
-    const Slot* slots = w.slots + at / 4;
-    const std::int64_t ahead = x.block / 8 * kRows * w.columns;
-    const std::int64_t count = (last - first) / 8;
+    const std::int64_t rows = Values::kRows * w.columns, ahead = x.ahead / 8 * rows;
     typename Lanes<L>::Word index[U];
-    if constexpr (kM == 8) {
-      for (std::int64_t word = 0; word < count; ++word) {
-        load_index<L, U>(w, x, first / 8 + word, column, index);
-        add_eight<L, P, R, U>(from + word * kRows * w.columns, w.columns, ahead, slots + 2 * word, x, row, index, sums,
-                              excess);
+    for (std::int64_t word = first / 8; word < last / 8; ++word) {
+      if constexpr (kM == 8) {
+        load_index<L, U>(w, x.ahead, word, column, index);
+      } else {
+        load_index_of_4<L, U>(w, x, word, column, index);
       }
-    } else {
-      const auto* indices = w.indices + at / 16 * w.columns + column;
-      add_pairs<L, P, R, U>(w, from, indices, ahead, slots, x, row, at / 8 % 2 != 0, count, index, sums, excess);
-    }
-  }
-
-  // `count` times 8 elements of N:4, of which the first are the second of their word of indices if `odd`.
-  template <int L, int P, int R, int U, class Sums, class Excess>
-  static HSAI_INLINE void add_pairs(const Weight& w, const Stored* from, const std::uint32_t* indices,
-                                    std::int64_t ahead, const Slot* slots, const Planes& x, int row, bool odd,
-                                    std::int64_t count, typename Lanes<L>::Word (&index)[U], Sums& sums,
-                                    Excess& excess) {
-    using Word = typename Lanes<L>::Word;
-    const std::int64_t rows = Values::kRows * w.columns;
-    // Elements 8 to 15 of an index word stand 4 bits above elements 0 to 7.
-    if (odd) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L) >> 4; });
-      add_eight<L, P, R, U>(from, w.columns, ahead, slots, x, row, index, sums, excess);
-      from += rows;
-      indices += w.columns;
-      slots += 2;
-      --count;
-    }
-    for (; count >= 2; count -= 2) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA {
-        index[u.value] = load<Word>(indices + u.value * L);
-        fetch_ahead(indices + u.value * L + x.block / 16 * w.columns);
-      });
-      add_eight<L, P, R, U>(from, w.columns, ahead, slots, x, row, index, sums, excess);
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] >>= 2; });
-      add_eight<L, P, R, U>(from + rows, w.columns, ahead, slots + 2, x, row, index, sums, excess);
-      from += 2 * rows;
-      indices += w.columns;
-      slots += 4;
-    }
-    if (count != 0) {
-      unroll<U>([&](auto u) HSAI_INLINE_LAMBDA { index[u.value] = load<Word>(indices + u.value * L); });
-      add_eight<L, P, R, U>(from, w.columns, ahead, slots, x, row, index, sums, excess);
+      const auto* from = static_cast<const Stored*>(w.values) + word * rows + column;
+      add_eight<L, P, R, U>(from, w.columns, ahead, w.slots + 2 * word, x, row, index, sums, excess);
     }
   }
 };

@@ -3,58 +3,21 @@
 #ifndef HSAI_KERNELS_THREADS_H_
 #define HSAI_KERNELS_THREADS_H_
 
-#include <algorithm>
-#include <condition_variable>
 #include <cstdint>
 #include <functional>
-#include <memory>
-#include <mutex>
-#include <utility>
 
 namespace hsai {
 
+// Runs a task on a thread of a pool, later or at once.
+using Schedule = std::function<void(std::function<void()>)>;
+
 // Calls work(i) once for every i < tiles, on up to `threads` threads; returns when all calls have returned.
 //
-// Each thread takes the next tile that nobody has. A helper that the pool starts late finds none left and goes home, so
-// the caller waits only for tiles that are running: a full pool costs speed, and cannot deadlock. `schedule(f)` must run
-// f later or at once. `work` must not throw.
-template <class Schedule>
-void run_tiles(std::int64_t tiles, std::int64_t threads, Schedule&& schedule, std::function<void(std::int64_t)> work) {
-  struct State {
-    std::function<void(std::int64_t)> work;
-    std::int64_t tiles;
-    std::mutex mutex;
-    std::condition_variable done;
-    std::int64_t next = 0;
-    std::int64_t finished = 0;
-
-    void drain() {
-      std::unique_lock<std::mutex> lock(mutex);
-      while (next < tiles) {
-        const std::int64_t mine = next++;
-        lock.unlock();
-        work(mine);
-        lock.lock();
-        ++finished;
-      }
-      if (finished == tiles) done.notify_all();
-    }
-  };
-  // Shared, because a late helper looks at it after the caller has gone on.
-  auto state = std::make_shared<State>();
-  state->work = std::move(work);
-  state->tiles = tiles;
-  for (std::int64_t helper = 1; helper < std::min(threads, tiles); ++helper) {
-    try {
-      schedule([state] { state->drain(); });
-    } catch (...) {  // no memory for a helper, which may be running what an earlier call asked for: go on without
-      break;
-    }
-  }
-  state->drain();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->done.wait(lock, [&] { return state->finished == state->tiles; });
-}
+// Waking a thread takes longer than most products of a small model, so those of the pool that came to help stay for a
+// moment (kStay in threads.cc) and take tiles of the calls that follow, of whichever caller. The caller works too, and
+// waits only for tiles that are running: a full pool costs speed, and cannot deadlock. `work` must not throw.
+void run_tiles(std::int64_t tiles, std::int64_t threads, const Schedule& schedule,
+               const std::function<void(std::int64_t)>& work);
 
 }  // namespace hsai
 

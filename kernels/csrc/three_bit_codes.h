@@ -26,6 +26,8 @@ HSAI_INLINE typename Lanes<L>::Word join_slots(const typename Lanes<L>::Word& lo
 struct ThreeBitCodes {
   template <int L>
   using Dot = Dots<L>;
+  static constexpr int kMostRows = 8;  // at a time
+  static constexpr int kMostSums = kFewSums;
   static constexpr int kStep = 32;  // elements of three words
   static constexpr bool kCodes = true;
   static constexpr bool kSparse = false;
@@ -79,10 +81,28 @@ struct ThreeBitCodes {
   static HSAI_INLINE void add(const Weight& w, const Planes& x, int row, std::int64_t first, std::int64_t last,
                               std::int64_t column, DotSums<L, P, R, U>& sums, DotSums<L, 1, 1, U>&) {
     const auto* words = static_cast<const std::uint32_t*>(w.values) + first / kStep * 3 * w.columns + column;
-    const std::int64_t ahead = x.block / kStep * 3 * w.columns;
+    const std::int64_t ahead = x.ahead / kStep * 3 * w.columns;
     for (std::int64_t element = first; element < last; element += kStep, words += 3 * w.columns) {
       add_words<L, P, R, U>(words, w.columns, ahead, x, row, element, sums);
     }
+  }
+
+  static constexpr int kFours = 8;
+
+  template <int L, class Sink>
+  static HSAI_INLINE void unpack(const Weight& w, std::int64_t element, std::int64_t, std::int64_t column,
+                                 const Sink& sink) {
+    using Word = typename Lanes<L>::Word;
+    const auto* words = static_cast<const std::uint32_t*>(w.values) + element / kStep * 3 * w.columns + column;
+    for (int i = 0; i < 3; ++i) fetch_ahead(words + (kUnpackAhead / kStep * 3 + i) * w.columns);
+    const Word low[2] = {load<Word>(words), load<Word>(words + w.columns)};
+    const auto high = load<Word>(words + 2 * w.columns);
+    unroll<4>([&](auto word) HSAI_INLINE_LAMBDA {
+      const Word slots = unfold<decltype(word)::value, L>(low[word.value / 2], high);
+      unroll<2>([&](auto part) HSAI_INLINE_LAMBDA {
+        sink(2 * word.value + part.value, sign_codes<L>((slots >> (4 * part.value)) & 0x07070707u, w));
+      });
+    });
   }
 };
 

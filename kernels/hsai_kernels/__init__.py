@@ -12,10 +12,10 @@ from hsai_kernels.ops.cross_entropy.api import cross_entropy, cross_entropy_sum
 from hsai_kernels.ops.gated_mlp.api import gated_mlp
 from hsai_kernels.ops.norm_matmul.api import norm_matmul
 from hsai_kernels.ops.paged_attention.api import paged_attention
-from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
+from hsai_kernels.ops.quantized_matmul.api import quantized_matmul, quantized_matmuls
 from hsai_kernels.ops.quantized_matmul.reference import dequantize_int8, dequantize_words, find_zero
 from hsai_kernels.ops.rope.api import rope
-from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
+from hsai_kernels.ops.sparse_matmul.api import sparse_matmul, sparse_matmuls
 from hsai_kernels.ops.sparse_matmul.reference import (
     POSITION_BITS,
     densify_bits,
@@ -43,9 +43,11 @@ __all__ = [
     "paged_attention",
     "prefer",
     "quantized_matmul",
+    "quantized_matmuls",
     "rank_chosen",
     "rope",
     "sparse_matmul",
+    "sparse_matmuls",
     "unpack_bits",
     "unpack_halves",
     "unpack_words",

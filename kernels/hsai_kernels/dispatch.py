@@ -8,11 +8,12 @@ caller names is used or its error raised: it never falls back.
 The choice is made in Python while jax traces, so that a compiled program holds one backend and no branches.
 """
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -33,6 +34,9 @@ ORDER: Mapping[str, tuple[str, ...]] = {
 
 Backend = Callable[..., jax.Array]
 
+Result = TypeVar("Result")
+"""Of a kernel: an array, or several."""
+
 # A user context is part of the key of jit's caches: a function that was traced before `prefer` is traced again in it.
 _preferred = jax.make_user_context(default_value=None)
 
@@ -43,6 +47,19 @@ _reported: set[tuple[str, str]] = set()
 
 class BackendMissing(NotImplementedError):
     """A backend that this platform should have is not there; falling back loses speed, so it is logged as a warning."""
+
+
+def load_later(module: str, name: str) -> Backend:
+    """The backend `name` of a module, which is imported when it is first called.
+
+    Accelerators' kernels are written in Pallas: to import that takes longer than a program on a CPU may need in all.
+    """
+
+    def run(*operands: Any, **options: Any) -> jax.Array:
+        backend: Backend = getattr(importlib.import_module(module), name)
+        return backend(*operands, **options)
+
+    return run
 
 
 @contextmanager
@@ -113,11 +130,11 @@ def check_platform(platform: str) -> None:
 
 def run_kernel(
     kernel: str,
-    backends: Mapping[str, Backend],
+    backends: Mapping[str, Callable[..., Result]],
     implementation: str | None,
     *operands: Any,
     **options: Any,
-) -> jax.Array:
+) -> Result:
     """Calls the backend that `implementation` names, or the first of the platform's that supports the call.
 
     Args:

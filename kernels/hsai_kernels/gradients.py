@@ -1,10 +1,12 @@
 """Reverse-mode gradients for kernels that have none of their own: those of the reference, which defines them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
-Product = Callable[..., jax.Array]
+Product = Callable[..., Any]
+"""An array, or several."""
 
 
 def differentiate_as(reference: Product, kernel: Product) -> Product:
@@ -14,10 +16,10 @@ def differentiate_as(reference: Product, kernel: Product) -> Product:
     """
     call = jax.custom_vjp(kernel)
 
-    def forward(*operands: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    def forward(*operands: jax.Array | None) -> tuple[Any, tuple[jax.Array | None, ...]]:
         return call(*operands), operands
 
-    def backward(operands: tuple[jax.Array | None, ...], grad: jax.Array) -> tuple:
+    def backward(operands: tuple[jax.Array | None, ...], grad: Any) -> tuple:
         return jax.vjp(reference, *operands)[1](grad)
 
     call.defvjp(forward, backward)

@@ -21,6 +21,20 @@ MEMORY_LIMIT = 60 * 2**20
 """What the compiler may use, with its own temporaries."""
 
 
+SPLIT_BYTES = 8
+"""Beside each element of an operand of an exact float32 product: the bfloat16 parts that the compiler multiplies, which
+it may keep in fast memory. As libtpu 0.0.42 reports of v5p where they do not fit; often it needs less."""
+
+SPLIT_MEMORY = 56 * 2**20
+"""Bytes that blocks and such parts together may fill."""
+
+
+def fits(held: int, split: int, itemsize: int) -> bool:
+    """Whether fast memory has room for blocks of `held` bytes; `split` elements of them are operands of products, which
+    are float32 if `itemsize` is 4."""
+    return held <= FAST_MEMORY and (itemsize < 4 or held + SPLIT_BYTES * split <= SPLIT_MEMORY)
+
+
 def round_rows(rows: int) -> int:
     """`rows` up to whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 
 import jax
+import jax.numpy as jnp
 
 from hsai_kernels.dispatch import BackendMissing
 
@@ -20,15 +21,21 @@ MAX_INTEGER_ROWS = 1 << 16
 """Rows of a native product with integer weights (kMaxIntegerRows in products.h)."""
 
 QUANTIZED_MATMUL = "hsai_quantized_matmul"
+QUANTIZED_MATMUL_OF_LAYER = "hsai_quantized_matmul_of_layer"
 SPARSE_MATMUL = "hsai_sparse_matmul"
+SPARSE_MATMUL_OF_LAYER = "hsai_sparse_matmul_of_layer"
+ALLOCATE = "hsai_allocate"
 ATTENTION = "hsai_attention"
 PAGED_ATTENTION = "hsai_paged_attention"
 
 _TARGETS = {
+    ALLOCATE: "HsaiAllocate",
     ATTENTION: "HsaiAttention",
     PAGED_ATTENTION: "HsaiPagedAttention",
     QUANTIZED_MATMUL: "HsaiQuantizedMatmul",
+    QUANTIZED_MATMUL_OF_LAYER: "HsaiQuantizedMatmulOfLayer",
     SPARSE_MATMUL: "HsaiSparseMatmul",
+    SPARSE_MATMUL_OF_LAYER: "HsaiSparseMatmulOfLayer",
 }
 
 NAMES = tuple(_TARGETS)
@@ -84,6 +91,13 @@ def use_instruction_set(name: str) -> None:
         raise ValueError(f"no native kernels for instruction set {name!r} on this machine")
 
 
+def kernel_seconds() -> float:
+    """For how long native kernels have run in this process; calls side by side count once."""
+    count = load_library().HsaiKernelNanoseconds
+    count.restype = ctypes.c_int64
+    return 1e-9 * count()
+
+
 def check_rows(rows: int, *, integer: bool) -> None:
     """Raises NotImplementedError unless native products take so many rows of integer, or of floating, weights."""
     if integer and not 1 <= rows <= MAX_INTEGER_ROWS:
@@ -92,3 +106,15 @@ def check_rows(rows: int, *, integer: bool) -> None:
         raise NotImplementedError(
             f"multiplies 1 to {MAX_ROWS} rows of floating weights (more are better served by rebuilding the weight)"
         )
+
+
+def call_product(
+    target: str, layer: jax.Array | None, x: jax.Array, arrays: list[jax.Array], count: int, options: dict[str, int]
+) -> tuple[jax.Array, ...]:
+    """The products (..., F) of x (..., D) with weights of `count` arrays each, the first of which has F columns."""
+    *lead, contraction = x.shape
+    rows = x.reshape(-1, contraction)
+    results = [jax.ShapeDtypeStruct((rows.shape[0], values.shape[-1]), x.dtype) for values in arrays[::count]]
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
+    found = call(*([] if layer is None else [layer.astype(jnp.int32)]), rows, *arrays, **options)
+    return tuple(result.reshape(*lead, -1) for result in found)

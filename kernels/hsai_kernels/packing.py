@@ -108,7 +108,11 @@ def _unfold(words: jax.Array) -> jax.Array:
     """The inverse of `_fold`: words of 4 bits (..., 4 W, F) from (..., 3 W, F)."""
     *lead, rows, columns = words.shape
     first, second, high = jnp.moveaxis(words.reshape(*lead, rows // 3, 3, columns), -2, 0)
+    return jnp.stack(unfold_triple(first, second, high), axis=-2).reshape(*lead, rows // 3 * 4, columns)
+
+
+def unfold_triple(first: jax.Array, second: jax.Array, high: jax.Array) -> list[jax.Array]:
+    """The four words of 4 bits, uint32, that three words of 3 bits hold: 8 consecutive elements each."""
     lows = [first & LOW, (first >> 2) & LOW, second & LOW, (second >> 2) & LOW]
     highs = [(high << 2) & TOP, (high << 1) & TOP, high & TOP, (high >> 1) & TOP]
-    unfolded = [low | top for low, top in zip(lows, highs, strict=True)]
-    return jnp.stack(unfolded, axis=-2).reshape(*lead, rows // 3 * 4, columns)
+    return [low | top for low, top in zip(lows, highs, strict=True)]

@@ -117,7 +117,8 @@ def record_tiles() -> Iterator[list[Use]]:
     try:
         yield record
     finally:
-        _records.remove(record)
+        # By identity: a record around that holds the same is equal.
+        _records[:] = [other for other in _records if other is not record]
 
 
 def name_device() -> str | None:

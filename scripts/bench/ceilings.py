@@ -1,6 +1,5 @@
-"""What this machine can do at best, measured where the kernels are measured: reading memory, and products."""
+"""What this machine can do, measured where and when the kernels are: reading memory, and products."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,13 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.activations import find_dtype
 from bench.peers import ONNX, find_absent, make_int8_peer
-from bench.timing import Ceilings
+from bench.timing import Ceilings, Probe, Runner
 from hsai.machine import count_cores
+from hsai_kernels.dispatch import find_platform
 
 DEFAULT_CACHE = 32 * 2**20
-SIDE = 2048
-"""Of the square matrices that are multiplied."""
+
+SIDE, LARGE_SIDE = 2048, 8192
+"""Of the square matrices that are multiplied; on an accelerator large ones, so that they outweigh a program's start."""
+
+LARGE_READ = 2**31
+"""Bytes that are read on an accelerator, likewise."""
 
 
 def find_cache_size() -> int:
@@ -27,47 +32,42 @@ def find_cache_size() -> int:
     return max(sizes, default=DEFAULT_CACHE)
 
 
-def measure_ceilings(known: Ceilings | None = None) -> Ceilings:
-    """The best of several tries each, and of what was `known`: a ceiling is what can be done, not what is usual."""
-    read, multiply, integers = _measure_reading(8), _measure_multiplying(3), _measure_integers(3)
-    if known is not None:
-        read, multiply = max(read, known.read), max(multiply, known.multiply)
-        integers = max(filter(None, (integers, known.multiply_integers)), default=None)
-    return Ceilings(read=read, multiply=multiply, multiply_integers=integers)
+def make_ceilings() -> Ceilings:
+    """Probes of this machine; each is built when it is first run."""
+    known = find_platform() == "cpu" and find_absent(ONNX) is None
+    integers = make_int8_peer(SIDE, SIDE, SIDE, 1) if known else None
+    return Ceilings(
+        read=_make_reading(),
+        multiply=_make_product(),
+        multiply_integers=None if integers is None else Probe(amount=2 * SIDE**3, runner=integers),
+    )
 
 
-def _find_best(run: Callable[[], object], tries: int) -> float:
-    """Seconds of the fastest run, after one that does not count."""
-    run()
-    best = float("inf")
-    for _ in range(tries):
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _make_reading() -> Probe:
+    """On a CPU numpy's bitwise or over 64-bit words, one thread a core; elsewhere jax's maximum over float32."""
+    cpu = find_platform() == "cpu"
+    nbytes = max(8 * find_cache_size(), 2**28) if cpu else LARGE_READ
+
+    def build() -> Callable[[], object]:
+        if not cpu:
+            values = jnp.ones(nbytes // 4, jnp.float32)
+            largest = jax.jit(jnp.max)
+            return lambda: largest(values).block_until_ready()
+        parts = np.array_split(np.ones(nbytes // 8, np.uint64), count_cores())
+        pool = ThreadPoolExecutor(len(parts))
+        return lambda: list(pool.map(np.bitwise_or.reduce, parts))
+
+    return Probe(amount=nbytes, runner=Runner(name="reading", build=build))
 
 
-def _measure_reading(tries: int) -> float:
-    """GB/s: on a CPU numpy's bitwise or over 64-bit words, one thread a core; elsewhere jax's maximum over float32."""
-    nbytes = max(8 * find_cache_size(), 2**28)
-    if jax.default_backend() != "cpu":
-        values = jnp.ones(nbytes // 4, jnp.float32)
-        largest = jax.jit(jnp.max)
-        return nbytes / _find_best(lambda: largest(values).block_until_ready(), tries) / 1e9
-    parts = np.array_split(np.ones(nbytes // 8, np.uint64), count_cores())
-    with ThreadPoolExecutor(len(parts)) as pool:
-        return nbytes / _find_best(lambda: list(pool.map(np.bitwise_or.reduce, parts)), tries) / 1e9
+def _make_product() -> Probe:
+    """XLA's, of matrices in the activations' dtype."""
+    dtype = find_dtype()
+    side = SIDE if find_platform() == "cpu" else LARGE_SIDE
 
+    def build() -> Callable[[], object]:
+        a = jnp.ones((side, side), dtype)
+        multiply = jax.jit(lambda a: a @ a)
+        return lambda: multiply(a).block_until_ready()
 
-def _measure_multiplying(tries: int) -> float:
-    """GFLOP/s of XLA's float32 product of two square matrices."""
-    a = jnp.ones((SIDE, SIDE), jnp.float32)
-    multiply = jax.jit(lambda a: a @ a)
-    return 2 * SIDE**3 / _find_best(lambda: multiply(a).block_until_ready(), tries) / 1e9
-
-
-def _measure_integers(tries: int) -> float | None:
-    """GFLOP/s of ONNX Runtime's int8 product of two square matrices on a CPU, if it is installed."""
-    if jax.default_backend() != "cpu" or find_absent(ONNX) is not None:
-        return None
-    return 2 * SIDE**3 / _find_best(make_int8_peer(SIDE, SIDE, SIDE, 1).run, tries) / 1e9
+    return Probe(amount=2 * side**3, runner=Runner(name=f"XLA's {dtype.name} product", build=build))

@@ -10,6 +10,7 @@ Dimensions: D embed, F ffn, R rows (tokens at once).
 """
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench.cases import DECODE_ROWS, Multiply, chain_products, multiplies_integers, multiply_rounded, multiply_weight
+from bench.activations import name_case
+from bench.ceilings import find_cache_size
+from bench.llama_context import make_llama
 from bench.peers import find_absent
+from bench.products import DECODE_ROWS, Multiply, chain_products, multiplies_integers, multiply_rounded, multiply_weight
 from bench.timing import Case, Runner
 from hsai.formats import Int4Config, NMInt4Config, VNMInt4Config, Weight, nbytes
-from hsai.machine import count_cores
 
 PACKAGES = ("llama_cpp", "gguf")
 """What the peer needs."""
@@ -41,46 +44,59 @@ PRODUCTS: Mapping[str, tuple[int, int]] = {
 }
 """GGUF's name -> (D, F), of each layer."""
 
-FORMATS: tuple[tuple[str, Any, Multiply], ...] = (
-    ("int4", Int4Config(), multiply_weight),
-    ("int8 x int4", Int4Config(), multiply_rounded),
-    ("2:4 int4", NMInt4Config(), multiply_weight),
-    ("int8 x 2:4 int4", NMInt4Config(), multiply_rounded),
-    ("64:2:8 int4", VNMInt4Config(), multiply_weight),
-    ("int8 x 64:2:8 int4", VNMInt4Config(), multiply_rounded),
-)
+FORMATS: Mapping[str, Any] = {"int4": Int4Config(), "2:4 int4": NMInt4Config(), "64:2:8 int4": VNMInt4Config()}
+"""int4 first: the others take turns with it."""
+
+ACTIVATIONS: Mapping[str, Multiply] = {"": multiply_weight, "int8 x ": multiply_rounded}
+
+WEIGHTS = "q4_0 (whole model)"
+"""llama.cpp's."""
+
+INT4 = "our int4"
+"""The peer of sparse formats, with activations as theirs."""
+
+BARS: Mapping[str, float] = {"2:4 int4": 1.3, "64:2:8 int4": 2.0}
+"""How many times as fast as our int4 a sparse format is to decode, of weights that no cache holds."""
 
 DECODED = 8
 """Tokens that one run decodes, one by one, after as many that were read before."""
 
-CONTEXT = 512
+CONTEXT = 1024
 Q4_0_BLOCK, Q4_0_BYTES = 32, 18
 """Weights of a block, and its bytes: a float16 scale and 4 bits each."""
 
 
 def make_model(rows: Sequence[int], *, quick: bool) -> Iterator[Case]:
-    """A model's products in our formats, and the whole model in llama.cpp where it is installed; quick: of 4 layers."""
+    """A model's products in our formats, and the whole model in llama.cpp where it is installed; quick: of 4 layers.
+
+    Formats of the same work follow one another, and share one int4 that takes turns with each.
+    """
     layers = 4 if quick else LAYERS
     flops = 2 * layers * sum(d * f for d, f in PRODUCTS.values())
     draw = np.random.default_rng(0)
     dense = {shape: jnp.asarray(draw.standard_normal(shape, np.float32)) for shape in dict.fromkeys(PRODUCTS.values())}
     with tempfile.TemporaryDirectory(prefix="hsai_bench_") as folder:
-        load: Callable[[], Any] | None = None
+        path: Path | None = None
         if find_absent(PACKAGES) is None:
-            load = functools.cache(functools.partial(_load_model, Path(folder) / "model.gguf", layers))
-        for name, config, multiply in FORMATS[:1] if quick else FORMATS:
-            packed = {shape: config.pack(w) for shape, w in dense.items()}
-            size = layers * sum(nbytes(packed[shape]) for shape in PRODUCTS.values())
-            for count in rows:
+            path = Path(folder) / "model.gguf"
+            write_model(path, layers)
+        packed = {name: {shape: config.pack(w) for shape, w in dense.items()} for name, config in FORMATS.items()}
+        for (before, multiply), count in itertools.product(list(ACTIVATIONS.items())[: 1 if quick else 2], rows):
+            others: list[Runner] = [] if path is None else [_make_llama(path, count)]
+            int4 = Runner(name=INT4, build=functools.partial(_build_chain, packed["int4"], layers, multiply, count))
+            for name, weights in packed.items():
+                ours = functools.partial(_build_chain, weights, layers, multiply, count)
+                size = layers * sum(nbytes(weights[shape]) for shape in PRODUCTS.values())
+                bar = BARS.get(name) if count <= DECODE_ROWS and size > find_cache_size() else None
                 yield Case(
-                    name=f"model {name}, {layers} layers, {count} token{'s' if count > 1 else ''}",
+                    name=name_case(f"model {before}{name}, {layers} layers, {count} token{'s' if count > 1 else ''}"),
                     nbytes=size,
                     flops=count * flops,
                     metric="GB/s" if count <= DECODE_ROWS else "GFLOP/s",
-                    integer=all(map(multiplies_integers, packed.values())),
-                    ours=Runner(name="ours", build=functools.partial(_build_chain, packed, layers, multiply, count)),
-                    peers=[] if load is None else [_make_llama(load, count)],
-                    explain=functools.partial(_explain, layers, count),
+                    integer=all(map(multiplies_integers, weights.values())),
+                    ours=Runner(name="ours", build=ours),
+                    peers=others if name == "int4" else [int4, *others],
+                    explain=functools.partial(_explain, layers, count, bar),
                 )
 
 
@@ -93,38 +109,25 @@ def _build_chain(
     return chain_products(rows, weights, multiply)
 
 
-def _make_llama(load: Callable[[], Any], rows: int) -> Runner:
-    """Reads `rows` tokens at once; or, of one, decodes DECODED one by one."""
-
-    def build() -> Callable[[], object]:
-        model = load()
-        tokens = np.random.default_rng(0).integers(0, VOCAB, CONTEXT).tolist()
-
-        def prefill() -> None:
-            model.reset()
-            model.eval(tokens[:rows])
-
-        def decode() -> None:
-            # What was decoded in the run before is forgotten: each sees the same few tokens before it.
-            model.n_tokens = DECODED
-            for token in tokens[:DECODED]:
-                model.eval([token])
-
-        if rows > 1:
-            return prefill
-        model.reset()
-        model.eval(tokens[:DECODED])
-        return decode
-
-    return Runner(name="llama.cpp q4_0 (whole model)", build=build, times=1 if rows > 1 else DECODED)
+def _make_llama(path: Path, rows: int) -> Runner:
+    """Reads `rows` tokens at once; or, of one, decodes DECODED one by one behind as many."""
+    if rows > 1:
+        return make_llama(WEIGHTS, path, work="read", read=rows, written=0)
+    return make_llama(WEIGHTS, path, work="write", read=DECODED, written=DECODED)
 
 
-def _explain(layers: int, rows: int, measured: Sequence[dict[str, Any]]) -> str:
-    """llama.cpp's own rates, by its bytes and all its products, from the rows of a case that has it."""
-    time_row, *peers = measured
-    if not peers:
-        return "  llama.cpp is absent: ours are the model's products alone"
-    seconds = 1e-6 * time_row["ours"] * peers[0]["ours"] / peers[0]["peer"]
+def _explain(layers: int, rows: int, bar: float | None, measured: Sequence[dict[str, Any]]) -> str:
+    """What is asked of a sparse format beside our int4, and llama.cpp's own rates, from the rows of a case."""
+    by_peer = {row["peer_name"]: row for row in measured}
+    asked = ""
+    if bar is not None:
+        ratio = by_peer[INT4]["ratio"]
+        met = "met" if ratio >= bar else "not met"
+        asked = f"  {ratio:.2f} times as fast as our int4: {bar} is asked for, and {met}\n"
+    if f"llama.cpp {WEIGHTS}" not in by_peer:
+        return f"{asked}  llama.cpp is absent: ours are the model's products alone"
+    time_row, peer = measured[0], by_peer[f"llama.cpp {WEIGHTS}"]
+    seconds = 1e-6 * time_row["ours"] * peer["ours"] / peer["peer"]
     weights = layers * sum(d * f for d, f in PRODUCTS.values())
     head = EMBED * VOCAB
     # Decoding sees the prompt and half of what follows; a prompt, half of itself.
@@ -133,26 +136,10 @@ def _explain(layers: int, rows: int, measured: Sequence[dict[str, Any]]) -> str:
     share = weights / (weights + head / rows + attention / 2)
     # The head reads its weight once, and makes logits of one token.
     size = (weights + head) * Q4_0_BYTES / Q4_0_BLOCK
-    return (
+    return asked + (
         f"  llama.cpp, all counted: {rows / seconds:.1f} tokens/s, {size / seconds / 1e9:.2f} GB/s of its weights, "
         f"{2 * (rows * weights + head) / seconds / 1e9:.1f} GFLOP/s; the products are {100 * share:.1f}% of its "
-        f"multiplications, ours take {100 / peers[0]['ratio']:.1f}% of its time"
-    )
-
-
-def _load_model(path: Path, layers: int) -> Any:
-    from llama_cpp import Llama
-
-    write_model(path, layers)
-    return Llama(
-        model_path=str(path),
-        n_ctx=2 * CONTEXT,
-        n_batch=CONTEXT,
-        n_ubatch=CONTEXT,
-        n_threads=count_cores(),
-        n_threads_batch=count_cores(),
-        n_gpu_layers=0,
-        verbose=False,
+        f"multiplications, ours take {100 / peer['ratio']:.1f}% of its time"
     )
 
 
@@ -171,7 +158,7 @@ def write_model(path: Path, layers: int) -> None:
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
-    writer.add_context_length(2 * CONTEXT)
+    writer.add_context_length(CONTEXT)
     writer.add_embedding_length(EMBED)
     writer.add_feed_forward_length(FFN)
     writer.add_head_count(HEADS)

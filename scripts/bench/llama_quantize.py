@@ -12,12 +12,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.stream import Grams, stream_blocks
+from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.interop.gguf_names import ARCHITECTURES, list_entries
 from hsai.models import Transformer
 from hsai.models.transformer import Block
 
-KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
+KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
 
 
 def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) -> dict[str, np.ndarray]:
@@ -30,7 +30,7 @@ def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) ->
     """
     found: dict[tuple[str, int], np.ndarray] = {}
 
-    def keep(layer: int, block: Block, grams: Grams) -> Block:
+    def keep(layer: int, block: Block, grams: Grams, _: Streams) -> Block:
         for name, gram in grams.items():
             found[f"layers.{name}", layer] = np.asarray(jnp.diagonal(gram) / tokens.size, np.float32)
         return block

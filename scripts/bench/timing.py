@@ -9,6 +9,10 @@ from typing import Any
 
 FEWEST_ROUNDS = 3
 
+SETTLE_SECONDS = 0.02
+"""Before each turn. Threads of OpenMP and ONNX Runtime spin for some milliseconds when their work is done, and would
+take the cores from whoever is next."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Runner:
@@ -43,37 +47,50 @@ class Case:
     peers: Sequence[Runner] = ()
     integer: bool = False
     """Whether ours multiplies 8-bit integers."""
+    more: Callable[[], dict[str, Any]] | None = None
+    """What else is known of ours when it has run, for its row."""
     explain: Callable[[Sequence[dict[str, Any]]], str] | None = None
     """From the case's rows, what else is to be said of them."""
 
     def rate(self, seconds: float) -> float:
         """`metric` for a time."""
-        return (self.nbytes if self.metric == "GB/s" else self.flops) / seconds / 1e9
+        return self._work / seconds / 1e9
+
+    def seconds(self, rate: float) -> float:
+        """The time for a rate in `metric`."""
+        return self._work / rate / 1e9
+
+    @property
+    def _work(self) -> int:
+        return self.nbytes if self.metric == "GB/s" else self.flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Work that shows what this machine can do just now: it takes its turn beside what is measured, since a machine
+    that others use gives twice as much in one minute as in the next."""
+
+    amount: float
+    """Bytes, or operations, of a run."""
+    runner: Runner
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What this machine can do, measured in this process."""
+    """Who shows what this machine can do."""
 
-    read: float
+    read: Probe
     """GB/s."""
-    multiply: float
-    """GFLOP/s of float32."""
-    multiply_integers: float | None
+    multiply: Probe
+    """GFLOP/s of the activations' dtype."""
+    multiply_integers: Probe | None
     """GFLOP/s of 8-bit integers; None where nobody else is here to measure it with."""
 
-    def of_products(self, case: Case) -> float | None:
-        """GFLOP/s, in the arithmetic of `case`."""
-        return self.multiply_integers if case.integer else self.multiply
-
-    def of(self, case: Case) -> float | None:
+    def of(self, case: Case) -> Probe | None:
         """The one that bounds the case's metric."""
-        return self.read if case.metric == "GB/s" else self.of_products(case)
-
-    def find_bound(self, case: Case) -> float | None:
-        """Seconds that reading and multiplying take at least; None where either is not known."""
-        products = self.of_products(case)
-        return None if products is None else 1e-9 * max(case.nbytes / self.read, case.flops / products)
+        if case.metric == "GB/s":
+            return self.read
+        return self.multiply_integers if case.integer else self.multiply
 
 
 def time_by_turns(runners: Sequence[Runner], *, rounds: int, seconds: float) -> list[list[float]]:
@@ -98,6 +115,7 @@ def time_by_turns(runners: Sequence[Runner], *, rounds: int, seconds: float) -> 
         if last:
             runners[order[0]].run()
         for i in (*order, *last):
+            time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             runners[i].run()
             taken[i].append((time.perf_counter() - start) / runners[i].times)
@@ -116,55 +134,61 @@ def measure(case: Case, ceilings: Ceilings, *, rounds: int, seconds: float) -> l
 
     A peer's rate is that of the same work in the peer's time, so that `ratio` (above 1: ours is faster), the median
     over pairs of one round, is one of times whatever the peer itself reads. The spread is from ours' slowest to its
-    fastest round. The ceiling of a time is what bandwidth and flops allow; None, and so is the percentage, where it was
-    not measured.
+    fastest round. The ceiling is the probe's median, and the percentage the median over pairs with it; None where there
+    is no probe.
     """
-    ours, *others = time_by_turns([case.ours, *case.peers], rounds=rounds, seconds=seconds)
+    probe = ceilings.of(case)
+    runners = [case.ours, *case.peers]
+    ours, *others = time_by_turns(
+        runners if probe is None else [*runners, probe.runner], rounds=rounds, seconds=seconds
+    )
+    ceiling = percent = None
+    if probe is not None:
+        rates = [probe.amount / time / 1e9 for time in others.pop()]
+        ceiling = statistics.median(rates)
+        percent = 100 * statistics.median(case.rate(own) / rate for own, rate in zip(ours, rates, strict=True))
     median = statistics.median(ours)
-    bound = ceilings.find_bound(case)
-    rows: list[dict[str, Any]] = [
+    first = {
+        "case": case.name,
+        "metric": "us",
+        "ours": 1e6 * median,
+        "peer": None,
+        "peer_name": None,
+        "ratio": None,
+        "ceiling": None if ceiling is None else 1e6 * case.seconds(ceiling),
+        "percent_of_ceiling": percent,
+        "spread": [1e6 * max(ours), 1e6 * min(ours)],
+        "n": len(ours),
+    }
+    if case.more is not None:
+        first |= case.more()
+    return [first] + [
         {
             "case": case.name,
-            "metric": "us",
-            "ours": 1e6 * median,
-            "peer": None,
-            "peer_name": None,
-            "ratio": None,
-            "ceiling": None if bound is None else 1e6 * bound,
-            "percent_of_ceiling": None if bound is None else 100 * bound / median,
-            "spread": [1e6 * max(ours), 1e6 * min(ours)],
+            "metric": case.metric,
+            "ours": case.rate(median),
+            "peer": case.rate(statistics.median(times)),
+            "peer_name": peer.name,
+            "ratio": statistics.median(theirs / own for theirs, own in zip(times, ours, strict=True)),
+            "ceiling": ceiling,
+            "percent_of_ceiling": percent,
+            "spread": [case.rate(max(ours)), case.rate(min(ours))],
             "n": len(ours),
         }
+        for peer, times in zip(case.peers, others, strict=True)
     ]
-    ceiling = ceilings.of(case)
-    for peer, times in zip(case.peers, others, strict=True):
-        rows.append(
-            {
-                "case": case.name,
-                "metric": case.metric,
-                "ours": case.rate(median),
-                "peer": case.rate(statistics.median(times)),
-                "peer_name": peer.name,
-                "ratio": statistics.median(theirs / own for theirs, own in zip(times, ours, strict=True)),
-                "ceiling": ceiling,
-                "percent_of_ceiling": None if ceiling is None else 100 * case.rate(median) / ceiling,
-                "spread": [case.rate(max(ours)), case.rate(min(ours))],
-                "n": len(ours),
-            }
-        )
-    return rows
 
 
-def write_line(case: Case, rows: Sequence[dict[str, Any]], ceilings: Ceilings) -> str:
+def write_line(case: Case, rows: Sequence[dict[str, Any]]) -> str:
     """A case for the terminal: time and its spread, both rates, percent of the ceiling, and the ratio to each peer."""
     time_row, *peers = rows
     seconds = 1e-6 * time_row["ours"]
     slowest, fastest = time_row["spread"]
-    ceiling = ceilings.of(case)
-    percent = "–" if ceiling is None else f"{100 * case.rate(seconds) / ceiling:.1f}%"
+    percent = time_row["percent_of_ceiling"]
+    share = "–" if percent is None else f"{percent:.1f}%"
     ratios = "  ".join(f"{row['peer_name']} {row['ratio']:.2f}x" for row in peers)
     return (
         f"{case.name:<44} {time_row['ours']:>10.0f} us ({fastest:.0f} to {slowest:.0f})  "
         f"{case.nbytes / seconds / 1e9:6.2f} GB/s {case.flops / seconds / 1e9:8.1f} GFLOP/s  "
-        f"{percent:>6} of {case.metric:<8} | {ratios}"
+        f"{share:>6} of {case.metric:<8} | {ratios}"
     )

@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.cli.page import TRACED
+from hsai.compress.resume import Workbench
+from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from tests.cli.conftest import RECIPES, Workshop, recipe
 
@@ -97,6 +101,8 @@ def test_recipes_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     # The first recipe is fine, and still nothing is made: all are checked before any is followed.
     refuse(*words, same, idle, names=("recipe idle", "'layers.atention.*'", "layers.attention."), beside=beside)
     refuse(*words, same, odd, names=("96",), beside=beside)
+    slow = ("recipe sparse50", "no kernel for cpu multiplies by unstructured 32:64 bfloat16", "int8, int4 g64")
+    refuse(*words, same, recipe("sparse50"), "--target", "cpu", names=slow, beside=beside)
 
 
 def test_a_format_that_does_not_divide(workshop: Workshop, place: Path, refuse: Refuse) -> None:
@@ -171,3 +177,93 @@ def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     refuse(*words, "--bits-per-weight", "few", names=("--bits-per-weight", "'few'"))
     refuse(*words, "--budget", "1MB", "--bits-per-weight", "3", names=("--budget", "--bits-per-weight", "one of them"))
     refuse(*words, recipe("int4"), "--budget", "1MB", names=("--budget: recipe int4 leaves no choice of formats",))
+
+
+MESH_RECIPE = """
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.formats import Int4Config
+
+def get_config():
+    return RecipeConfig(
+        rules=(Rule(pattern="layers.mlp.down", format=Int4Config(), solver=FeedbackConfig()),),
+        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
+    )
+"""
+
+
+def test_unfinished_work_of_others_is_refused_or_told(
+    workshop: Workshop, place: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "mine.py").write_text(MESH_RECIPE)
+    words = ("compress", str(workshop.run), "--recipe", "mine.py", "--out", "out")
+    bench = place / ".out.partial"
+    bench.mkdir()
+    (bench / "thesis.txt").write_text("years")
+    refuse(*words, names=(".out.partial", "holds something else (no record.json)"))
+    (bench / "thesis.txt").unlink()
+    with Workbench(bench, {"commit": "of old"}):
+        (bench / "layer_0000.json").write_text("{}")
+        refuse(*words, names=(".out.partial is in use by another run",))
+    assert main(list(words)) == 0
+    told = "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai: "
+    assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
+    assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"
+
+
+def test_a_record_names_the_commit(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another commit's solver left is not mixed into what this one makes."""
+    (place / "mine.py").write_text(MESH_RECIPE)
+    records: list[dict[str, object]] = []
+
+    def keep(*arguments: object, **words: object) -> None:
+        records.append(json.loads((place / ".out.partial" / "record.json").read_text()))
+        raise InputError("enough")
+
+    monkeypatch.setattr("hsai.cli.compress.compress", keep)
+    for commit in ("one", "two"):
+        monkeypatch.setattr("hsai.cli.compress.find_commit", lambda commit=commit: commit)
+        assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 2
+    assert [record["commit"] for record in records] == ["one", "two"]
+    assert {**records[0], "commit": "two"} == records[1]
+
+
+def test_what_failed_is_told_on_the_console(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(gram: object, damping: float) -> None:
+        raise FloatingPointError("no factor")
+
+    (place / "mine.py").write_text(MESH_RECIPE)
+    monkeypatch.setattr("hsai.compress.calibrated.factorize", fail)
+    assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
+    assert "layers.mlp.down, layer 0, 1: rounded plainly: no factor\n" in capsys.readouterr().out
+
+
+def test_the_model_is_not_replaced_by_what_is_made_of_it(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    bundle = Path(shutil.copytree(workshop.compressed / "bf16", place / "sub" / "bf16"))
+    (place / "link").symlink_to(bundle)
+    words = ("compress", "sub/bf16", "--recipe", recipe("int8"), "--overwrite", "--out")
+    refuse(*words, "sub/bf16", names=("--out sub/bf16 is the model itself",))
+    refuse(*words, "sub/../link", names=("--out sub/../link is the model itself",))
+    refuse(*words, bundle / "int8", names=("lies inside the model sub/bf16",))
+    shutil.copytree(bundle, bundle / "inner")
+    refuse("compress", bundle / "inner", *words[2:], bundle, names=(f"--out {bundle} holds the model",))
+
+
+def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "mine.py").write_text(MESH_RECIPE)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py"]
+    assert main([*words, "--out", "one"]) == 0 and main([*words, "--out", "eight", "--mesh", "2x2x2"]) == 0
+    one, eight = (read_bundle(place / name) for name in ("one", "eight"))
+    assert set(TRACED) - {"checkpoint"} <= set(one.manifest.extra)  # what the page looks for is what is written
+    first, second = (bundle.model.layers.mlp.down.get_value().dense() for bundle in (one, eight))
+    assert np.isclose(first, second, rtol=1e-2, atol=1e-4).mean() > 0.99
+    errors = [[row["output_error"] for row in each.manifest.extra["ledger"]["layers"]] for each in (one, eight)]
+    np.testing.assert_allclose(*errors, rtol=1e-2)
+    words[-1:] = ["mine.py", "--out", "out", "--mesh"]
+    refuse(*words, "2x2", names=("--mesh 2x2 is no mesh", "4x1x2"))
+    refuse(*words, "3x1x1", names=("mesh data=3", "8"))
+    refuse(*words, "1x1x8", names=("mesh.model=8", "model."))
+    refuse(*words, "8x1x1", names=("recipe mine: calibration.batch=4 does not divide by the 8 devices", "data=8"))

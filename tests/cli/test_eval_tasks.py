@@ -35,6 +35,12 @@ def test_perplexity(workshop: Workshop, place: Path, capsys: pytest.CaptureFixtu
     for first, second in zip(dense["tasks"], int4["tasks"], strict=True):
         assert "kl" not in first["metrics"] and second["metrics"]["kl"]["n"] == second["metrics"]["perplexity"]["n"]
         assert 0 < second["metrics"]["kl"]["value"] < 1 and 0.3 < second["metrics"]["same_choice"]["value"] < 1
+        before, after = (task["metrics"]["perplexity"] for task in (first, second))
+        assert after["ratio"] == pytest.approx(after["value"] / before["value"], rel=1e-9) and "ratio" not in before
+        assert 0 < after["ratio_standard_error"] < 0.5 * after["standard_error"] / before["value"]
+        change = f"{after['ratio']:.4f}x ± {after['ratio_standard_error']:.4f}"
+        assert change in printed and f"({change})" in (place / "one.html").read_text()
+        assert "difference" not in second["metrics"]["kl"]
     windows, chunks = dense["tasks"]
     assert (windows["window"], windows["stride"]) == (32, 32) and chunks["window"] == 32 and "stride" not in chunks
     size = windows["metrics"]["bits_per_byte"]["n"]
@@ -60,6 +66,19 @@ def test_caches_side_by_side(workshop: Workshop, place: Path, capsys: pytest.Cap
     assert [each["kv_cache"] for each in found["evaluations"]] == ["activations", "int8", "int4"]
     metrics = [each["tasks"][0]["metrics"] for each in found["evaluations"]]
     assert "kl" not in metrics[0] and 0 < metrics[1]["kl"]["value"] < metrics[2]["kl"]["value"] < 0.1
+
+
+def test_rounded_activations_are_told(workshop: Workshop, place: Path) -> None:
+    (place / "code.txt").write_text(TEXT)
+    words = ["eval", str(workshop.bundles / "int4"), "--tasks", "perplexity:code.txt", "--window", "32", "--limit", "4"]
+    found = []
+    for activations in ("float", "int8"):
+        assert main([*words, "--activations", activations, "--json", "a.json"]) == 0
+        found += json.loads((place / "a.json").read_text())["evaluations"]
+    assert [each["model"] for each in found] == ["int4", "int4, int8 activations"]
+    assert [each["activations"] for each in found] == ["float", "int8"]
+    exact, rounded = (each["tasks"][0]["metrics"]["perplexity"]["value"] for each in found)
+    assert exact != rounded == pytest.approx(exact, rel=0.05) and found[0]["weights"] == found[1]["weights"]
 
 
 def test_with_held_out_text(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

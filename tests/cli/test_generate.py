@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from hsai.cli import main
+from hsai.export import write_bundle
 from hsai.export.source import open_model
 from hsai.files import sha256
 from hsai.infer import Engine
 from tests.cli.conftest import RECIPES, Workshop
 from tests.export.manifests import edit
-from tests.export.tiny_models import make_tokenizer
+from tests.export.tiny_models import make_model, make_tokenizer
 
 Refuse = Callable[..., str]
 PROMPT = "def main():"
@@ -47,10 +48,56 @@ def test_a_cache_of_integers_gives_a_text_that_begins_alike(
     refuse("generate", *words, "--cache", "8", names=("--cache", "'8'", "'int8'"), beside=(words[0],))
 
 
+def test_rounded_activations_give_a_text_that_begins_alike(
+    workshop: Workshop, refuse: Refuse, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (workshop.bundles / "int4", PROMPT, "--max-tokens", 12)
+    text = generate(capsys, *words, "--activations", "int8")
+    assert text[: len(PROMPT) + 1] == generate(capsys, *words)[: len(PROMPT) + 1] and len(text) > len(PROMPT) + 1
+    names = ("--activations int8", "--graphs")
+    refuse("generate", *words, "--activations", "int8", "--graphs", names=names, beside=(words[0],))
+    refuse("generate", *words, "--activations", "int4", names=("--activations", "'int4'"), beside=(words[0],))
+    dense = (workshop.bundles / "bf16", PROMPT)
+    refuse("generate", *dense, "--activations", "int8", names=("activations=int8", "none"), beside=(dense[0],))
+    # An exported bundle has them without being asked, in its graphs, too.
+    assert main(["export", str(words[0]), "--out", "rounded", "--activations", "int8"]) == 0
+    assert generate(capsys, "rounded", *words[1:]) == generate(capsys, "rounded", *words[1:], "--graphs") == text
+
+
 def test_draws_follow_the_seed(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     words = (workshop.bundles / RECIPES[0], PROMPT, "--max-tokens", 16, "--temperature", 2, "--top-p", 0.99)
     texts = [generate(capsys, *words, "--seed", seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("who", ["lookup", "nm24_int4"])
+def test_drafts_change_no_text(who: str, workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither by lookup nor by the same model, sparser; and how many were accepted is told."""
+    words = (workshop.bundles / "int4", "x = 1\nx = 1\nx =", "--max-tokens", 24, "--temperature", 0.7)
+    wanted = generate(capsys, *words)
+    drafting = who if who == "lookup" else workshop.bundles / who
+    assert main(["generate", *map(str, words), "--speculate", str(drafting), "--draft-tokens", "3"]) == 0
+    output, error = capsys.readouterr()
+    assert output == wanted
+    found = re.search(r", (\d+) of (\d+) drafts accepted, stopped by", error)
+    assert found is not None and 0 <= int(found[1]) <= int(found[2]) > 0
+
+
+def test_who_cannot_draft(workshop: Workshop, tmp_path: Path, refuse: Refuse) -> None:
+    """What asks for drafts in vain is refused as well."""
+    bundle = workshop.bundles / "int4"
+    stranger = tmp_path / "stranger"
+    write_bundle(stranger, make_model("int8"), make_tokenizer())
+    for words, names in (
+        (["--draft-tokens", 3], ("--draft-tokens 3 needs --speculate",)),
+        (["--speculate", "lookup", "--draft-tokens", 0], ("--draft-tokens 0", "between 1 and 16")),
+        (["--speculate", "nowhere"], ("nowhere does not exist",)),
+        (["--speculate", stranger], (str(stranger), "another tokenizer", str(bundle))),
+        (["--speculate", "lookup", "--graphs"], ("speculate=lookup", "graphs")),
+        (["--speculate", "lookup", "--regex", "a"], ("--speculate has no effect", "--regex")),
+        (["--speculate", "lookup", "--repetition-penalty", 1.5], ("repetition_penalty=1.5", "--repetition-penalty 1")),
+    ):
+        refuse("generate", bundle, "x", *map(str, words), names=names, beside=(bundle,))
 
 
 @pytest.mark.parametrize(

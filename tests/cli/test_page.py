@@ -1,10 +1,22 @@
 """The page of `hsai eval --html`: well-formed, whole, and with nothing on it that was not measured."""
 
 import copy
+import json
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
+from flax import nnx
+
+from hsai.cli.figures import draw_layers
 from hsai.cli.page import make_page
+from hsai.compress import RecipeConfig, Rule, compress
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
+from hsai.compress.scaling import ScalingConfig
+from hsai.configuration import to_dict
+from hsai.formats import Int4Config
+from hsai.models import Transformer, TransformerConfig
 
 MACHINE = {"processor": "A <fast> one", "cores": 2, "command": "hsai eval a b --html 'x&y.html'"}
 LEDGER = {
@@ -51,10 +63,11 @@ LEDGER = {
 
 def make_results() -> dict[str, Any]:
     def task(value: float) -> dict[str, Any]:
-        found = {"perplexity": {"value": value, "standard_error": 0.5, "n": 100}}
+        found: dict[str, Any] = {"perplexity": {"value": value, "standard_error": 0.5, "n": 100}}
         return {"task": "perplexity:book.txt", "part_of": None, "metrics": found}
 
     second = task(22.0)
+    second["metrics"]["perplexity"] |= {"ratio": 1.1, "ratio_standard_error": 0.004}
     second["metrics"]["kl"] = {"value": 0.1, "standard_error": 0.01, "n": 100}
     return {
         "machine": MACHINE,
@@ -96,23 +109,69 @@ def test_numbers_ledgers_and_plots() -> None:
     page = make_page(make_results(), origins)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen
-    assert (read.seen["table"], read.seen["svg"]) == (2, 4)
+    assert (read.seen["table"], read.seen["svg"]) == (3, 4)
     text = " ".join(read.words)
     for part in (
         "A <fast> one",
         "x&y.html",
         "<int4>",
         "20.0000 ± 0.5000",
-        "(1.100x)",
+        "22.0000 ± 0.5000 (1.1000x ± 0.0040)",
         "0.1000",
         "int4 g64",
         "ff00",
         "8.00%",
         "Reconstruction of each layer",
         "Sensitivity of each layer",
+        "damping of each product",
+        "layers.mlp.up 1 6.00% -",
     ):
         assert part in text, part
     assert make_page(make_results(), origins) == page
+
+
+def test_what_a_calibrated_recipe_leaves() -> None:
+    """The ledger of a model that was scaled and solved, as it stands in a manifest."""
+    config = TransformerConfig(vocab=96, embed=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128, max_length=32)
+    calibration = CalibrationConfig(tokens=256, sequence_length=32, batch=4, seed=77)
+    windows = draw_windows(np.random.default_rng(0).integers(0, config.vocab, 600), calibration)
+    recipe = RecipeConfig(
+        rules=(Rule(pattern="layers.mlp.down", format=Int4Config(group=32), solver=FeedbackConfig()),),
+        transforms=(ScalingConfig(steps=1),),
+        calibration=calibration,
+    )
+    _, ledger = compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, calibration=windows)
+    extra = {"ledger": ledger.to_dict(), "recipe": to_dict(recipe), "recipe_name": "mine"}
+    origin = json.loads(json.dumps(extra | {"calibration_sha256": digest_windows(windows)}))
+    read = Reader(make_page(make_results(), [{}, origin]))
+    assert read.open == [] and (read.seen["table"], read.seen["svg"]) == (4, 2)  # a frontier, and errors of products
+    text = " ".join(read.words)
+    for part in ("calibration seed 77", "calibration tokens 256", digest_windows(windows), "recipe name mine"):
+        assert part in text, part
+    assert to_dict(recipe) in [json.loads(words) for words in read.words if words.startswith("{")]
+    for solved in ledger.layers:
+        assert solved.damping is not None
+        cells = ("layers.mlp.down", solved.layer, f"{solved.output_error:.2%}", f"{solved.damping:.3g}")
+        assert " ".join(map(str, cells)) in text
+    assert len(ledger.layers) == 2 and len(ledger.scales) > 0
+    for scaled in ledger.scales:
+        errors = f"{scaled.error_before:.2%} {scaled.error_after:.2%}"
+        assert f"{scaled.source} {scaled.layer} {scaled.exponent:.3g} {errors}" in text
+
+
+def test_what_failed_is_marked_and_says_why() -> None:
+    """What stays dense on purpose takes no damping either, and is no failure; an error that is no number is null."""
+    ledger = copy.deepcopy(LEDGER)
+    ledger["layers"][1] |= {"output_error": None, "note": "rounded plainly: <no> factor"}
+    ledger["scales"] = [{"source": "norm", "layer": 0, "exponent": 0.0, "error_before": None, "error_after": 0.25}]
+    ledger["blocks"][1] |= {"error_tuned": None, "note": "tuning diverged to nan"}
+    read = Reader(make_page(make_results(), [{}, {"ledger": ledger}]))
+    text = " ".join(read.words)
+    assert read.open == [] and read.seen["table"] == 6 and "norm 0 0 - 25.00%" in text
+    assert "rounded plainly: <no> factor" in text and "tuning diverged to nan" in text
+    layers = LEDGER["layers"]
+    assert draw_layers([layers[0], layers[1] | {"note": "why"}]) != draw_layers(layers)
+    assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"damping": 0.01}])
 
 
 def test_nothing_that_was_not_measured() -> None:

@@ -1,7 +1,6 @@
 """`hsai serve`: what it refuses, and a process that is asked, stopped, and lets its answers end."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from hsai.export import write_bundle
+from tests.environments import as_a_user
 from tests.export.tiny_models import CHATTY_ASSETS, make_chatty_tokenizer, make_model
 
 Refuse = Callable[..., str]
@@ -48,6 +48,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--queue", "0", "--port", "0"], ("queue=0", "at least 1")),
         (["--context", "49", "--port", "0"], ("49", "48")),
         (["--cache", "8"], ("--cache", "'8'")),
+        (["--draft-tokens", "3"], ("--draft-tokens 3 needs --speculate",)),
+        (["--speculate", "nowhere", "--port", "0"], ("nowhere does not exist",)),
         (["--quue", "3"], ("did you mean --queue?",)),
     ],
 )
@@ -85,9 +87,8 @@ class Absent:
 def serving(bundle: Path, *words: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its URL."""
     command = [*HSAI, "serve", str(bundle), "--port", "0", *words]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", **variables}
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=as_a_user(**variables)
     ) as process:
         try:
             assert process.stdout is not None and process.stderr is not None
@@ -102,7 +103,8 @@ def serving(bundle: Path, *words: str, **variables: str) -> Iterator[tuple[subpr
 def test_it_answers_and_drains(bundle: Path) -> None:
     """What runs when SIGTERM comes is answered in full; nothing new is taken; the end is a good one."""
     body = {"model": "served", "prompt": "def", "max_tokens": 20, "temperature": 0, "stream": True}
-    with serving(bundle, "--name", "served", "--drain-seconds", "600", HSAI_API_KEY=KEY) as (process, url):
+    words = ("--name", "served", "--drain-seconds", "600", "--speculate", "lookup")
+    with serving(bundle, *words, HSAI_API_KEY=KEY) as (process, url):
         with httpx.Client(base_url=url, timeout=120, headers={"authorization": f"Bearer {KEY}"}) as client:
             assert httpx.get(f"{url}/v1/models").status_code == 401
             assert client.get("/v1/models").json()["data"][0]["id"] == "served"

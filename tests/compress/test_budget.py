@@ -130,8 +130,12 @@ UNIFORM = [
 @pytest.mark.parametrize("solver", [NearestConfig(), FeedbackConfig()], ids=lambda solver: solver.kind)
 @pytest.mark.parametrize(("blocks", "table"), UNIFORM, ids=["int4", "nm_int4", "ternary"])
 def test_at_equal_bytes_the_loss_is_no_worse_than_that_of_one_format(blocks, table, solver) -> None:
-    """On text that neither training nor calibration saw; `-s` prints the numbers. int4 everywhere is near to the best
-    that these candidates give for its bytes: there the difference may be what this much text cannot tell."""
+    """On text that neither training nor calibration saw; `-s` prints the numbers.
+
+    int4 everywhere is near to the best that these candidates give for its bytes: there the divergence from the dense
+    model, which is what a budget is spent on, has to be less. Losses differ by less than that divergence, and either
+    way: what of it makes a model surer or less sure than it should be, which another training turns around.
+    """
     uniform, wanted = run(make_uniform(blocks, table, solver))
     model, ledger = run(make_recipe(solver, bytes=wanted.bytes))
     assert ledger.bytes <= wanted.bytes
@@ -147,7 +151,7 @@ def test_at_equal_bytes_the_loss_is_no_worse_than_that_of_one_format(blocks, tab
         f"divergence {gaps[0]:.4f} uniform, {gaps[1]:.4f} here"
     )
     if isinstance(blocks, Int4Config):
-        assert better.mean() > -2 * spread
+        assert gaps[1] <= gaps[0] and better.mean() > -gaps[0]
     else:
         assert better.mean() > 10 * spread and gaps[1] < 0.8 * gaps[0]
 

@@ -23,6 +23,7 @@ from hsai.formats import (
     NMConfig,
     NMInt4Config,
     NMInt8Config,
+    OutliersConfig,
     VNMInt4Config,
 )
 from hsai.formats.storage import named_weights, replace_weights
@@ -88,6 +89,7 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
         NMInt4Config(n=2, m=4, group=32),
         VNMInt4Config(v=16, n=2, m=8, group=32),
         NMConfig(n=1),
+        OutliersConfig(base=Int3Config(group=32), share=0.02),
     ],
     ids=lambda format: format.format,
 )
@@ -158,7 +160,7 @@ def test_a_layer_that_fails_is_rounded_and_reported(model: Transformer, monkeypa
     )
     found, ledger = compress(model, recipe, calibration=TOKENS)
     failed = [row for row in ledger.layers if row.note]
-    assert failed and all(row.note == "no factor" and row.damping is None for row in failed)
+    assert failed and all(row.note == "rounded plainly: no factor" and row.damping is None for row in failed)
     assert len(ledger.layers) == 9 and isinstance(found.layers.mlp.up.get_value(), Int4)
 
 

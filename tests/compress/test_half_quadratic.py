@@ -15,10 +15,12 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
     NMInt8Config,
+    OutliersConfig,
     TernaryConfig,
     is_packed_as,
     to_dense,
@@ -84,6 +86,7 @@ def test_it_does_what_the_plain_loop_does(format, tails: str) -> None:
         TernaryConfig(group=None),
         NMInt8Config(n=2, m=4),
         NMInt4Config(n=2, m=4, group=32),
+        OutliersConfig(base=Int4Config(group=32), share=0.05),
     ],
     ids=lambda format: format.format,
 )
@@ -119,3 +122,7 @@ def test_a_recipe_asks_for_it() -> None:
     for format in (DenseConfig(), (DenseConfig(), NMConfig())):
         with pytest.raises(InputError, match="has no scales, and the half-quadratic solver finds nothing else"):
             Rule(pattern="*", format=format, solver=CONFIG)
+    with pytest.raises(
+        InputError, match="'\\*': the half-quadratic solver moves scales, and int4_offset g32 has minima"
+    ):
+        Rule(pattern="*", format=(Int4Config(), Int4OffsetConfig()), solver=CONFIG)

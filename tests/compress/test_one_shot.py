@@ -88,8 +88,12 @@ def test_each_weight_has_the_format_of_its_rule(model: Transformer, mixed) -> No
 
 
 def test_the_model_that_went_in_is_not_changed(model: Transformer, mixed) -> None:
+    """Not a number of it; the model of the same seed is what it was."""
     assert all(record == {"format": "dense"} for record in describe(model).values())
     assert mixed[0].config == model.config
+    before = named_weights(Transformer(CONFIG, rngs=nnx.Rngs(0)))
+    for name, param in named_weights(model).items():
+        np.testing.assert_array_equal(param.get_value(), before[name].get_value(), err_msg=name)
 
 
 def test_the_compressed_model_runs_and_is_near(model: Transformer) -> None:

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from hsai.compress.grid import Grid, grid_of
 from hsai.compress.grid import search_scale as search_grid
-from hsai.compress.prune import prune, prune_int4
+from hsai.compress.prune import prune
 from hsai.compress.quantize import round_codes, round_int8, search_scale
 from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
@@ -51,9 +52,18 @@ def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, k
         assert (found <= tried * (1 + 1e-5)).all()
 
 
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]))
+def test_no_group_is_rounded_worse_than_by_its_span(seed: int, kind: str) -> None:
+    w, config = jnp.asarray(draw(seed, kind)), Int4OffsetConfig(group=GROUP)
+    found, plain = (group_errors(np.asarray(w), value.dense()) for value in (round_codes(w, config), config.pack(w)))
+    assert (found <= plain * (1 + 1e-5)).all() and found.sum() < 0.97 * plain.sum()
+
+
+@pytest.mark.parametrize("make", [Int4Config, Int4OffsetConfig])
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
-def test_the_search_is_worth_its_while(kind: str) -> None:
-    w, config = draw(0, kind), Int4Config(group=GROUP)
+def test_the_search_is_worth_its_while(kind: str, make) -> None:
+    w, config = draw(0, kind), make(group=GROUP)
     plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), round_codes(w, config)))
     assert 0.05 < 1 - found / plain < 0.35
 
@@ -94,11 +104,12 @@ def test_groups_of_zeros_have_scale_zero(config) -> None:
     [
         (round_int8, Int8Config()),
         (round_codes, Int4Config(group=GROUP)),
+        (round_codes, Int4OffsetConfig(group=GROUP)),
         (round_codes, Int3Config(group=GROUP)),
         (round_codes, Int2Config(group=GROUP)),
         (prune, NMConfig(n=2)),
         (prune, NMInt8Config(n=2)),
-        (prune_int4, NMInt4Config(n=2, group=GROUP)),
+        (prune, NMInt4Config(n=2, group=GROUP)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -116,7 +127,7 @@ def test_pruning_keeps_the_largest_and_scales_for_them_alone() -> None:
     w = w[:64]
     mask = nm_mask(w, 2, 4)
     np.testing.assert_array_equal(prune(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
-    packed = prune_int4(w, NMInt4Config(group=GROUP))
+    packed = prune(w, NMInt4Config(group=GROUP))
     np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), NMInt4Config(group=GROUP)))
     kept = np.asarray(jnp.where(mask, w, 0))
     plain = NMInt4Config(group=GROUP).pack(w).dense()

@@ -6,7 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from hsai.compress.allocate import AllocationConfig
+from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+from hsai.config import RunConfig
 from hsai.config_file import load_config
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
@@ -15,12 +18,17 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
     NMInt8Config,
+    OutliersConfig,
     TernaryConfig,
+    UnstructuredConfig,
+    UnstructuredInt4Config,
     VNMInt4Config,
+    VNMInt8Config,
 )
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import TransformerConfig
@@ -135,19 +143,43 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "nm24"),
         ("int3", Int4Config(group=64), Int3Config(group=64), "int4"),
         ("int2", Int4Config(group=64), Int2Config(group=64), "int4"),
+        ("int4_offset", Int4OffsetConfig(group=32), Int4OffsetConfig(group=32), "int4"),
         ("gptq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
+        ("gptq_int4_offset", Int4OffsetConfig(group=32), Int4OffsetConfig(group=32), "int4_offset"),
         ("gptq_int3", Int4Config(group=64), Int3Config(group=64), "int3"),
         ("gptq_int2", Int4Config(group=64), Int2Config(group=64), "int2"),
         ("gptq_order_int4", Int4Config(group=64), Int4Config(group=64), "gptq_int4"),
         ("hqq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
         ("awq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
         ("quarot_int4", Int4Config(group=64), Int4Config(group=64), "gptq_int4"),
+        ("joint_nm24", Int8Config(), NMConfig(n=2, m=4), "nm24"),
+        ("wanda_nm24", Int8Config(), NMConfig(n=2, m=4), "joint_nm24"),
+        ("joint_nm28_int4", Int8Config(), NMInt4Config(n=2, m=8, group=64), "nm28_int4"),
         ("joint_nm24_int8", Int8Config(), NMInt8Config(n=2, m=4), "nm24_int8"),
         ("joint_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "nm24_int4"),
         ("joint_nm48_int4", Int8Config(), NMInt4Config(n=4, m=8, group=64), "nm48_int4"),
         ("joint_vnm28_int4", Int8Config(), VNMInt4Config(v=64, n=2, m=8, group=64), "vnm28_int4"),
+        ("vnm28_int8", Int8Config(), VNMInt8Config(v=64, n=2, m=8), "nm24"),
+        ("sparse50", Int8Config(), UnstructuredConfig(density=0.5, block=64), "nm24"),
+        ("sparse50_int4", Int8Config(), UnstructuredInt4Config(density=0.5, block=64, group=64), "nm24"),
+        ("joint_sparse50", Int8Config(), UnstructuredConfig(density=0.5, block=64), "sparse50"),
+        (
+            "joint_sparse50_int4",
+            Int8Config(),
+            UnstructuredInt4Config(density=0.5, block=64, group=64),
+            "sparse50_int4",
+        ),
+        ("outliers_int3", Int4Config(group=64), OutliersConfig(base=Int3Config(group=64), share=0.01), "int3"),
+        (
+            "gptq_outliers_int3",
+            Int4Config(group=64),
+            OutliersConfig(base=Int3Config(group=64), share=0.01),
+            "outliers_int3",
+        ),
         ("budget", BUDGET_TABLES, BUDGET_BLOCKS, None),
         ("tuned_int4", Int4Config(group=64), Int4Config(group=64), "gptq_int4"),
+        ("tuned_int4_offset", Int4OffsetConfig(group=32), Int4Config(group=64), "tuned_int4"),
+        ("q4_1", Int8Config(), Int4OffsetConfig(group=32), "int4_offset"),
         ("tuned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "joint_nm24_int4"),
         ("tuned_budget", BUDGET_TABLES, BUDGET_BLOCKS, "budget"),
     ],
@@ -166,6 +198,16 @@ def test_recipes_fit_models_and_survive_json(name: str, embedding, blocks, paren
     assert set(formats.values()) == {blocks}
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda path: path.stem)
+def test_windows_fit_the_models_that_docstrings_name(path: Path) -> None:
+    """Each says `hsai compress runs/quickstart --recipe` itself."""
+    assert f"hsai compress runs/quickstart --recipe configs/compress/{path.name}" in path.read_text()
+    recipe = load_config(path, RecipeConfig).config
+    model = load_config(RECIPES.parent / "quickstart.py", RunConfig).config.model
+    assert recipe.calibration is None or recipe.calibration.sequence_length <= model.max_length
+    match_weights(recipe, abstract_transformer(model))
+
+
 @pytest.mark.parametrize("make", [Int4Config, Int3Config, Int2Config])
 def test_groups_and_the_contractions_of_smollm2(make: type) -> None:
     """576 is nine groups of 64, and four and a half of 128."""
@@ -178,12 +220,33 @@ def test_groups_and_the_contractions_of_smollm2(make: type) -> None:
         match_weights(make_recipe(**{"*": make(group=128)}), model)
 
 
+def test_a_target_must_have_a_kernel_for_every_format() -> None:
+    """Refused before any work, with what that platform has for such a weight."""
+    with pytest.raises(InputError) as error:
+        match_weights(make_recipe(**{"layers.mlp.*": NMInt8Config(n=2)}), MODEL, "gpu")
+    assert str(error.value) == (
+        "layers.mlp.down: no kernel for gpu multiplies by 2:4 int8: has floating values and int4 words, not int8 "
+        "values; there are such for int8, int4 g64, int4_offset g32, 2:4 bfloat16, 2:4 int4 g64, 64:2:8 bfloat16, "
+        "64:2:8 int4 g128"
+    )
+    recipe = RecipeConfig(
+        rules=(Rule(pattern="layers.mlp.up", format=(Int4Config(), UnstructuredInt4Config())),),
+        calibration=CalibrationConfig(),
+        allocation=AllocationConfig(bits_per_weight=31),
+    )
+    with pytest.raises(InputError, match="layers.mlp.up: no kernel for cpu .* unstructured 32:64 int4 g64: .*rebuild"):
+        match_weights(recipe, MODEL, "cpu")
+    fine = make_recipe(**{"embed": OutliersConfig(base=Int8Config()), "layers.*": NMInt8Config(n=2)})
+    assert list(match_weights(fine, MODEL, "cpu")) == MATRICES
+
+
 def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
     names = {path.stem for path in RECIPES.glob("*.py")}
     plain = {
         "bf16",
         "int8",
         "int4",
+        "int4_offset",
         "int3",
         "int2",
         "nm24",
@@ -191,14 +254,26 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
         "nm24_int4",
         "nm28_int4",
         "nm48_int4",
+        "outliers_int3",
+        "q4_1",
+        "sparse50",
+        "sparse50_int4",
         "ternary",
         "vnm28_int4",
+        "vnm28_int8",
     }
     assert names == plain | {
         "budget",
         "gptq_int4",
+        "gptq_int4_offset",
         "gptq_int3",
         "gptq_int2",
+        "gptq_outliers_int3",
+        "joint_nm24",
+        "joint_nm28_int4",
+        "wanda_nm24",
+        "joint_sparse50",
+        "joint_sparse50_int4",
         "gptq_order_int4",
         "hqq_int4",
         "awq_int4",
@@ -208,6 +283,7 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
         "joint_nm48_int4",
         "joint_vnm28_int4",
         "tuned_int4",
+        "tuned_int4_offset",
         "tuned_nm24_int4",
         "tuned_budget",
     }

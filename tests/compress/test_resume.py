@@ -1,5 +1,6 @@
 """A run that is killed goes on where it was, and ends in the same bits; what does not belong to it is not used."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -49,10 +50,10 @@ def model() -> Transformer:
 def run(model: Transformer, directory: Path | None) -> tuple[Transformer, dict, list[str]]:
     """The model, its ledger, and what progress was told, each step once."""
     told: list[str] = []
-    workbench = None if directory is None else Workbench(directory, {"recipe": "a"})
-    found, ledger = compress(
-        model, RECIPE, calibration=TOKENS, workbench=workbench, progress=lambda step, done, total: told.append(step)
-    )
+    with contextlib.nullcontext() if directory is None else Workbench(directory, {"recipe": "a"}) as workbench:
+        found, ledger = compress(
+            model, RECIPE, calibration=TOKENS, workbench=workbench, progress=lambda step, done, total: told.append(step)
+        )
     return found, ledger.to_dict(), list(dict.fromkeys(told))
 
 
@@ -84,27 +85,68 @@ def test_a_killed_run_ends_in_the_same_bits(
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_directory_of_another_run_is_thrown_away(model: Transformer, tmp_path: Path) -> None:
-    first = Workbench(tmp_path / "bench", {"recipe": "a"})
-    (tmp_path / "bench" / "layer_0000.json").write_text("{}")
-    assert first.layers == 0 and Workbench(tmp_path / "bench", {"recipe": "a"}).layers == 1
-    assert Workbench(tmp_path / "bench", {"recipe": "b"}).layers == 0
-    assert [path.name for path in (tmp_path / "bench").iterdir()] == ["record.json"]
+def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> None:
+    bench = tmp_path / "bench"
+    with Workbench(bench, {"recipe": "a", "commit": "1"}) as first:
+        assert (first.layers, first.changed, first.discarded) == (0, (), "")
+    for name in ("layer_0000.json", "layer_0001.json", "layer_0001.safetensors", ".layer_0002.ab.safetensors"):
+        (bench / name).write_text("{}")
+    (bench / "notes.txt").write_text("mine")
+    with Workbench(bench, {"recipe": "a", "commit": "1"}) as same:
+        assert (same.layers, same.changed, same.discarded) == (2, (), "")
+    with Workbench(bench, {"recipe": "a", "commit": "2"}) as other:
+        assert (other.layers, other.changed, other.discarded) == (0, ("commit",), "2 solved layers")
+        assert {path.name for path in bench.iterdir()} == {"record.json", "notes.txt", ".lock"}
+        other.remove()
+    assert [path.name for path in bench.iterdir()] == ["notes.txt"]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
         Workbench(tmp_path / "file" / "bench", {})
 
 
+def test_a_directory_that_no_run_left_is_not_touched(tmp_path: Path) -> None:
+    bench = tmp_path / ".out.partial"
+    (bench / "inner").mkdir(parents=True)
+    (bench / "inner" / "thesis.txt").write_text("years")
+    with pytest.raises(InputError, match="[.]out[.]partial, where unfinished work is kept, holds something else"):
+        Workbench(bench, {})
+    assert (bench / "inner" / "thesis.txt").read_text() == "years" and len(list(bench.iterdir())) == 1
+    for content in ("[]", "{"):
+        (bench / "record.json").write_text(content)
+        with pytest.raises(InputError, match="record.json is no"):
+            Workbench(bench, {})
+        assert (bench / "record.json").read_text() == content
+
+
+def test_a_run_that_was_cut_off_before_its_record_is_begun_anew(tmp_path: Path) -> None:
+    for name in (".lock", ".record.0011aa.json"):
+        (tmp_path / name).write_text("")
+    with Workbench(tmp_path, {"recipe": "a"}) as workbench:
+        assert workbench.layers == 0
+        assert {path.name for path in tmp_path.iterdir()} == {"record.json", ".lock"}
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    with Workbench(tmp_path, {"recipe": "a"}):
+        (tmp_path / "layer_0000.json").write_text("{}")
+        for record in ({"recipe": "a"}, {"recipe": "b"}):
+            with pytest.raises(InputError, match=f"{tmp_path} is in use by another run"):
+                Workbench(tmp_path, record)
+        assert (tmp_path / "layer_0000.json").exists()
+    with Workbench(tmp_path, {"recipe": "a"}) as workbench:
+        assert workbench.layers == 1
+
+
 def test_a_layer_without_its_json_is_not_there(model: Transformer, tmp_path: Path) -> None:
     run(model, tmp_path / "bench")
-    workbench = Workbench(tmp_path / "bench", {"recipe": "a"})
-    assert workbench.layers == 3
-    block = take_block(model, 1)
-    assert workbench.load_layer(1, block) is not None
-    (tmp_path / "bench" / "layer_0001.json").unlink()
-    assert workbench.load_layer(1, block) is None
-    other = Transformer(dataclasses.replace(CONFIG, mlp=64), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="do not fit"):
-        workbench.load_layer(0, take_block(other, 0))
-    workbench.remove()
+    with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
+        assert workbench.layers == 3
+        block = take_block(model, 1)
+        assert workbench.load_layer(1, block) is not None
+        (tmp_path / "bench" / "layer_0001.json").unlink()
+        assert workbench.load_layer(1, block) is None
+        other = Transformer(dataclasses.replace(CONFIG, mlp=64), rngs=nnx.Rngs(0))
+        with pytest.raises(InputError, match="do not fit"):
+            workbench.load_layer(0, take_block(other, 0))
+        workbench.remove()
     assert not (tmp_path / "bench").exists()

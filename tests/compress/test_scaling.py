@@ -21,9 +21,8 @@ from hsai.errors import InputError
 from hsai.formats import DenseConfig, Int4, Int4Config, Int8Config
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
-from tests.compress.test_rotation import naive_logits
+from tests.compress.test_rotation import STRUCTURES, naive_logits
 from tests.models.conftest import fill_model
-from tests.models.test_transformer_values import FAMILIES
 
 CONFIG = TransformerConfig(
     vocab=96, embed=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128, max_length=64, dtype="float32"
@@ -51,7 +50,7 @@ def uneven() -> Transformer:
     return replace_weights(model, values)
 
 
-@pytest.mark.parametrize("changes", FAMILIES.values(), ids=list(FAMILIES))
+@pytest.mark.parametrize("changes", STRUCTURES.values(), ids=list(STRUCTURES))
 def test_the_function_stays(changes: dict[str, Any]) -> None:
     model = fill_model(**changes)
     c, draw = model.config, np.random.default_rng(1)
@@ -145,10 +144,10 @@ def test_a_resumed_run_keeps_the_scales(uneven: Transformer, tmp_path: Path, mon
     told: list[str] = []
 
     def run() -> tuple[Transformer, dict[str, Any]]:
-        workbench = Workbench(tmp_path / "bench", {"recipe": "a"})
-        found, ledger = compress(
-            uneven, recipe, calibration=TOKENS, workbench=workbench, progress=lambda step, *_: told.append(step)
-        )
+        with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
+            found, ledger = compress(
+                uneven, recipe, calibration=TOKENS, workbench=workbench, progress=lambda step, *_: told.append(step)
+            )
         return found, ledger.to_dict()
 
     whole, ledger = run()

@@ -1,6 +1,7 @@
 """A model of 0.2M parameters that has learned a little Python, byte by byte: formats cost it something, not alike."""
 
 import functools
+import os
 import typing
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from filelock import FileLock
 from flax import nnx
 
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.models import Transformer, TransformerConfig
 from hsai.train.loss import cross_entropy_sum
+from tests.environments import OPTIMIZING
 
 CONFIG = TransformerConfig(
     vocab=128, embed=64, layers=4, heads=2, kv_heads=1, head_dim=32, mlp=192, max_length=64, dtype="float32"
@@ -51,11 +54,24 @@ def unseen_windows() -> np.ndarray:
 
 @functools.cache
 def trained_model(steps: int = STEPS) -> Transformer:
-    """Trained anew in each process that asks for it: some seconds."""
+    """Trained once a session, half a minute: of several processes the first that asks for it does, and the others
+    wait for its file."""
+    path = Path(os.environ["HSAI_TEST_FOLDER"]) / f"trained-{steps}.npz"
+    structure = jax.tree.structure(jax.eval_shape(lambda: Transformer(CONFIG, rngs=nnx.Rngs(0))))
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            leaves = jax.tree.leaves(_train(steps))
+            np.savez(path, **{str(i): leaf for i, leaf in enumerate(leaves)})
+        with np.load(path) as file:
+            model: Transformer = jax.tree.unflatten(structure, [jnp.asarray(leaf) for leaf in file.values()])
+    return model
+
+
+def _train(steps: int) -> Transformer:
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=OPTIMIZING)
     def step(model: Transformer, state: optax.OptState, tokens: jax.Array) -> tuple[Transformer, optax.OptState]:
         updates, state = optimizer.update(jax.grad(lambda m: measure(m, tokens))(model), state)
         return optax.apply_updates(model, updates), state

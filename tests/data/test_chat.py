@@ -16,6 +16,7 @@ from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from tests.data.templates import SMOLLM2, TEMPLATES
 from tests.data.vocabularies import CONFIGS, KINDS, QWEN, byte_level
+from tests.needs import bring
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 USER = {"role": "user", "content": "  What is <b>2 & 2</b>? é 数\n"}
@@ -31,7 +32,7 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_is_that_of_transformers(name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = bring("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(["<s>", "</s>"]), **SPECIAL)
     theirs.chat_template = TEMPLATES[name]
     ours = ChatTemplate(TEMPLATES[name], SPECIAL)
@@ -189,6 +190,13 @@ def test_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ChatTemplate(source).render([], n=1000)) == 1000
     with pytest.raises(InputError, match="makes more than 1000 characters"):
         ChatTemplate(source).render([], n=1001)
+
+
+def test_the_terminals_signals_are_not_for_the_process() -> None:
+    """Ctrl-C goes to all processes of a session's foreground: it ends an answer, and not the template of the next."""
+    ChatTemplate("{{ messages[0].content }}").render([USER])
+    process = chat._WORKER._process
+    assert process is not None and os.getsid(process.pid) != os.getsid(0)
 
 
 def test_a_process_that_was_killed_is_replaced() -> None:

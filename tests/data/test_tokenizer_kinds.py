@@ -25,6 +25,7 @@ from tests.data.vocabularies import (
     sentencepiece,
     write_repository,
 )
+from tests.needs import bring
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 BACKENDS = {kind: make() for kind, make in KINDS.items()}
@@ -132,7 +133,7 @@ def test_byte_tokens_and_special_tokens() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefix_and_ids_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = bring("transformers")
     write_repository(kind, tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = Tokenizer.from_huggingface(tmp_path)

@@ -1,4 +1,4 @@
-"""lm_eval drives our model, over its own tasks, and gets what `hsai eval --tasks` gets."""
+"""lm_eval drives our model over its own tasks, and gets what `hsai eval --tasks` gets, and its own backend."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import lm_eval
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from hsai.data.tokenizer import Tokenizer
@@ -15,6 +16,8 @@ from hsai.evaluate.harness import HarnessModel
 from hsai.evaluate.pairs import encode_pairs
 from hsai.evaluate.tasks import TASKS
 from hsai.infer import Engine
+from hsai.interop.assets import describe_tokenizer, name_tokens, serialize_tokenizer
+from hsai.interop.huggingface import write_huggingface
 from hsai.models import Transformer
 from tests.evaluate.harness_tasks import make_task
 from tests.export.tiny_models import make_model
@@ -59,6 +62,31 @@ def test_both_agree(
             assert metric.n == LIMIT
             if metric.name != "perplexity":  # whose error the harness draws by lot
                 assert metric.standard_error == pytest.approx(found[f"{metric.name}_stderr,none"], rel=1e-9)
+
+
+def test_the_harness_own_backend_agrees(
+    adapter: HarnessModel, wide: Transformer, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same model as a checkpoint, tokenized and computed by transformers and scored by lm_eval."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    assets = {
+        "tokenizer.json": serialize_tokenizer(tokenizer),
+        "tokenizer_config.json": describe_tokenizer(tokenizer, 512),
+    }
+    write_huggingface(tmp_path / "model", wide, tokens=name_tokens(tokenizer), assets=assets)
+    theirs = HFLM(pretrained=str(tmp_path / "model"), device="cpu", dtype="float32", batch_size=1)
+    answers = []
+    for model in (theirs, adapter):
+        task = {"arc_easy": make_task("arc_easy", TASKS["arc_easy"].documents, TASKS["arc_easy"].examples, 1)}
+        found = lm_eval.evaluate(model, task, limit=LIMIT, bootstrap_iters=2, log_samples=True)
+        metrics = {name: found["results"]["arc_easy"][f"{name},none"] for name in ("acc", "acc_norm")}
+        scored = [answer for sample in found["samples"]["arc_easy"] for (answer,) in sample["resps"]]
+        answers.append((metrics, scored))
+    (metrics, scored), (our_metrics, our_scored) = answers
+    assert our_metrics == metrics and len(scored) == 12
+    assert [greedy for _, greedy in our_scored] == [greedy for _, greedy in scored]
+    for (value, _), (expected, _) in zip(our_scored, scored, strict=True):
+        assert value == pytest.approx(expected, abs=1e-4)
 
 
 def test_log_likelihoods(adapter: HarnessModel, wide: Transformer, tokenizer: Tokenizer) -> None:

@@ -14,7 +14,16 @@ import numpy as np
 from hsai.export import GraphConfig, write_bundle
 from hsai.export.manifest import FORMAT_VERSION
 from hsai.files import atomic_write
-from hsai.formats import TernaryConfig, stack_layers
+from hsai.formats import (
+    Int4Config,
+    Rounded,
+    TernaryConfig,
+    UnstructuredConfig,
+    UnstructuredInt4Config,
+    UnstructuredInt8Config,
+    VNMInt8Config,
+    stack_layers,
+)
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from tests.export.tiny_models import CHATTY_ASSETS, FORMATS, full_logits, make_chatty_tokenizer, make_model
@@ -24,10 +33,26 @@ LOGITS = "logits.npy"
 """float32 (T, V) of PROMPT, beside the bundle's directory."""
 
 PROMPT = (3, 17, 250, 99, 41, 7, 200, 5, 5, 130, 61, 12)
-PACKS = {name: config.pack for name, config in FORMATS.items()} | {"ternary": TernaryConfig(group=64).pack}
+PACKS = {name: config.pack for name, config in FORMATS.items()} | {
+    "ternary": TernaryConfig(group=64).pack,
+    "rounded": lambda w: Rounded(Int4Config().pack(w)),
+    "vnm_int8": VNMInt8Config(v=16).pack,
+    "unstructured": UnstructuredConfig().pack,
+    "unstructured_int8": UnstructuredInt8Config().pack,
+    "unstructured_int4": UnstructuredInt4Config().pack,
+}
 SMALL = {"vocab": 288, "mlp": 128, "heads": 2, "kv_heads": 1, "head_dim": 64, "max_length": 32}
 LOW_BITS = {"embed": "int8", "q": "int4", "k": "int3", "v": "int2", "o": "ternary", "gate": "dense", "up": "int8"}
+OFFSET = {"embed": "int4_offset", "q": "int4_offset", "v": "int4_offset", "gate": "int4_offset", "up": "int4"}
 SPARSE = {"embed": "int4", "q": "nm", "k": "nm_int8", "v": "nm_int4", "o": "vnm", "gate": "vnm_int4", "unembed": "int3"}
+APART = {
+    "embed": "outliers",
+    "q": "rounded",
+    "k": "unstructured",
+    "v": "unstructured_int8",
+    "o": "unstructured_int4",
+    "gate": "vnm_int8",
+}
 
 
 def make_golden(formats: dict[str, str], down: tuple[str, str], *, tied: bool, dtype: str) -> Transformer:
@@ -47,6 +72,8 @@ def main() -> None:
     """Writes what is not there."""
     bundles = {
         "low_bits": (make_golden(LOW_BITS, ("int4", "int8"), tied=True, dtype="float32"), "activations"),
+        "offset": (make_golden(OFFSET, ("int4_offset", "int4_offset"), tied=True, dtype="float32"), "activations"),
+        "apart": (make_golden(APART, ("outliers", "outliers"), tied=True, dtype="float32"), "activations"),
         "sparse": (make_golden(SPARSE, ("nm_int4", "nm_int4"), tied=False, dtype="bfloat16"), "int8"),
     }
     for name, (model, cache) in bundles.items():

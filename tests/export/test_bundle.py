@@ -14,9 +14,11 @@ import safetensors.numpy
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export import GraphConfig, read_bundle, write_bundle
+from hsai.export import bundle as bundles
 from hsai.files import sha256
 from hsai.formats import DenseConfig
 from hsai.formats.storage import describe, named_arrays, named_weights, replace_weights
+from hsai.interop.safetensors_file import map_tensors
 from hsai.models import Transformer
 from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 from tests.export.manifests import edit
@@ -68,6 +70,36 @@ def test_bundle_returns_what_was_written(format_name: str, tmp_path: Path, token
     assert_same_arrays(bundle.model, model)
     assert bundle.tokenizer.eot == tokenizer.eot
     assert bundle.tokenizer.encode("def 数据 x") == tokenizer.encode("def 数据 x")
+
+
+def test_weights_stay_in_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """On a CPU no array is copied, whatever sizes there are, but for those that fill no whole lines of memory."""
+    write_bundle(tmp_path / "b", make_model("nm_int4", vocab=515), tokenizer)
+    arrays = named_arrays(read_bundle(tmp_path / "b").model)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "b") in line]
+    ranges = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
+    copied = [
+        array.nbytes
+        for array in arrays.values()
+        if not any(first <= array.unsafe_buffer_pointer() < last for first, last in ranges)
+    ]
+    assert ranges and all(size % 64 for size in copied) and len(copied) < len(arrays) / 4
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of the same shapes, and neither manifest says that they are the other's."""
+    model = make_model("int8")
+    other = jax.tree.map(lambda leaf: leaf[..., ::-1], model)
+    write_bundle(tmp_path / "b", model, tokenizer)
+
+    def replace_and_map(path: Path) -> dict[str, np.ndarray]:
+        write_bundle(tmp_path / "b", other, tokenizer, overwrite=True)
+        return map_tensors(path)
+
+    monkeypatch.setattr(bundles, "map_tensors", replace_and_map)
+    assert f"{tmp_path / 'b'} was replaced while it was read" in refusal(tmp_path / "b")
 
 
 def test_bundle_keeps_bfloat16(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,7 @@
-"""Every version of the bundle format that was ever released is read, and computes what it computed then."""
+"""Bundles of every version of the format are read, and compute what they computed then.
+
+hsai itself had no release yet: each version of the format counts, since bundles of it may lie anywhere.
+"""
 
 from pathlib import Path
 

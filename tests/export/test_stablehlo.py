@@ -26,7 +26,7 @@ from tests.export.tiny_models import FORMATS, full_logits, make_config, make_mod
 SIZE_CAP = 64 * 1024
 """Bytes that a graph may have, whatever the size of the model: the scan over layers holds one block."""
 
-DTYPES = {"f32": "float32", "bf16": "bfloat16", "i32": "int32", "ui32": "uint32", "i8": "int8"}
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32", "ui32": "uint32", "i8": "int8"}
 
 
 def export(directory: Path, model: Transformer, **options: Any) -> dict[str, GraphRecord]:

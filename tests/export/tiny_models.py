@@ -17,10 +17,13 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
     NMInt8Config,
+    OutliersConfig,
+    UnstructuredInt4Config,
     VNMConfig,
     VNMInt4Config,
 )
@@ -32,6 +35,7 @@ FORMATS: dict[str, FormatConfig] = {
     "dense": DenseConfig(dtype="float32"),
     "int8": Int8Config(),
     "int4": Int4Config(),
+    "int4_offset": Int4OffsetConfig(),
     "int3": Int3Config(),
     "int2": Int2Config(),
     "nm": NMConfig(),
@@ -39,6 +43,7 @@ FORMATS: dict[str, FormatConfig] = {
     "nm_int4": NMInt4Config(),
     "vnm": VNMConfig(v=16),
     "vnm_int4": VNMInt4Config(v=16, group=128),
+    "outliers": OutliersConfig(base=UnstructuredInt4Config(), share=0.02),
 }
 
 

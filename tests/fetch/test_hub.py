@@ -10,6 +10,7 @@ import pytest
 
 from hsai.errors import InputError
 from hsai.fetch import fetch
+from tests.needs import bring
 
 SMALL, LARGE = b'{"model_type": "llama"}', b"weights" * 1000
 
@@ -39,7 +40,7 @@ class Client:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Client:
-    hub = pytest.importorskip("huggingface_hub")
+    hub = bring("huggingface_hub")
     client = Client()
     monkeypatch.setattr(hub, "snapshot_download", client)
     return client
@@ -65,7 +66,7 @@ def test_what_is_altered_twice_is_not_used(client: Client, tmp_path: Path) -> No
 
 
 def test_what_the_client_says_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    hub = pytest.importorskip("huggingface_hub")
+    hub = bring("huggingface_hub")
 
     def fail(repository: str, **settings: Any) -> str:
         raise ConnectionError("no route\nto host")
@@ -82,7 +83,7 @@ def test_without_the_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_offline_with_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("huggingface_hub")
+    bring("huggingface_hub")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = [sys.executable, "-m", "hsai.cli", "fetch", "hf:org/name", "--cache", str(tmp_path / "cache")]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsai.errors import InputError
-from hsai.formats import NMConfig, NMInt4Config, nm_mask
+from hsai.formats import NMConfig, NMInt4Config, NMInt8Config, nm_mask
 from hsai.formats.nm import PATTERNS, select_kept
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -122,7 +122,7 @@ def test_positions_ascend_within_a_group_and_values_follow_them() -> None:
     assert positions[:4, 0].tolist() == [1, 3, 0, 1]
 
 
-@pytest.mark.parametrize("config", [NMConfig, NMInt4Config])
+@pytest.mark.parametrize("config", [NMConfig, NMInt4Config, NMInt8Config])
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (0, 8), (3, 8), (8, 8), (-1, 4), (1, 2), (2, 16)])
 def test_patterns_that_there_are_not_are_refused(config, n: int, m: int) -> None:
     with pytest.raises(

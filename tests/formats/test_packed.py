@@ -15,12 +15,18 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4Offset,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
     NMInt8Config,
     Packed,
+    SparseConfig,
     TernaryConfig,
+    UnstructuredConfig,
+    UnstructuredInt4Config,
+    UnstructuredInt8Config,
     bits_per_weight,
     nbytes,
     to_dense,
@@ -43,6 +49,10 @@ PACKED = [
     Int2Config(group=32),
     NMInt8Config(n=2),
     NMInt8Config(n=2, m=8),
+    UnstructuredConfig(density=0.25, dtype="float32"),
+    UnstructuredInt8Config(density=0.625, block=32),
+    UnstructuredInt4Config(block=128, group=64),
+    Int4OffsetConfig(group=32),
 ]
 FORMATS = [
     *PACKED,
@@ -50,19 +60,24 @@ FORMATS = [
     DenseConfig(dtype="float32"),
     *(make(group=group) for make in (Int2Config, Int3Config) for group in (64, 128)),
     Int4Config(group=64),
+    *(Int4OffsetConfig(group=group) for group in (64, 128)),
     NMConfig(n=2),
     *(NMInt4Config(n=n, m=m, group=group) for n, m in PATTERNS for group in (32, 64, 128)),
     *(NMConfig(n=n, m=8) for n in (1, 2)),
+    UnstructuredConfig(density=3 / 64),
+    UnstructuredInt4Config(density=0.375, group=128),
 ]
 
 
 def block_of(format) -> int:
     """The smallest contraction that the format can hold."""
     blocks = [1]
-    if isinstance(format, Int2Config | Int3Config | Int4Config | NMInt4Config | TernaryConfig):
+    if isinstance(format, Int2Config | Int3Config | Int4Config | Int4OffsetConfig | NMInt4Config | TernaryConfig):
         blocks.append(format.group or 16)
     if isinstance(format, NMConfig | NMInt8Config | NMInt4Config):
         blocks.append(index_block(format.n, format.m))
+    elif isinstance(format, SparseConfig):
+        blocks += [format.counts[1], format.scale_group or 1]
     return max(blocks)
 
 
@@ -95,6 +110,8 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (DenseConfig(), 16),
         (Int8Config(), 8 + 32 / 256),
         (Int4Config(group=64), 4.25),
+        (Int4OffsetConfig(group=32), 5),
+        (Int4OffsetConfig(group=128), 4.25),
         (Int3Config(group=64), 3.25),
         (Int3Config(group=128), 3.125),
         (Int2Config(group=64), 2.25),
@@ -110,6 +127,9 @@ def test_bytes_are_the_invariants_arithmetic(format, stack, blocks, outputs, dty
         (NMConfig(n=4, m=8), (4 * 16 + 4 * 3) / 8),
         (NMInt4Config(n=4, m=8, group=64), (4 * 4 + 4 * 3) / 8 + 16 / 64),
         (NMInt4Config(n=1, m=8, group=128), (4 + 3) / 8 + 16 / 128),
+        (UnstructuredConfig(density=0.25), 16 / 4 + 1),
+        (UnstructuredInt8Config(density=0.5), 8 / 2 + 1 + 32 / 256),
+        (UnstructuredInt4Config(density=0.5, group=64), 4 / 2 + 1 + 16 / 64),
     ],
     ids=str,
 )
@@ -121,6 +141,8 @@ def test_bits_a_weight_by_hand(format, bits: float) -> None:
 def test_packing_what_was_unpacked_changes_nothing(format) -> None:
     once = format.pack(draw((3, 128, 5), "float16"))
     scale = getattr(once, "scale", None)
+    if isinstance(once, Int4Offset):
+        scale = jnp.concatenate([once.scale, once.minimum], axis=-1)
     again = format.pack(once.dense()) if scale is None else format.pack(once.dense(), scale=scale)
     np.testing.assert_array_equal(again.dense(), once.dense())
 
@@ -153,6 +175,10 @@ def test_a_weight_of_zeros_stays_zero(format) -> None:
 @pytest.mark.parametrize("size", [1e-42, 1e-38, 1e30])
 def test_extreme_magnitudes_stay_finite(format, size: float) -> None:
     w = draw((128, 3)) * jnp.float32(size)
+    if isinstance(format, Int4OffsetConfig) and size > 65504:
+        with pytest.raises(InputError, match="int4_offset stores scales and minima as float16, at most 65504"):
+            format.pack(w)
+        return
     dense = np.asarray(format.pack(w).dense())
     assert np.isfinite(dense).all()
     if size >= 1e-30:
@@ -185,11 +211,13 @@ def test_a_weight_that_is_no_number_is_refused(format, value):
     jax.eval_shape(format.pack, w)
 
 
-@pytest.mark.parametrize("format", [f for f in PACKED if not isinstance(f, NMConfig)], ids=repr)
+@pytest.mark.parametrize("format", [f for f in PACKED if not hasattr(f, "dtype")], ids=repr)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
 def test_a_scale_that_is_none_is_refused(format, value):
     w = draw((128, 3))
     scale = jnp.ones(format.pack(w).scale.shape, jnp.float32).at[0, 1].set(value)
+    if isinstance(format, Int4OffsetConfig):  # minima follow
+        scale = jnp.concatenate([scale, jnp.zeros_like(scale)], axis=-1)
     with pytest.raises(
         InputError, match=rf"^the scale holds {value} at \[0, 1\], and scales are finite and at least 0"
     ):

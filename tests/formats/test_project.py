@@ -11,14 +11,20 @@ from hsai.formats import (
     Int2Config,
     Int3Config,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMConfig,
     NMInt4Config,
     NMInt8Config,
+    OutliersConfig,
     Packed,
     TernaryConfig,
+    UnstructuredConfig,
+    UnstructuredInt4Config,
+    UnstructuredInt8Config,
     VNMConfig,
     VNMInt4Config,
+    VNMInt8Config,
     lookup,
     project,
     to_dense,
@@ -30,6 +36,7 @@ FORMATS = [
     DenseConfig(dtype="bfloat16"),
     Int8Config(),
     Int4Config(group=32),
+    Int4OffsetConfig(group=32),
     Int3Config(group=32),
     Int2Config(group=32),
     TernaryConfig(group=32),
@@ -46,7 +53,12 @@ FORMATS = [
     VNMConfig(v=2, n=1),
     VNMConfig(v=1, n=2, dtype="float32"),
     VNMInt4Config(v=2, group=64),
+    VNMInt8Config(v=2),
+    UnstructuredConfig(density=0.25),
+    UnstructuredInt8Config(),
+    UnstructuredInt4Config(block=128, group=32),
 ]
+NESTED = [*FORMATS, OutliersConfig(base=Int4Config(group=32))]
 OUT = ("batch", "mlp")
 
 
@@ -116,7 +128,7 @@ def test_gradients_reach_the_input(format) -> None:
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", NESTED, ids=str)
 def test_a_scan_over_stacked_layers_is_the_loop(format) -> None:
     stacked, x = format.pack(draw((3, 128, 128)) * 0.1), draw((2, 128), 1)
 

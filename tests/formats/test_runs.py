@@ -29,7 +29,7 @@ from hsai.formats import (
     to_dense,
 )
 from hsai.formats.storage import describe, named_arrays, named_weights, replace_weights, restore
-from hsai.models import MoEConfig, RopeConfig, Transformer, TransformerConfig
+from hsai.models import KVCache, MoEConfig, RopeConfig, Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
 from hsai.sharding import MeshConfig, array_sharding, make_mesh, tree_shardings, use_mesh
 
@@ -72,13 +72,18 @@ def read(model: Transformer, tokens: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def decode(model: Transformer, tokens: jax.Array) -> jax.Array:
+def step(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache | None]:
+    hidden, longer = model(tokens, cache=cache)
+    return model.logits(hidden), longer
+
+
+def decode(model: Transformer, tokens: np.ndarray) -> jax.Array:
     """Logits of all tokens but the first 8: those by a prefill, the rest one by one."""
-    _, cache = model(tokens[:, :8], cache=model.make_cache(tokens.shape[0], 16))
+    _, cache = step(model, tokens[:, :8], model.make_cache(tokens.shape[0], 16))
     found = []
     for at in range(8, tokens.shape[1]):
-        hidden, cache = model(tokens[:, at : at + 1], cache=cache)
-        found.append(model.logits(hidden))
+        logits, cache = step(model, tokens[:, at : at + 1], cache)
+        found.append(logits)
     return jnp.concatenate(found, axis=1)
 
 

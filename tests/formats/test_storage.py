@@ -9,7 +9,19 @@ import pytest
 from flax import nnx
 
 from hsai.errors import InputError
-from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMConfig, NMInt4Config, TernaryConfig
+from hsai.formats import (
+    Int2Config,
+    Int3Config,
+    Int4Config,
+    Int4OffsetConfig,
+    Int8Config,
+    NMConfig,
+    NMInt4Config,
+    OutliersConfig,
+    TernaryConfig,
+    UnstructuredInt8Config,
+    VNMInt8Config,
+)
 from hsai.formats.storage import describe, fill, named_arrays, named_weights, replace_weights, restore
 from hsai.models import Transformer, TransformerConfig
 from hsai.models.transformer import abstract_transformer
@@ -35,6 +47,12 @@ FORMATS = {
     "layers.mlp.down": NMConfig(n=2, dtype="float32"),
     "layers.mlp.up": NMInt4Config(n=3, group=32),
     "layers.mlp.gate": NMInt4Config(n=4, m=8, group=64),
+}
+OTHERS = {
+    "embed": OutliersConfig(base=Int8Config(), share=0.05),
+    "layers.attention.o": UnstructuredInt8Config(density=0.25),
+    "layers.mlp.down": OutliersConfig(base=NMInt4Config(n=2, group=32), share=0.05),
+    "layers.mlp.gate": VNMInt8Config(v=32, n=2, m=8),
 }
 
 
@@ -73,6 +91,33 @@ def test_a_model_comes_back_from_its_arrays(model: Transformer) -> None:
     tokens = jnp.arange(8)[None]
     got, want = (m.logits(m(tokens)[0]) for m in (jax.tree.map(jnp.asarray, back), model))
     np.testing.assert_array_equal(got, want)
+
+
+def test_formats_within_formats_come_back() -> None:
+    dense = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    weights = named_weights(dense)
+    model = replace_weights(dense, {name: f.pack(weights[name].get_value()) for name, f in OTHERS.items()})
+    records = json.loads(json.dumps(describe(model)))
+    assert records["embed"] == {"format": "outliers", "base": {"format": "int8"}}
+    assert records["layers.mlp.down"] == {"format": "outliers", "base": {"format": "nm_int4", "n": 2, "m": 4}}
+    assert records["layers.attention.o"] == {"format": "unstructured_int8", "n": 16, "m": 64}
+    arrays = {name: np.asarray(array) for name, array in named_arrays(model).items()}
+    assert {"layers.mlp.down.base.words", "layers.mlp.down.rows", "layers.mlp.down.index"} <= set(arrays)
+    back = restore(abstract_transformer(CONFIG), records, arrays)
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    jax.tree.map(np.testing.assert_array_equal, back, model)
+    for change, message in (
+        ({"format": "outliers"}, "outliers of 'embed' has no packed 'base'"),
+        ({"format": "outliers", "base": {"format": "dense"}}, "outliers of 'embed' has no packed 'base'"),
+        ({"format": "outliers", "base": {"format": "int4"}}, "array 'embed.base.words' is missing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            restore(abstract_transformer(CONFIG), records | {"embed": change}, arrays)
+    with pytest.raises(InputError, match="array 'embed.base.scale' is missing"):
+        restore(abstract_transformer(CONFIG), records, {n: a for n, a in arrays.items() if n != "embed.base.scale"})
+    with pytest.raises(InputError, match="'layers.attention.o' do not fit together as unstructured_int8"):
+        other = records | {"layers.attention.o": {"format": "unstructured_int8", "n": 8, "m": 64}}
+        restore(abstract_transformer(CONFIG), other, arrays)
 
 
 def test_replacing_leaves_the_old_model_and_the_axes_alone(model: Transformer) -> None:
@@ -145,6 +190,22 @@ def test_numbers_that_are_none_are_named_where_they_are_known(model: Transformer
         assert f"{name!r} holds " in str(caught.value) and f"at {place}, and " in str(caught.value)
         jax.eval_shape(lambda spoilt, name=name: change(model, add={name: spoilt}), spoilt)
     change(model, add={"layers.attention.k": -jnp.abs(arrays["layers.attention.k"])})  # weights may be negative
+
+
+def test_minima_come_back_and_must_fit_their_scales(model: Transformer) -> None:
+    packed = Int4OffsetConfig(group=32).pack(named_weights(model)["layers.attention.k"].get_value())
+    with_minima = replace_weights(model, {"layers.attention.k": packed})
+    assert describe(with_minima)["layers.attention.k"] == {"format": "int4_offset"}
+    assert (packed.minimum < 0).any()  # as scales must not be
+    back = restore(abstract_transformer(CONFIG), describe(with_minima), named_arrays(with_minima))
+    jax.tree.map(np.testing.assert_array_equal, back, with_minima)
+    name = "layers.attention.k.minimum"
+    for minimum, message in (
+        (packed.minimum[:, :1], r"do not fit together as int4_offset: minima \(2, 1, 32\) and scales \(2, 2, 32\)"),
+        (packed.minimum.at[0, 0, 0].set(jnp.nan), f"'{name}' holds nan at"),
+    ):
+        with pytest.raises(InputError, match=message):
+            change(with_minima, add={name: minimum})
 
 
 def test_a_missing_record_is_named(model: Transformer) -> None:

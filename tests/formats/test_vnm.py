@@ -1,4 +1,4 @@
-"""VNM and VNMInt4: 4 of every m positions a block of outputs, n of those an output; what is kept comes back exactly."""
+"""VNM and its integers: 4 of every m positions a block of outputs, n of those an output; what is kept comes back."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsai.errors import InputError
-from hsai.formats import VNMConfig, VNMInt4Config, bits_per_weight, vnm_mask
+from hsai.formats import VNMConfig, VNMInt4Config, VNMInt8Config, bits_per_weight, vnm_mask
 
 SEEDS = st.integers(0, 2**32 - 1)
 V = st.sampled_from([1, 2, 8])
@@ -69,15 +69,26 @@ def test_int4_keeps_the_same_weights_within_half_a_step(seed: int, v: int, n: in
     assert bits_per_weight(packed) == config.invariant_bits(512)
 
 
+@settings(deadline=None, max_examples=6)
+@given(seed=SEEDS, v=V, n=N, m=M)
+def test_int8_keeps_the_same_weights_within_half_a_step(seed: int, v: int, n: int, m: int) -> None:
+    w, config = draw(seed), VNMInt8Config(v=v, n=n, m=m)  # type: ignore[arg-type]
+    packed = config.pack(jnp.asarray(w))
+    mask, dense = keep_largest(w, v, n, m), np.asarray(packed.dense())
+    assert (dense[~mask] == 0).all()
+    assert (np.abs(dense - w)[mask] <= np.broadcast_to(0.5001 * np.asarray(packed.scale), w.shape)[mask]).all()
+    assert bits_per_weight(packed) == config.invariant_bits(512) == n / m * 10 + 1 / v + 32 / 512
+
+
 def test_columns_that_are_taken_stand_alone() -> None:
     w = jnp.asarray(draw(0))
     ids = jnp.asarray([15, 0, 7, 7])
-    for config in (VNMConfig(v=8, dtype="float32"), VNMInt4Config(v=8)):
+    for config in (VNMConfig(v=8, dtype="float32"), VNMInt4Config(v=8), VNMInt8Config(v=8)):
         packed = config.pack(w)
         np.testing.assert_array_equal(packed.take(ids).dense(), packed.dense()[:, ids])
 
 
-@pytest.mark.parametrize("config", [VNMConfig, VNMInt4Config])
+@pytest.mark.parametrize("config", [VNMConfig, VNMInt4Config, VNMInt8Config])
 @pytest.mark.parametrize(("v", "n", "m"), [(0, 2, 8), (64, 0, 8), (64, 4, 8), (64, 2, 4), (64, 2, 12), (64, 2, 64)])
 def test_patterns_that_are_none_are_refused(config, v: int, n: int, m: int) -> None:
     with pytest.raises(InputError, match=f"sparsity {v}:{n}:{m} is not supported; valid are"):
@@ -88,5 +99,5 @@ def test_patterns_that_are_none_are_refused(config, v: int, n: int, m: int) -> N
 def test_shapes_that_do_not_divide_are_refused(config) -> None:
     with pytest.raises(InputError, match=r"multiple of 64; \(512, 65\) has 65"):
         config(v=64).pack(jnp.ones((512, 65)))
-    with pytest.raises(InputError, match=r"64:2:8 sparsity needs a contraction that is a multiple of \d+; .* has 96"):
+    with pytest.raises(InputError, match=r"64:2:8 sparsity.* needs a contraction that is a multiple of \d+; .* has 96"):
         config(v=64).pack(jnp.ones((96, 64)))

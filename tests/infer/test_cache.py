@@ -106,11 +106,29 @@ def test_graphs_ship_their_cache(int8_bundle: Path) -> None:
         assert all(array.is_deleted() for array in before.arrays)
 
 
+def test_graphs_ship_a_cache_of_4_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    graphs = GraphConfig(prefill_buckets=(4,), context=24, cache="int4")
+    write_bundle(tmp_path / "b", make_model("int8"), tokenizer, graphs=graphs)
+    bundle = read_bundle(tmp_path / "b")
+    for graph in bundle.manifest.graphs:
+        assert graph.custom_calls == ()
+        cache = {array.name: (array.shape, array.dtype) for array in graph.inputs if "." not in array.name}
+        assert cache["keys"] == cache["values"] == ((2, 1, 24, 2, 16), "uint8")
+        assert cache["key_scales"] == cache["value_scales"] == ((2, 1, 24, 2, 2), "bfloat16")
+    logits, cache = load_graphs(bundle).prefill(IDS[:9], load_graphs(bundle).make_pages(1))
+    # The same model beside it, without graphs, reads the same 4 bits.
+    model = bundle.model
+    hidden, filled = model(jnp.asarray(IDS[None, :9]), cache=model.make_cache(1, 24, "int4"))
+    np.testing.assert_allclose(logits[0], model.logits(hidden)[0, -1], atol=0.05)
+    same = np.asarray(cache.keys[:, :, :9]) == np.asarray(filled.keys[:, :, :9])
+    assert same.mean() > 0.99 and np.any(np.asarray(cache.keys[:, :, 8]))
+
+
 def test_an_engine_takes_the_cache_that_it_is_told(int8_bundle: Path) -> None:
     tokens = {}
-    for cache in (None, "activations", "bfloat16", "int8"):
+    for cache in (None, "activations", "bfloat16", "int8", "int4"):
         engine = Engine.load(int8_bundle, cache=cache)  # type: ignore[arg-type]
-        kinds = {None: "float32", "activations": "float32", "bfloat16": "bfloat16", "int8": "int8"}
+        kinds = {None: "float32", "activations": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "uint8"}
         assert engine.runtime.make_pages(1).keys.dtype == kinds[cache]
         if cache in (None, "int8"):
             tokens[cache] = engine.generate_tokens([3, 4, 5], max_tokens=8).tokens

@@ -1,6 +1,9 @@
 """The engine: where a text ends, what it refuses, and that a seed is a text."""
 
+import gc
 import math
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +157,23 @@ def test_a_text_ends_before_a_stop_string(engine: Engine) -> None:
     )
     assert done.finish_reason == "stop" and done.text == whole.text[: whole.text.index(stop)] == "".join(shown)
     assert done.tokens == whole.tokens[: len(done.tokens)] and len(done.tokens) < 30
+
+
+def test_an_engine_goes_with_who_holds_it(tokenizer: Tokenizer) -> None:
+    """Weights are large: they do not wait for the collector of circles."""
+    engine = Engine.trace(make_model("dense", layers=1), tokenizer)
+    engine.generate("def", max_tokens=2)
+    held = weakref.ref(engine.runtime)
+    gc.disable()
+    try:
+        del engine
+        for _ in range(100):
+            if held() is None:
+                break
+            time.sleep(0.01)  # until the thread that answered has ended
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_an_interrupted_text_is_left_and_the_next_one_comes(engine: Engine) -> None:

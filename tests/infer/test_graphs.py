@@ -1,6 +1,7 @@
 """Graphs that a bundle ships: which can be run, that they work in place, and that they write what a trace writes."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -50,6 +51,16 @@ def test_a_bundle_without_graphs_cannot_run_them(tmp_path: Path, tokenizer: Toke
     write_bundle(tmp_path / "b", make_model("int8"), tokenizer)
     with pytest.raises(InputError, match="holds no graphs: export it with graphs, or run the model without them"):
         load_graphs(read_bundle(tmp_path / "b"))
+
+
+def test_graphs_of_another_bundle_are_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """One that took the place of the bundle between its weights and its graphs."""
+    shutil.copytree(bundles["int8"], tmp_path / "b")
+    bundle = read_bundle(tmp_path / "b")
+    shutil.rmtree(tmp_path / "b")
+    shutil.copytree(bundles["dense"], tmp_path / "b")
+    with pytest.raises(InputError, match="b was replaced while it was read; read it again"):
+        load_graphs(bundle)
 
 
 def test_graphs_of_several_rows_do_not_serve_one_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:

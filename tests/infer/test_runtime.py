@@ -114,9 +114,11 @@ def test_steps_take_over_the_memory_of_the_pages(traced: tuple[Any, TracedRuntim
 def test_traced_programs_use_the_kernels_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the automatic choice has is in the traced program; an exported one would hold the reference."""
     from hsai_kernels.ops.quantized_matmul import api
+    from hsai_kernels.ops.quantized_matmul.cpu import ARRAYS
 
-    def use_marker(x: jax.Array, *weights: jax.Array, **options: Any) -> jax.Array:
-        return jnp.full((*x.shape[:-1], weights[0].shape[-1]), 0.5, x.dtype)
+    def use_marker(x: jax.Array, *arrays: jax.Array, **options: Any) -> tuple[jax.Array, ...]:
+        weights = arrays[::ARRAYS]
+        return tuple(jnp.full((*x.shape[:-1], values.shape[-1]), 0.5, x.dtype) for values in weights)
 
     monkeypatch.setitem(api.BACKENDS, "cpu", use_marker)
     runtime = TracedRuntime(make_model("int8", layers=1), GraphConfig(prefill_buckets=(2,)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hsai.errors import InputError
-from hsai.infer.choose import BLOCK, Chosen, Extras, choose_tokens, stack_settings
+from hsai.infer.choose import Chosen, Extras, choose_tokens, stack_settings
 from hsai.infer.runtime import make_extras
 from hsai.infer.sampling import LOWEST_TEMPERATURE, SamplingConfig
 
@@ -120,24 +120,47 @@ def test_tokens_without_text_are_never_chosen(temperature: float) -> None:
 
 
 def test_draws_of_a_large_vocabulary_follow_its_distribution() -> None:
-    """Over many blocks, most of them without any weight, one that ends in the middle, and equals at the threshold."""
-    vocab = 5 * BLOCK + 7
+    """Of an odd size, most of it without any weight, the first and last token with some; equals at the threshold."""
+    vocab = 1287
     logits = np.full(vocab, -1000.0, np.float32)
-    chances = {3: 0.1, BLOCK - 1: 0.2, BLOCK: 0.3, 3 * BLOCK + 9: 0.15, vocab - 1: 0.25}
+    chances = {0: 0.1, 255: 0.2, 256: 0.3, 777: 0.15, vocab - 1: 0.25}
     for token, chance in chances.items():
         logits[token] = np.log(chance)
     counts = np.bincount(draw(SamplingConfig(temperature=1.0), logits, vocab=vocab), minlength=vocab)
     for token, chance in chances.items():
         assert abs(counts[token] - 4096 * chance) < 5 * np.sqrt(4096 * chance * (1 - chance))
     assert counts.sum() == sum(counts[token] for token in chances)
-    logits[[3, BLOCK, 2 * BLOCK]] = 5.0
+    logits[[3, 256, 512]] = 5.0
     kept = set(draw(SamplingConfig(temperature=1.0, top_k=2), logits, vocab=vocab).tolist())
-    assert kept == {3, BLOCK, 2 * BLOCK}
+    assert kept == {3, 256, 512}
+
+
+def test_draws_of_many_equals_are_spread_evenly() -> None:
+    """Chi-square of 64 cells over a whole vocabulary, whose first times differ in their last bits only."""
+    vocab, rows, cells = 49152, 1024, 64
+    found = draw(SamplingConfig(temperature=1.0), np.zeros(vocab, np.float32), rows, vocab)
+    counts = np.bincount(found // (vocab // cells), minlength=cells)
+    statistic = ((counts - rows / cells) ** 2 / (rows / cells)).sum()
+    assert abs(statistic - (cells - 1)) < 4 * np.sqrt(2 * (cells - 1))
+    assert len(set(found.tolist())) > 0.95 * rows
+
+
+def test_models_that_nearly_agree_draw_the_same() -> None:
+    """Of broad distributions with a distance d, at least (1 - d) / (1 + d) of the time, and never more than 1 - d."""
+    rng = np.random.default_rng(5)
+    one = rng.normal(0, 1, 400).astype(np.float32)
+    two = one + rng.normal(0, 0.3, 400).astype(np.float32)
+    config = SamplingConfig(temperature=1.0)
+    distance = np.abs(narrow(config, one) - narrow(config, two)).sum() / 2
+    assert 0.05 < distance < 0.3
+    same = (draw(config, one, vocab=400) == draw(config, two, vocab=400)).mean()
+    slack = 4 * np.sqrt(0.25 / 4096)
+    assert (1 - distance) / (1 + distance) - slack < same < 1 - distance + slack
 
 
 def test_a_draw_is_a_function_of_seed_and_step_alone() -> None:
     """Not of the row's place, of what others ask for, or of what the program can do besides."""
-    rows = [(SamplingConfig(temperature=1.0, seed=seed), step) for seed in (1, 2) for step in range(40)]
+    rows = [(SamplingConfig(temperature=2.0, seed=seed), step) for seed in (1, 2) for step in range(40)]
     logits = np.tile(LOGITS, (len(rows), 1))
     extras = make_extras(len(rows), VOCAB)
     found = choose_fully(rows, logits, extras).token.tolist()

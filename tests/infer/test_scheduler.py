@@ -1,99 +1,28 @@
-"""The scheduler over a model of plain Python, whose pages hold tokens: whatever comes, each gets its own text.
-
-The model's next token is a function of all tokens that it finds in the row's pages: a page too few, one of another row,
-or one that was given away too early changes the text.
-"""
+"""The scheduler over a model of plain Python (plain_model.py): whatever comes, each gets its own text."""
 
 import dataclasses
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.infer import Event, Request, scheduler
-from hsai.infer.choose import Extras, Kind
-from hsai.infer.programs import MOST_STEPS, Made, Rows, Vocabulary
+from hsai.infer import Event, Request, SamplingConfig, scheduler
+from hsai.infer.programs import Vocabulary
 from hsai.infer.row import Row
 from hsai.infer.scheduler import Scheduler
-
-SLOTS, PAGE = 40, 4
-SIZE = 280
-
-
-def choose(tokens: list[int]) -> int:
-    """The token behind these; one of 23 ends the text (0), and most others are few, so that texts begin alike."""
-    digest = zlib.crc32(np.asarray(tokens, np.int32).tobytes())
-    return 0 if digest % 23 == 0 else 1 + digest // 23 % 5
-
-
-def continue_text(prompt: tuple[int, ...], most: int) -> tuple[tuple[int, ...], str]:
-    """What the model makes of a prompt, and why it ends."""
-    tokens = list(prompt)
-    while len(tokens) - len(prompt) < min(most, SLOTS + 1 - len(prompt)):
-        token = choose(tokens)
-        if token == 0:
-            return tuple(tokens[len(prompt) :]), "end_of_text"
-        tokens.append(token)
-    new = tuple(tokens[len(prompt) :])
-    return new, "max_tokens" if len(new) == most else "context"
-
-
-class PlainRuntime:
-    """A `hsai.infer.runtime.Runtime`; its pages are an array of tokens (P, R), -1 where nothing was written."""
-
-    slots, page, width = SLOTS, PAGE, SLOTS // PAGE
-    buckets = (4, 8)
-    batches = (1, 2, 4, 8)
-
-    def __init__(self) -> None:
-        self.reads = 0
-        self.blocks: list[tuple[int, int]] = []
-        self.broken = 0
-
-    def make_pages(self, count: int) -> Any:
-        return np.full((count, PAGE), -1)
-
-    def read(self, tokens: np.ndarray, start: int, table: np.ndarray, pages: Any) -> Any:
-        assert 1 <= len(tokens) <= 8
-        self.reads += len(tokens)
-        for place, token in enumerate(tokens.tolist(), start):
-            pages[table[0, place // PAGE], place % PAGE] = token
-        return pages
-
-    def write(
-        self, rows: Rows, extras: Extras | None, steps: int, kind: Kind, vocabulary: Vocabulary, pages: Any
-    ) -> tuple[Made, Any]:
-        if self.broken:
-            self.broken -= 1
-            raise RuntimeError("broken on purpose")
-        made = np.full((MOST_STEPS, len(rows.tokens)), -1)
-        for row, (token, position, limit) in enumerate(zip(rows.tokens, rows.positions, rows.limits, strict=True)):
-            for step in range(min(steps, int(limit)) if position >= 0 else 0):
-                table = np.asarray(rows.table[row])
-                pages[table[position // PAGE], position % PAGE] = token
-                token = made[step, row] = choose([pages[table[p // PAGE], p % PAGE] for p in range(position + 1)])
-                position += 1
-                if token in vocabulary.stops:
-                    break
-        self.blocks.append((len(rows.tokens), steps))
-        return Made(made), pages  # type: ignore[arg-type]
-
-    def prepare_read(self, tokens: int, pages: Any) -> None: ...
-
-    def prepare_write(self, batch: int, kind: Kind, vocabulary: Vocabulary, pages: Any) -> None: ...
+from tests.infer.plain_model import PAGE, SIZE, SLOTS, PlainRuntime, PlainSpeculator, continue_text
 
 
 @dataclasses.dataclass
 class Client:
-    """Somebody who asks, may leave after some turns, and keeps what was answered."""
+    """Somebody who asks at some time, may leave later, and keeps what was answered."""
 
     request: Request
+    comes: int = 0
     leaves: int = 10**9
     turn: int = 0
     events: list[Event] = dataclasses.field(default_factory=list)
@@ -137,8 +66,15 @@ requests = st.builds(
     Request,
     tokens=st.lists(st.integers(1, 3), min_size=1, max_size=SLOTS).map(tuple),
     max_tokens=st.integers(1, 60),
+    sampling=st.just(SamplingConfig()) | st.just(SamplingConfig(repetition_penalty=2.0)),  # which nobody drafts for
 )
-clients = st.builds(Client, request=requests, leaves=st.just(10**9) | st.integers(1, 12))
+speculators = st.none() | st.builds(PlainSpeculator, st.booleans())
+clients = st.builds(
+    Client,
+    request=requests,
+    comes=st.just(0) | st.integers(1, 12),
+    leaves=st.just(10**9) | st.integers(1, 24),
+)
 
 
 @hypothesis.settings(max_examples=60)
@@ -147,17 +83,40 @@ clients = st.builds(Client, request=requests, leaves=st.just(10**9) | st.integer
     rows=st.integers(1, 6),
     spare=st.integers(0, 3),
     hurried=st.booleans(),
+    speculator=speculators,
 )
 def test_whatever_comes_each_gets_its_own_text(
-    asked: list[Client], rows: int, spare: int, hurried: bool, tokenizer: Tokenizer
+    asked: list[Client],
+    rows: int,
+    spare: int,
+    hurried: bool,
+    speculator: PlainSpeculator | None,
+    tokenizer: Tokenizer,
 ) -> None:
-    """With pages for little more than one row, so that rows are set back; patient or not."""
+    """With pages for little more than one row, so that rows are set back; patient or not, with drafts or without.
+
+    They come and leave between turns and within, as soon as something was read or written.
+    """
+
+    def meanwhile() -> None:
+        for client in asked:
+            client.turn += 1
+            if client.turn == client.comes:
+                served.waiting.append(client.make_row(tokenizer))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler, "PATIENCE", 0.0 if hurried else 1e9)
-        served = make_scheduler(PlainRuntime(), rows=rows, tokens=SLOTS + spare * PAGE)
+        options = {"rows": rows, "tokens": SLOTS + spare * PAGE, "speculator": speculator}
+        served = make_scheduler(PlainRuntime(meanwhile), **options)
         for client in asked:
             client.turn, client.events = 0, []
-            served.waiting.append(client.make_row(tokenizer))
+        served.waiting.extend(client.make_row(tokenizer) for client in asked if client.comes == 0)
+        for _ in turn_until_idle(served, []):
+            meanwhile()
+        for client in asked:
+            if client.turn < client.comes:  # all others have gone
+                client.turn = client.comes
+                served.waiting.append(client.make_row(tokenizer))
         for _ in turn_until_idle(served, asked):
             pass
     for client in asked:
@@ -203,12 +162,13 @@ def test_what_was_read_is_not_read_again(tokenizer: Tokenizer) -> None:
     assert served.counts["prompt_tokens"] == 14 + 14 + 15 + 20 + 12
 
 
-def test_the_youngest_is_set_back_and_comes_next(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("speculator", [None, PlainSpeculator(True)])
+def test_the_youngest_is_set_back_and_comes_next(speculator: PlainSpeculator | None, tokenizer: Tokenizer) -> None:
     """Two rows that grow to the whole cache each: the older one ends first, and the younger one before the third."""
     seeds = [seed for seed in range(1, 60) if continue_text((seed, 1, 1), 37)[1] == "max_tokens"]
     ended: list[int] = []
     runtime = PlainRuntime()
-    served = make_scheduler(runtime, rows=2, tokens=SLOTS + PAGE)
+    served = make_scheduler(runtime, rows=2, tokens=SLOTS + PAGE, speculator=speculator)
     asked = [Client(Request(tokens=(seed, 1, 1), max_tokens=37)) for seed in seeds[:3]]
     for client in asked:
         served.waiting.append(client.make_row(tokenizer))
@@ -229,7 +189,8 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Tokenizer, monke
     asked = [Client(Request(tokens=(index,) * size, max_tokens=3)) for index, size in ((1, 40), (2, 39), (3, 6))]
     for client in asked:
         served.waiting.append(client.make_row(tokenizer))
-    served.turn()
+    for _ in asked:
+        served.turn()
     assert [len(client.events) for client in asked] == [0, 0, 1]
     assert runtime.reads == 8 + 8 + 5
     reads = [runtime.reads]
@@ -238,6 +199,27 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(tokenizer: Tokenizer, monke
     assert reads[:3] == [21, 25, 29]  # the smallest chunk in each turn, while the third writes
     for client in asked:
         client.check()
+
+
+def test_a_long_prompt_alone_is_looked_up_from(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes while it is read is read in turn with it, and who leaves is not read on."""
+    monkeypatch.setattr(scheduler, "PATIENCE", 0.0)
+    long, short = Client(Request(tokens=(1,) * 40)), Client(Request(tokens=(2,) * 5, max_tokens=1))
+
+    def meanwhile() -> None:
+        if runtime.reads == 8:
+            served.waiting.append(short.make_row(tokenizer))
+        elif short.events:
+            long.leaves = 0
+
+    runtime = PlainRuntime(meanwhile)
+    served = make_scheduler(runtime, rows=2, tokens=2 * SLOTS)
+    served.waiting.append(long.make_row(tokenizer))
+    for _ in turn_until_idle(served, [long, short]):
+        pass
+    assert long.events[-1].finish_reason == "cancelled" and runtime.reads < 8 + 5 + 16
+    long.check()
+    short.check()
 
 
 def test_requests_begin_in_order(tokenizer: Tokenizer) -> None:
@@ -261,6 +243,29 @@ def test_blocks_grow_with_what_is_known_of_a_step(tokenizer: Tokenizer) -> None:
     runtime = PlainRuntime()
     ask(make_scheduler(runtime, rows=1), tokenizer, Request(tokens=(seed, 2), max_tokens=39))
     assert [steps for _, steps in runtime.blocks] == [1, 16, 16, 6]
+
+
+def test_blocks_of_drafts_take_fewer_steps(tokenizer: Tokenizer) -> None:
+    """Drafts and those that were accepted are counted; and a text that needs every page still comes to its end."""
+    seed = next(seed for seed in range(1, 99) if continue_text((seed, 2), 39)[1] == "max_tokens")
+    served = make_scheduler(PlainRuntime(), rows=1, speculator=PlainSpeculator(True))
+    (client,) = ask(served, tokenizer, Request(tokens=(seed, 2), max_tokens=39))
+    drafted, accepted = served.counts["drafted_tokens"], served.counts["accepted_tokens"]
+    assert 10 < accepted < drafted < 3 * 39
+    assert (usage_of(client).drafted_tokens, usage_of(client).accepted_tokens) == (drafted, accepted)
+    assert usage_of(client).steps == 38 and len(client.events) <= 4
+
+
+def test_a_page_that_is_found_was_read_by_the_draft_model_too(tokenizer: Tokenizer) -> None:
+    """Also where a block ended at its end, with a draft that was accepted and not read, or without any drafts."""
+    for seed in range(1, 30):
+        served = make_scheduler(PlainRuntime(), rows=1, speculator=PlainSpeculator(True))
+        punished = SamplingConfig(repetition_penalty=2.0)
+        tokens: tuple[int, ...] = (seed,)
+        for sampling in (SamplingConfig(), punished, SamplingConfig()):
+            (client,) = ask(served, tokenizer, Request(tokens=tokens, max_tokens=8, sampling=sampling))
+            tokens += tuple(token for event in client.events for token in event.tokens)
+            assert usage_of(client).cached_tokens == (len(tokens) - usage_of(client).new_tokens - 1) // PAGE * PAGE
 
 
 def test_what_cannot_be_served_is_refused() -> None:

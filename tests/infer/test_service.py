@@ -1,8 +1,10 @@
 """The service over a tiny model: mixed requests at a time, who may come, who leaves, what a defect leaves behind."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,24 +12,49 @@ import pytest
 from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
 from hsai.export import GraphConfig
+from hsai.formats.activations import Activations, take_activations
 from hsai.infer import Busy, Closed, Engine, Event, Regex, Request, SamplingConfig, Service, Ticket
+from hsai.infer.choose import Extras, Kind
+from hsai.infer.programs import Rows
 from hsai.infer.runtime import TracedRuntime
+from hsai.infer.scheduler import KINDS
+from hsai.models import CacheFormat
 from tests.export.tiny_models import make_model
 
 DRAWN = SamplingConfig(temperature=1.2, top_p=0.95, seed=7)
 
 
+def make_engine(
+    tokenizer: Tokenizer, cache: CacheFormat = "activations", name: str = "int4", activations: Activations = "float"
+) -> Engine:
+    """Of a packed model, with a context of 48 in pages of 8.
+
+    Prompts are read by eights: where others had chosen the size of a chunk, a last bit might differ.
+    """
+    model = take_activations(make_model(name), activations)
+    return Engine(TracedRuntime(model, GraphConfig(prefill_buckets=(8,), cache=cache), page=8), tokenizer)
+
+
 @pytest.fixture(scope="module")
 def paged(tokenizer: Tokenizer) -> Engine:
-    """Of a packed model, with a context of 48 in pages of 8."""
-    graphs = GraphConfig(prefill_buckets=(4, 16))
-    return Engine(TracedRuntime(make_model("int8"), graphs, page=8), tokenizer)
+    return make_engine(tokenizer)
+
+
+@pytest.fixture(scope="module", params=get_args(CacheFormat))
+def stored(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Engine:
+    """One for each format of a page."""
+    return make_engine(tokenizer, request.param)
+
+
+def serve(engine: Engine, **options: int) -> Service:
+    """A service with as much cache as all others here, so that they share programs."""
+    return Service(engine, tokens=4 * 48, **options)
 
 
 @pytest.fixture
 def service(paged: Engine) -> Iterator[Service]:
     """Of four rows and eight waiting requests, which must end with the test."""
-    service = Service(paged, rows=4, queue=8)
+    service = serve(paged, rows=4, queue=8)
     yield service
     service.drain(0)
     assert service.stats().pages_used == 0
@@ -43,50 +70,89 @@ def gather(ticket: Ticket) -> tuple[Event, tuple[int, ...], str]:
     )
 
 
-def make_requests(count: int) -> list[Request]:
-    """Prompts that begin alike and end differently, each asked in its own way."""
+def make_requests(count: int, kind: Kind = "full") -> list[Request]:
+    """Prompts that begin alike and end differently, each asked in its own way, up to what `kind` has."""
     rng = np.random.default_rng(count)
     common = rng.integers(1, 280, 17).tolist()
     asked = []
     for index in range(count):
         own = rng.integers(1, 280, rng.integers(1, 14)).tolist()
-        sampling = SamplingConfig() if index % 3 == 0 else SamplingConfig(temperature=1.0, seed=index, top_k=50)
-        if index % 4 == 1:
-            sampling = SamplingConfig(temperature=1.0, seed=index, repetition_penalty=1.3)
-        tokens = (*common, *own) if index % 2 else tuple(own)
-        # All want probabilities: few programs are compiled then, and the largest.
-        asked.append(Request(tokens=tokens, max_tokens=4 + index % 9, sampling=sampling, logprobs=index % 4))
+        kinds = KINDS[: 1 + KINDS.index(kind)]
+        mine = kinds[-1 - index % len(kinds)]
+        drawn = mine == "drawn" or index % 4 == 0 and mine == "full"
+        sampling = SamplingConfig(temperature=1.0, seed=index, top_k=50) if drawn else SamplingConfig()
+        if mine == "full" and index % 2:
+            sampling = dataclasses.replace(sampling, repetition_penalty=1.3)
+        asked.append(
+            Request(
+                tokens=(*common, *own) if index % 2 else tuple(own),
+                max_tokens=4 + index % 9,
+                sampling=sampling,
+                logprobs=index % 4 if mine == "full" else None,
+            )
+        )
     return asked
 
 
-def test_a_text_is_the_same_alone_and_among_others(paged: Engine, service: Service) -> None:
-    """Packed products of integers give a row the same bits in any company; what is left are float sums."""
-    requests = make_requests(12)
-    alone = [gather(Service(paged, rows=1).submit(request)) for request in requests[:4]]
-    tickets = [service.submit(request) for request in requests[:8]]
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_the_same_alone_and_among_others(kind: Kind, paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed products of integers give a row the same bits in any company of up to eight, on every processor; and a
+    program that has more gives it the same token."""
+    check_company(paged, kind, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["int4", "nm_int4", "vnm_int4"])
+def test_with_rounded_activations_too(name: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_company(make_engine(tokenizer, name=name, activations="int8"), "full", monkeypatch)
+
+
+def check_company(paged: Engine, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 requests on eight rows, some coming while others are written: each as it was alone."""
+    requests = make_requests(18, kind)
+    alone = [gather(serve(paged, rows=1).submit(request)) for request in requests]
+    write, blocks = paged.runtime.write, set()
+
+    def watch(rows: Rows, extras: Extras | None, steps: int, kind: Kind, *others: Any) -> Any:
+        blocks.add((len(rows.tokens), kind))
+        return write(rows, extras, steps, kind, *others)
+
+    monkeypatch.setattr(paged.runtime, "write", watch)
+    service = serve(paged, rows=8, queue=18)
+    tickets = [service.submit(request) for request in requests[:14]]
     while service.stats().queued > 2:
         time.sleep(0.01)
-    tickets += [service.submit(request) for request in requests[8:]]
+    tickets += [service.submit(request) for request in requests[14:]]
     together = [gather(ticket) for ticket in tickets]
-    for (last, tokens, text), (_, found, found_text) in zip(alone, together, strict=False):
-        assert found == tokens and found_text == text
-        assert last.usage is not None and last.usage.new_tokens == len(tokens)
-    for request, (last, tokens, text) in zip(requests, together, strict=True):
+    assert (8, kind) in blocks and service.drain(60)
+    for request, (last, tokens, text), (ended, found, found_text) in zip(requests, alone, together, strict=True):
+        assert (found, found_text, ended.finish_reason) == (tokens, text, last.finish_reason)
         assert last.finish_reason in ("max_tokens", "end_of_text") and len(tokens) <= request.max_tokens
+        assert last.usage is not None and last.usage.new_tokens == len(tokens)
         assert text == paged.tokenizer.decode(tokens)
     stats = service.stats()
-    assert sum(stats.finished.values()) == 12 and stats.finished["failed"] == 0
+    assert sum(stats.finished.values()) == 18 and stats.finished["failed"] == 0
     assert stats.prompt_tokens == sum(len(request.tokens) for request in requests)
     assert stats.new_tokens == sum(len(tokens) for _, tokens, _ in together)
     assert 0 < stats.cached_tokens < stats.prompt_tokens and stats.pages_reusable > 0
 
 
-def test_a_repeated_prompt_is_found_in_the_cache(paged: Engine) -> None:
-    service = Service(paged, rows=2)
-    request = Request(tokens=tuple(range(1, 36)), max_tokens=5, sampling=DRAWN, logprobs=0)
+def test_a_repeated_prompt_is_found_in_the_cache(stored: Engine) -> None:
+    service = Service(stored, rows=2, tokens=48)
+    request = Request(tokens=tuple(range(1, 36)), max_tokens=5, sampling=DRAWN)
     first, second = (gather(service.submit(request)) for _ in range(2))
     assert first[1:] == second[1:]
     assert [last.usage.cached_tokens for last, _, _ in (first, second) if last.usage] == [0, 32]
+
+
+def test_who_gives_its_pages_up_gets_the_same_text(stored: Engine) -> None:
+    """Two that need ten pages have six: the one that came last reads again what it wrote, in the cache's format."""
+    requests = [Request(tokens=tuple(range(at, at + 10)), max_tokens=30, sampling=DRAWN) for at in (1, 101)]
+    alone = [gather(Service(stored, rows=2, tokens=48).submit(request)) for request in requests]
+    assert [len(tokens) for _, tokens, _ in alone] == [30, 30]
+    service = Service(stored, rows=2, tokens=48)
+    together = [gather(ticket) for ticket in [service.submit(request) for request in requests]]
+    assert [found for _, *found in together] == [wanted for _, *wanted in alone]
+    assert service.stats().preempted > 0
 
 
 def test_who_leaves_is_not_waited_for(service: Service) -> None:
@@ -107,7 +173,7 @@ def test_who_leaves_is_not_waited_for(service: Service) -> None:
 
 def test_a_full_queue_takes_nobody(paged: Engine) -> None:
     gate = threading.Event()
-    service = Service(paged, rows=1, queue=2)
+    service = serve(paged, rows=1, queue=2)
     request = Request(tokens=(5, 6), max_tokens=2, logprobs=0)
 
     def wait(event: Event) -> None:
@@ -126,7 +192,7 @@ def test_a_full_queue_takes_nobody(paged: Engine) -> None:
 
 
 def test_draining_answers_all_and_takes_nobody(paged: Engine) -> None:
-    service = Service(paged, rows=2)
+    service = serve(paged, rows=2)
     tickets = [service.submit(request) for request in make_requests(5)]
     assert service.drain()
     assert all(gather(ticket)[0].finish_reason in ("max_tokens", "end_of_text") for ticket in tickets)
@@ -136,14 +202,14 @@ def test_draining_answers_all_and_takes_nobody(paged: Engine) -> None:
 
 
 def test_draining_ends_in_time(paged: Engine) -> None:
-    service = Service(paged, rows=1)
+    service = serve(paged, rows=1)
     tickets = [service.submit(Request(tokens=(5,), max_tokens=40, constraint=Regex("(ab){99}"))) for _ in range(3)]
     assert not service.drain(0)
     assert [gather(ticket)[0].finish_reason for ticket in tickets].count("cancelled") >= 2
 
 
 def test_a_defect_ends_those_that_run_and_nobody_else(paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Service(paged, rows=1)
+    service = serve(paged, rows=1)
     request = make_requests(1)[0]
     wanted = gather(service.submit(request))[1]
     write, fails = paged.runtime.write, [True]

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.compress.one_shot import pack_weight
 from hsai.data.assets import Assets
 from hsai.data.chat import ChatTemplate
 from hsai.export.source import ModelSource, open_model
 from hsai.fetch import fetch
+from hsai.formats import Int4OffsetConfig
+from hsai.formats.storage import named_weights
 from hsai.interop.gguf import open_gguf_checkpoint
 from tests.interop.gguf_files import llama_logits, open_llama, our_logits
+from tests.needs import bring
 
 pytestmark = pytest.mark.slow
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -81,7 +85,7 @@ def test_continued_with_paris_by_llama_cpp(name: str, made: Path) -> None:
 
 def test_continued_with_paris_by_transformers(made: Path) -> None:
     """From the checkpoint, by its own means."""
-    transformers = pytest.importorskip("transformers")
+    transformers = bring("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(made / "checkpoint")
     model = transformers.AutoModelForCausalLM.from_pretrained(made / "checkpoint")
     said = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": BEGUN}]
@@ -103,6 +107,14 @@ def test_logits_are_those_of_llama_cpp(file: Path, source: ModelSource, made: Pa
         theirs = llama_logits(open_llama(path), ids)
         assert np.sqrt(np.mean((ours - theirs) ** 2)) < 0.02 * largest
         assert np.mean(ours.argmax(axis=-1) == theirs.argmax(axis=-1)) > 0.9
+
+
+def test_what_was_q4_1_is_packed_without_error(source: ModelSource) -> None:
+    """By the recipe's format and solver, a layer of each weight; the embedding, which is Q8_0, is rounded."""
+    for name, param in named_weights(source.model).items():
+        if name.startswith("layers.") and param.get_value().ndim == 3:
+            w = param.get_value()[7]
+            np.testing.assert_array_equal(pack_weight(w, Int4OffsetConfig(group=32)).dense(), w, err_msg=name)
 
 
 @pytest.mark.parametrize(("name", "error", "agreement"), [("f16", 1e-3, 1.0), ("q4_0", 0.02, 0.85)])

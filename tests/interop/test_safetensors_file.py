@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import safetensors.flax
 import safetensors.numpy
 
 from hsai.errors import InputError
-from hsai.interop.safetensors_file import read_records, write_tensors
+from hsai.interop.safetensors_file import ALIGNMENT, map_tensors, read_records, write_tensors
 
 TENSORS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -48,6 +49,29 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor)
         assert np.array_equal(read_records(tmp_path / "x.safetensors")[name].read(), tensor)
+
+
+def test_mapped_tensors_are_views_of_the_file(tmp_path: Path) -> None:
+    """Aligned as jax takes them without a copy; a file that takes the name does no harm."""
+    tensors = {
+        "a": np.arange(64, dtype=np.float32).reshape(4, 16),
+        "b": np.arange(128, dtype=np.uint16).view(jnp.bfloat16),
+        "c": np.arange(-64, 64, dtype=np.int8),
+        "d": np.arange(7, dtype=np.uint32),
+        "e": np.zeros((0, 3), np.float32),
+    }
+    path = tmp_path / "x.safetensors"
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    write_tensors(path, shapes, tensors.items())
+    found = map_tensors(path)
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "other").rename(path)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
+        assert found[name].ctypes.data % ALIGNMENT == 0 or name == "e"
+        array = jax.device_put(found[name], jax.devices()[0])
+        assert name == "e" or array.unsafe_buffer_pointer() == found[name].ctypes.data
+        assert not found[name].flags.writeable
 
 
 def test_tensors_may_come_in_slices(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ SHAPES = {
     "prefill": (2, 70, 70, 2, 1, 34),
     "odd": (2, 9, 70, 2, 1, 33),
     "one of each": (2, 1, 1, 1, 1, 1),
+    "head dim 80": (1, 5, 19, 2, 1, 80),
+    "head dim 128": (2, 1, 21, 2, 1, 128),
+    "head dim 256": (1, 9, 18, 1, 1, 256),
     "heads of a query in two tiles": (2, 2, 5, 70, 1, 4),
 }
 
@@ -50,14 +53,15 @@ def make_case(
     softcap: float = 0.0,
     segments: bool = False,
     ragged: bool = False,
+    page: int = 0,
 ) -> Case:
     """Attention of the shape of that name, drawn from its own arguments.
 
     Queries are at the last positions of the keys. With `ragged` rows have different lengths, and what lies in the slots
-    behind them must not matter; the last row is empty, and gives zeros.
+    behind them must not matter; the last row is empty, and gives zeros. With `page` the keys lie in pages of so many.
     """
     batch, queries, keys, heads, kv_heads, head_dim = SHAPES[name]
-    name = f"attention: {name}, {cache}, {dtype}, {window=}, {softcap=}, {segments=}, {ragged=}"
+    name = f"attention: {name}, {cache}, {dtype}, {window=}, {softcap=}, {segments=}, {ragged=}, {page=}"
     rng = np.random.default_rng(list(name.encode()))
     q = rng.standard_normal((batch, queries, heads, head_dim)).astype(DTYPES[dtype])
     stored, scales, exact = [], [], []
@@ -86,6 +90,11 @@ def make_case(
     if not segments:
         marks = [np.zeros(0, np.int32)] * 2
     scale = np.float32(head_dim**-0.5)
+    table, pages = np.zeros((0, 0), np.int32), 0
+    if page:
+        table = (rng.permutation(batch * -(-keys // page)).astype(np.int32) + 1).reshape(batch, -1)
+        pages = table.size + 1
+        stored, scales = ([lay_in_pages(array, table, pages, page) for array in arrays] for arrays in (stored, scales))
     seen_by = (at_q.astype(np.int64), at_k.astype(np.int64), *(marks if segments else (None, None)))
     return Case(
         kind=ATTENTION,
@@ -101,12 +110,37 @@ def make_case(
             head_dim,
             window,
             THREADS,
+            1 if page else 0,
+            pages,
+            page,
+            table.shape[1],
         ),
-        arrays=(q, *stored, *scales, at_q, at_k, *marks, np.array([softcap, scale], np.float32)),
+        arrays=(
+            q,
+            *stored,
+            *scales,
+            at_q,
+            np.zeros(0, np.int32) if page else at_k,
+            *marks,
+            np.array([softcap, scale], np.float32),
+            table,
+        ),
         dtype=dtype,
         expected=oracles.attend(q.astype(np.float64), *exact, *seen_by, window or None, softcap or None, float(scale)),
         magnitude=np.abs(exact[1]).max(),
     )
+
+
+def lay_in_pages(array: np.ndarray, table: np.ndarray, pages: int, page: int) -> np.ndarray:
+    """(B, S, ...) as (2, pages, page, ...): in the second layer, rows in the pages of `table` (B, M). All other bytes
+    are 255, which is NaN where they are floats."""
+    if not array.size:
+        return array
+    laid = np.full((2, pages, page, *array.shape[2:], array.itemsize), 255, np.uint8).view(array.dtype)[..., 0]
+    padded = np.zeros((len(table), table.shape[1] * page, *array.shape[2:]), array.dtype)
+    padded[:, : array.shape[1]] = array
+    laid[1, table] = padded.reshape(*table.shape, page, *array.shape[2:])
+    return laid
 
 
 def list_cases() -> Iterator[Case]:
@@ -117,6 +151,16 @@ def list_cases() -> Iterator[Case]:
     for cache in CACHES:
         for shape in ("decode", "decode of halves of whole vectors", "decode of a long cache, in pieces", "few rows"):
             yield make_case(shape, cache=cache, ragged=True)
+        for shape, page in (
+            ("decode", 16),
+            ("decode of a long cache, in pieces", 64),
+            ("prefill", 64),
+            ("few rows", 3),
+        ):
+            if cache == "int4" and SHAPES[shape][-1] % 2:
+                continue  # no halves
+            yield make_case(shape, cache=cache, page=page, ragged=shape != "prefill")
+            yield make_case(shape, cache=cache, page=page, window=5)
         for shape in ("decode", "prefill"):
             yield make_case(shape, cache=cache, window=3)
             yield make_case(shape, cache=cache, softcap=2.0)

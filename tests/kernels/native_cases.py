@@ -20,7 +20,7 @@ from tests.kernels.tolerances import assert_close
 FORMATS = ("int8", "int4", "int3", "int2", "sparse_float32", "sparse_bfloat16", "sparse_int4", "sparse_int8")
 """In the order of Format in multiply.h."""
 
-SCALE_TYPES = (None, "float32", "bfloat16")
+SCALE_TYPES = (None, "float32", "bfloat16", "float16")
 """In the order of ScaleType in products.h."""
 
 COLUMNS = (1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 257)
@@ -31,7 +31,11 @@ THREADS = 3
 PRODUCT, ATTENTION = range(2)
 """What a case is, in the order of Kind in native_driver.cc."""
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 # Float32 activations whose digits (kernels/csrc/planes.h) are as large as they come: signed
 # (-126, -128, -128) and the opposite, biased (253, 255, 255) and (3, 0, 0).
@@ -42,7 +46,7 @@ EXTREMES = np.array([-0x7E8080, 0x7E8080, 0x7DFFFF, -0x7D0000], np.float32) / 2*
 class Case:
     """One product, or one attention: the driver's header and arrays, and the float64 result.
 
-    Arrays are x, values, indices, scale and choices; of attention those that native_attention_cases.py names.
+    Arrays are x, values, indices, scale, choices and minimum; of attention those that native_attention_cases.py names.
     """
 
     kind: int = PRODUCT
@@ -67,6 +71,7 @@ def make_case(
     columns: int,
     *,
     centered: bool = False,
+    offset: bool = False,
     kept: int = 4,
     dtype: str = "float32",
     scale_type: str = "float32",
@@ -81,11 +86,11 @@ def make_case(
 
     `kept` of `pattern` for the sparse ones; `group` counts positions; `extreme` draws what makes integer sums largest.
     With `width` blocks of so many columns choose 4 of every `pattern` positions (V:N:M), and columns keep `kept` of 4.
-    `centered` is for the dense ones in words.
+    `centered` is for the dense ones in words, `offset` for int4, whose codes then count from minima.
     """
     m = 4 if width else pattern
     name = f"{kind} {kept}:{m}, {rows} rows, {columns} columns, {dtype}, scale {scale_type} of {group} in {contraction}"
-    name += f", activations {activation_bits}, {extreme=}, {centered=}"
+    name += f", activations {activation_bits}, {extreme=}, {centered=}, {offset=}"
     name += f", {width}:{pattern}" if width else ""
     rng = np.random.default_rng(list(name.encode()))
     sparse, packed = kind.startswith("sparse"), kind in ("int4", "int3", "int2", "sparse_int4")
@@ -98,16 +103,21 @@ def make_case(
     exact = x.astype(np.float64)
     scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
 
+    minimum = scale[:0]
     if integer:
         bits = {"int3": 3, "int2": 2}.get(kind, 8 if kind.endswith("int8") else 4)
         codes = rng.integers(0, 2**bits, (stored, columns))
         if extreme:  # every column as far from zero as codes go, on one side
             codes[:] = np.where(np.arange(columns) % 2, 2**bits - 1, 0)
-        levels = codes - oracles.find_zero(bits, centered)
+        levels = codes - (0 if offset else oracles.find_zero(bits, centered))
         values = oracles.pack(codes, bits) if packed else levels.astype(np.int8)
         weight = oracles.scale_rows(levels, scale)
         # Codes may be summed before the code of zero is taken off, so that errors follow codes of up to 15.
         largest = oracles.scale_rows(np.full(codes.shape, 2**bits - 1), scale)
+        if offset:
+            minimum = rng.uniform(-0.8, 0.2, scale.shape).astype(scale.dtype)
+            weight += oracles.scale_rows(np.ones(codes.shape), minimum)
+            largest += oracles.scale_rows(np.ones(codes.shape), np.abs(minimum))
     else:
         scale, scale_type_index = scale[:0], 0
         values = rng.standard_normal((stored, columns)).astype(DTYPES[kind.removeprefix("sparse_")])
@@ -135,7 +145,7 @@ def make_case(
             contraction,
             stored,
             stored // groups if scale_type_index else stored,
-            int(2 * oracles.find_zero(bits, centered)) if packed and not sparse else 0,
+            int(2 * oracles.find_zero(bits, centered)) if packed and not sparse and not offset else 0,
             columns,
             pattern,
             width,
@@ -145,7 +155,7 @@ def make_case(
             activation_bits == 8,
             THREADS,
         ),
-        arrays=(x, values, indices, scale, choices),
+        arrays=(x, values, indices, scale, choices, minimum),
         dtype=dtype,
         expected=exact @ weight,
         magnitude=np.abs(exact) @ np.abs(largest),
@@ -159,20 +169,25 @@ def list_cases() -> Iterator[Case]:
         for kept in (1, 2, 3) if kind.startswith("sparse") else (4,):
             for columns in COLUMNS:
                 yield make_case(kind, 1 + columns % 3, columns, kept=kept)
-            for rows in (*range(1, 10), 21) if integer else range(1, 9):
+            for rows in (*range(1, 10), 16, 21) if integer else range(1, 9):
                 yield make_case(kind, rows, 37, kept=kept, dtype="bfloat16" if rows % 2 else "float32")
             # Enough for several tiles and threads.
             yield make_case(kind, 4, 1029, kept=kept, scale_type="bfloat16")
             if integer:
-                for rows, dtype in ((1, "float32"), (2, "bfloat16"), (9, "float32")):
+                for rows, dtype in ((1, "float32"), (2, "bfloat16"), (17, "float32")):
                     yield make_case(kind, rows, 37, kept=kept, dtype=dtype, activation_bits=8)
                 for bits in (None, 8):
                     yield make_case(kind, 4, 20, kept=kept, activation_bits=bits, extreme=True)
                     yield make_case(kind, 2, 20, kept=kept, activation_bits=bits, group=CONTRACTION, extreme=True)
     for kind, columns in itertools.product(("int4", "int3", "int2"), COLUMNS):
         yield make_case(kind, 1 + columns % 3, columns, centered=True)
-    for kind, bits, rows in itertools.product(("int4", "int3", "int2"), (None, 8), (1, 4, 9)):
-        yield make_case(kind, rows, 20, centered=True, activation_bits=bits, extreme=rows == 4)
+    for kind, bits, rows in itertools.product(("int4", "int3", "int2"), (None, 8), (1, 4, 17)):
+        yield make_case(kind, rows, 20, centered=True, activation_bits=bits, extreme=rows > 1)
+    for rows, dtype, bits in itertools.product((1, 2, 8, 19), ("float32", "bfloat16"), (None, 8)):
+        options = {"dtype": dtype, "activation_bits": bits, "scale_type": "float16" if rows > 1 else "bfloat16"}
+        yield make_case("int4", rows, 37, offset=True, **options)
+        yield make_case("int4", rows, 20, offset=True, extreme=True, **options)
+    yield from _list_many()
     # Groups, and so blocks, that end within a word of int8 weights; one is longer than a block, and prime.
     for contraction, group in ((3, 3), (74, 37), (66, 22), (101, 101)):
         for rows, dtype, bits in ((1, "float32", None), (9, "bfloat16", None), (3, "float32", 8)):
@@ -201,6 +216,26 @@ def list_cases() -> Iterator[Case]:
                 width=width,
             )
     yield from _list_eighths()
+
+
+def _list_many() -> Iterator[Case]:
+    """Many rows: contractions of several panels (panels.h), columns of several tiles, and rows for more than one."""
+    sparse = {"sparse_int4": {"kept": 2}, "sparse_int8": {"kept": 3, "group": 96}}
+    for kind, options in {"int8": {}, "int4": {}, "int3": {}, "int2": {}, **sparse}.items():
+        for rows, dtype, bits in ((18, "float32", 8), (21, "float32", None), (17, "bfloat16", None)):
+            size = 1152 if kind in sparse else 672
+            types = {"dtype": dtype, "activation_bits": bits, "contraction": size}
+            yield make_case(kind, rows, 37, **options | types)
+            yield make_case(kind, rows, 20, **options | types | {"group": size})
+            yield make_case(kind, rows, 20, extreme=True, **options | types | {"group": size})
+        yield make_case(kind, 19, 300, contraction=192, scale_type="float16", **options)
+    for kind in ("int8", "int4", "sparse_int4"):
+        yield make_case(kind, 515, 17, kept=2 if kind.startswith("sparse") else 4)
+    yield make_case("int8", 9, 70, contraction=1075, group=1075)  # blocks of no whole words
+    yield make_case("int4", 19, 70, contraction=672, offset=True, scale_type="float16")
+    for bits in (None, 8):
+        options = {"kept": 2, "pattern": 16, "width": 48, "contraction": 2560, "group": 128}
+        yield make_case("sparse_int4", 10, 96, activation_bits=bits, **options)
 
 
 def _list_eighths() -> Iterator[Case]:

@@ -43,6 +43,14 @@ def scale_rows(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return values.astype(np.float64) * np.repeat(scale.astype(np.float64), values.shape[0] // scale.shape[0], axis=0)
 
 
+def round_rows(x: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 (..., D) codes of float32 x (..., D), and float64 (..., D) steps: largest / 127 of each row's groups."""
+    split = np.asarray(x, np.float32).reshape(*x.shape[:-1], groups, -1)
+    step = np.abs(split).max(axis=-1, keepdims=True) / np.float32(127)
+    codes = np.rint(np.divide(split, step, out=np.zeros_like(split), where=step > 0))
+    return codes.reshape(x.shape).astype(np.int64), np.broadcast_to(step, split.shape).reshape(x.shape).astype(float)
+
+
 def densify(kept: np.ndarray, positions: np.ndarray, n: int, m: int = 4) -> np.ndarray:
     """float64 (D, F) with kept element c of column f at row m * (c // n) + positions[c, f]."""
     dense = np.zeros((kept.shape[0] * m // n, kept.shape[1]))

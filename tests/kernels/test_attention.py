@@ -11,6 +11,7 @@ from hsai_kernels import attention
 from hsai_kernels.ops.attention.api import BACKENDS
 from hsai_kernels.ops.attention.shapes import SHAPES, AttentionShape
 from tests.kernels import oracles
+from tests.kernels.refusals import list_wrong_caps, list_wrong_counts, list_wrong_factors
 from tests.kernels.tolerances import assert_close
 
 # Those of accelerators have tests of their own, in their interpreters.
@@ -197,12 +198,16 @@ AT_K = jnp.zeros((2, 5), jnp.int32)
         ({"q": Q.astype(jnp.int32)}, "needs floating q, got int32"),
         ({"q_positions": AT_K}, r"q_positions has shape \(2, 5\), needs \(2, 3\)"),
         ({"kv_positions": AT_Q}, r"kv_positions has shape \(2, 3\), needs \(2, 5\)"),
-        ({"kv_positions": AT_K.astype(jnp.float32)}, "kv_positions must be integers, got float32"),
+        ({"kv_positions": AT_K.astype(jnp.float32)}, "kv_positions must be int32, got float32"),
+        ({"q_positions": AT_Q.astype(jnp.uint32)}, "q_positions must be int32, got uint32"),
+        ({"q_positions": AT_Q.astype(jnp.int8)}, "q_positions must be int32, got int8"),
+        ({"q_segments": AT_Q.astype(jnp.uint32), "kv_segments": AT_K}, "q_segments must be int32, got uint32"),
         ({"q_segments": AT_Q}, "q_segments given without kv_segments"),
         ({"kv_segments": AT_K}, "kv_segments given without q_segments"),
         ({"q_segments": AT_Q, "kv_segments": AT_Q}, r"kv_segments has shape \(2, 3\), needs \(2, 5\)"),
-        ({"window": 0}, "window=0"),
-        ({"softcap": 0.0}, "softcap=0.0"),
+        *list_wrong_counts("window"),
+        *list_wrong_caps("softcap"),
+        *list_wrong_factors("scale"),
     ],
 )
 def test_refusals_name_both_values(changes, message):

@@ -14,8 +14,8 @@ from tests.kernels.tolerances import assert_close
 
 # T, S, N, K, H, and queries and keys a block: whole and ragged blocks, a single block of one of the two, tiny ones.
 CASES = (
-    (16, 16, 4, 2, 16, 8, 8),
-    (13, 29, 6, 2, 8, 4, 8),
+    (16, 16, 4, 2, 128, 8, 8),
+    (13, 29, 6, 2, 256, 4, 8),
     (7, 40, 3, 3, 5, 16, 8),
     (33, 5, 4, 1, 64, 8, 8),
     (5, 5, 2, 2, 80, 1, 1),
@@ -47,7 +47,7 @@ def draw(case: tuple[int, ...], dtype: str, segments: bool) -> tuple[Arrays, Arr
 
 def both(case: tuple[int, ...], dtype: str, options: dict[str, Any]) -> tuple[list[Arrays], float]:
     """Output and gradients of q, k and v, by the chunked backend and by the reference; and the size of their terms."""
-    settings = {"window": None, "softcap": None, "scale": 0.4, **options}
+    settings = {"window": None, "softcap": None, "scale": case[4] ** -0.5, **options}
     operands, at, grad = draw(case, dtype, settings.pop("segments", False))
     chunked = functools.partial(attention_chunked, block_queries=case[5], block_keys=case[6])
     results = []

@@ -83,7 +83,9 @@ def draw_blocks(dtype: str, head_dim: int) -> tuple[tuple[jax.Array, ...], tuple
     return (q, k, v), tuple(jnp.asarray(m, jnp.int32) for m in marks), grad
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 20), ("bfloat16", 128), ("float32", 256)])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [("float32", 80), ("bfloat16", 64), ("bfloat16", 128), ("float32", 256)]
+)
 def test_many_blocks_and_their_gradients_are_the_references(dtype: str, head_dim: int) -> None:
     operands, at, grad = draw_blocks(dtype, head_dim)
     settings = {"window": 25, "softcap": 3.0, "scale": 1.8 * head_dim**-0.5}
@@ -154,7 +156,8 @@ def test_the_automatic_choice_takes_it() -> None:
         assert "pallas_call" in str(jax.make_jaxpr(functools.partial(attention, **arrays))(q, k, v))
         half = (x.astype(jnp.float16) for x in (q, k, v))
         assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(attention, **arrays))(*half))
-    assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(attention, **arrays))(q, k, v))
+    with compile_for("cpu"):
+        assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(attention, **arrays))(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,28 @@
 """The tables of what compiles: stored and read back, compared with rows just compiled, and written for people.
 
-Without a compiler: test_aot.py has one, and compares what it says.
+Without a compiler: test_aot.py has one, and compares what it says; test_programs.py compares all tiles.
 """
 
+import functools
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from hsai_kernels import attention, capabilities
+import hsai_kernels.ops
+from hsai_kernels import attention, capabilities, native
+from hsai_kernels.aot import runner
+from hsai_kernels.aot.case import Case, Target
+from hsai_kernels.aot.pins import list_pins
 from hsai_kernels.aot.runner import TARGETS
 from hsai_kernels.capabilities import find_refusal, name_chip
-from hsai_kernels.dispatch import compile_for
+from hsai_kernels.capabilities.served import explain_missing, list_calls
+from hsai_kernels.dispatch import BackendMissing, compile_for
 from hsai_kernels.ops.attention.tpu_blocks import choose_blocks
-from scripts.write_capabilities import PAGE, render_page
+from scripts.write_capabilities import PAGE, explain_stale, render_page
 
 
 def row(chip="v5e", outcome="compiles", reason=None, rows=8, dtype="float32"):
@@ -81,11 +89,89 @@ def test_the_page_is_that_of_the_stored_tables():
 
 
 @pytest.mark.parametrize("platform", TARGETS)
+def test_the_stored_tables_are_of_the_pinned_compilers(platform):
+    """Those that scripts/install_aot.sh brings, and each of one version."""
+    assert explain_stale(platform) is None
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in list_pins(platform))
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_a_table_of_another_compiler_says_what_to_run():
+    capabilities.write_capabilities("tpu", "libtpu 1", [row()])
+    assert re.search("the rows are of libtpu 1, .*: run scripts/write_capabilities.py tpu$", explain_stale("tpu"))
+
+
+def test_a_jax_that_asks_for_another_compiler_has_it(monkeypatch):
+    """And the tables are not of that one."""
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: ["numpy>=2", 'libtpu==0.0.99.*; extra == "tpu"'])
+    assert list_pins("tpu") == ["libtpu==0.0.99.*"]
+    assert explain_stale("tpu") is not None
+
+
+@pytest.mark.parametrize("platform", TARGETS)
 def test_the_stored_tables_have_a_row_for_every_case_and_chip(platform):
     target = TARGETS[platform]
     cases = [(case.kernel, case.name, case.dtype) for case in target.list_cases(target.kernels, quick=False)]
-    stored = [tuple(row[field] for field in capabilities.KEY) for row in capabilities.read_capabilities(platform)]
+    stored = [capabilities.identify(row) for row in capabilities.read_capabilities(platform)]
     assert sorted(stored) == sorted((*case, chip) for case in cases for chip in target.chips)
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_only_what_has_no_row_is_compiled_if_that_is_asked_for(monkeypatch):
+    capabilities.write_capabilities("tpu", "libtpu 1", [row()])
+    monkeypatch.setattr(runner, "compile_case", lambda target, case, chip, device: (case.dtype, chip))
+    cases = [
+        Case(kernel="attention forward", name="ragged", dtype=dtype, function=jnp.sin, operands=())
+        for dtype in ("float32", "bfloat16")
+    ]
+    target = Target(
+        platform="tpu", chips=("v5e", "v6e"), find_device=str, describe=str, lists={"attention": lambda: iter(cases)}
+    )
+    compile_cases = functools.partial(runner.compile_cases, target, target.chips, target.kernels, quick=False)
+    absent = [("bfloat16", "v5e"), ("float32", "v6e"), ("bfloat16", "v6e")]
+    assert list(compile_cases(missing=True)) == absent
+    assert list(compile_cases(missing=False)) == [("float32", "v5e"), *absent]
+
+
+CALLS = {call.name: call for call in list_calls()}
+
+
+def test_every_api_is_among_the_calls_and_takes_them():
+    folders = {path.parent.name for path in Path(hsai_kernels.ops.__file__).parent.glob("*/api.py")}
+    assert {name.split(",")[0].split()[0] for name in CALLS} == folders | {"cross_entropy_sum"}
+    for call in CALLS.values():
+        function = functools.partial(call.function, implementation="reference")
+        jax.eval_shape(lambda operands, function=function: function(**operands), dict(call.operands))
+
+
+ROUNDED = "activations rounded to int8"
+
+
+@pytest.mark.parametrize(
+    ("name", "reasons"),
+    [
+        ("attention, int4 cache", {"cpu": None, "gpu": None, "tpu": None}),
+        ("quantized_matmul int4 from a minimum", {"cpu": None, "gpu": None, "tpu": None}),
+        ("quantized_matmul int2 (ternary)", {"cpu": None, "gpu": "codes of -8 to 7 only", "tpu": None}),
+        (f"quantized_matmul int8, {ROUNDED}", {"cpu": None, "gpu": None, "tpu": None}),
+        (f"quantized_matmul int4, {ROUNDED}", {"cpu": None, "gpu": None, "tpu": None}),
+        (f"sparse_matmul 2:4 int4, {ROUNDED}", {"cpu": None, "gpu": "not rounded to 8", "tpu": "not rounded to 8"}),
+        ("sparse_matmul V:2:8 int4", {"cpu": None, "gpu": None, "tpu": None}),
+        ("sparse_matmul V:2:8 bfloat16", {"cpu": "of integers only", "gpu": None, "tpu": None}),
+        ("sparse_matmul V:2:8 int8", {"cpu": None, "gpu": "not int8 values", "tpu": "not int8 values"}),
+        ("cross_entropy", {"cpu": "there is none", "gpu": "there is none", "tpu": None}),
+    ],
+)
+def test_what_has_no_kernel_says_why(monkeypatch, name, reasons):
+    """Whether or not the native library was built here."""
+
+    def refuse():
+        raise BackendMissing("not built")
+
+    monkeypatch.setattr(native, "load_library", refuse)
+    for platform, reason in reasons.items():
+        found = explain_missing(CALLS[name], platform)
+        assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize(

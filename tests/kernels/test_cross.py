@@ -7,12 +7,11 @@ import pytest
 
 from tests.kernels import native_attention_cases, native_build, native_cases
 from tests.kernels.native_build import SOURCES, run
+from tests.needs import needs, require
 
 COMPILER = "aarch64-linux-gnu-g++"
 TOOLS = native_build.list_missing(COMPILER, "qemu-aarch64", "cmake")
-needs_cross = pytest.mark.skipif(
-    bool(TOOLS), reason=f"no {', '.join(TOOLS)}: bash scripts/install_cross.sh brings them"
-)
+needs_cross = needs(not TOOLS, f"no {', '.join(TOOLS)}: bash scripts/install_cross.sh brings them")
 
 # The instruction set that each must choose: the first has no dotprod, the second no i8mm.
 PROCESSORS = {"cortex-a53": "baseline", "neoverse-n1": "dotprod", "max": "i8mm"}
@@ -86,7 +85,8 @@ def _compile_avxvnni(folder: Path, compiler: str) -> Path:
     text = (folder / "products.s").read_text()
     assert "zmm" not in text and text.count("{vex} vpdpbusd") == text.count("vpdpbusd\t") > 0
     (folder / "evex.s").write_text(text.replace("{vex} vpdpbusd", "vpdpbusd"))
-    sources = (SOURCES / "attention.cc", SOURCES / "multiply.cc", SOURCES / "select.cc", SOURCES / "native_driver.cc")
+    names = ("attention", "multiply", "plan", "select", "threads", "native_driver")
+    sources = [SOURCES / f"{name}.cc" for name in names]
     run(compiler, *FLAGS, *sources, folder / "evex.s", "-pthread", "-o", folder / "driver")
     return folder / "driver"
 
@@ -97,9 +97,10 @@ def test_avxvnni_kernels_match_the_oracle(cases, tmp_path):
     runnable = native_build.list_runnable()
     if "avxvnni" in runnable:
         pytest.skip("this machine has AVX-VNNI: test_native.py tests it")
+    if "avx512" not in runnable:
+        pytest.skip("this machine has no AVX-512")
     compiler = native_build.find_tool("g++")
-    if compiler is None or "avx512" not in runnable:
-        pytest.skip("needs g++ and a machine with AVX-512")
+    require(compiler is not None, "no g++")
     with native_build.open_folder("avxvnni") as folder:
         driver = _compile_avxvnni(folder, compiler)
         native_cases.write_cases(tmp_path / "cases", cases)

@@ -13,6 +13,7 @@ from hsai_kernels.ops.cross_entropy.chunked import cross_entropy_chunked
 from hsai_kernels.ops.cross_entropy.reference import cross_entropy_reference
 from hsai_kernels.ops.cross_entropy.shapes import SHAPES, CrossEntropyShape
 from tests.kernels import oracles
+from tests.kernels.refusals import list_wrong_caps, list_wrong_counts
 from tests.kernels.tolerances import assert_close
 
 PORTABLE = {
@@ -180,10 +181,9 @@ X, W, TARGETS = jnp.ones((2, 3, 8)), jnp.ones((8, 5)), jnp.zeros((2, 3), jnp.int
         ({"targets": TARGETS.astype(jnp.float32)}, "targets must be integers, got float32"),
         ({"x": X.astype(jnp.float16)}, "x of float32 or bfloat16, not of float16"),
         ({"w": W.astype(jnp.int8)}, "w of float32 or bfloat16, not of int8"),
-        ({"softcap": 0.0}, "softcap=0.0 must be positive"),
-        ({"softcap": float("nan")}, "softcap=nan must be positive"),
-        ({"chunk": 0}, "chunk=0 must be positive"),
-        ({"z_loss": -1.0}, "z_loss=-1.0 must be finite and at least 0"),
+        *list_wrong_caps("softcap"),
+        *list_wrong_counts("chunk"),
+        *(({"z_loss": value}, f"z_loss={value} must be at least 0") for value in (-1.0, 10**39, np.inf, np.nan)),
         ({"implementation": "fast"}, "unknown implementation 'fast' of cross_entropy: valid are chunked, reference"),
     ],
 )

@@ -15,6 +15,11 @@ from hsai_kernels.ops.cross_entropy.shapes import CrossEntropyShape
 from tests.kernels.test_cross_entropy import draw
 from tests.kernels.tolerances import assert_close
 
+pytestmark = [
+    pytest.mark.usefixtures("no_races"),
+    pytest.mark.skipif(jax.device_count() < 4, reason=f"needs 4 devices, here are {jax.device_count()}"),
+]
+
 P = jax.sharding.PartitionSpec
 SHAPE = CrossEntropyShape(lead=(2,), tokens=9, embed=128, vocab=260)  # 65 words a device
 

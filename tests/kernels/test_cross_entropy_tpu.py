@@ -71,9 +71,23 @@ def test_it_is_the_automatic_choice_on_a_tpu() -> None:
         assert "cross_entropy_forward" not in str(jax.make_jaxpr(cross_entropy_sum)(*wide, weights))
         with pytest.raises(NotImplementedError, match="up to 2048, where it saves time, not 4096"):
             cross_entropy_sum(*wide, weights, implementation="tpu")
+
+
+def test_a_sum_and_its_gradients_are_the_references() -> None:
+    """Those of x, w and the weights, behind which another gradient comes."""
+    x, w, targets, weights = draw(CrossEntropyShape(lead=(2,), tokens=3, embed=128, vocab=9), "float32")
+
+    def differentiate(implementation: str) -> Any:
+        def lose(x: jax.Array, w: jax.Array, weights: jax.Array) -> jax.Array:
+            return 3.0 * cross_entropy_sum(x, w, targets, weights, z_loss=0.1, implementation=implementation)
+
+        return jax.jit(jax.value_and_grad(lose, (0, 1, 2)))(x, w, weights)
+
     with interpret_tpu():
-        found = jax.jit(cross_entropy_sum)(x, w, targets, weights)
-    assert_close(found, np.asarray(cross_entropy_sum(x, w, targets, weights), np.float64), 50.0, "float32")
+        found = differentiate("tpu")
+    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(differentiate("reference")), strict=True):
+        assert array.dtype == wanted.dtype and np.any(np.asarray(wanted) != 0)
+        assert_close(array, np.asarray(wanted, np.float64), 50.0, "float32")
 
 
 def test_large_logits_stay_finite() -> None:

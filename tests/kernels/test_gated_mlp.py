@@ -60,6 +60,13 @@ def test_the_tpu_kernel_matches_the_oracle(
         check(functools.partial(multiply_in_blocks, blocks=blocks), draw(shape, dtype), activation)
 
 
+def test_two_cores_share_no_result() -> None:
+    """3 blocks of rows, so that one would be halved if the two of the hidden activations were split over cores."""
+    with interpret_tpu(cores=2):
+        kernel = functools.partial(multiply_in_blocks, blocks=(16, 128))
+        check(kernel, draw(MlpShape(lead=(40,), embed=128, ffn=200), "float32"), "silu")
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_gradients_match_finite_differences(activation: str) -> None:
     def oracle(*operands: np.ndarray) -> np.ndarray:

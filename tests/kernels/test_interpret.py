@@ -1,6 +1,10 @@
-"""The TPU interpreter's race detection finds races: what `no_races` asserts of every TPU kernel can fail."""
+"""The TPU interpreter's race detection finds races: what `no_races` asserts of every TPU kernel can fail. And what the
+interpreters run is run where the accelerator is.
+"""
 
 import functools
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,6 +59,33 @@ def fill_blocks(apart: bool) -> jax.Array:
     return out
 
 
+def add_rows(semantics: tuple[str, str]) -> jax.Array:
+    """Sums of two each: three of them on the first axis, so that two cores halve one if they share the second too."""
+
+    def add(x: Any, out: Any, total: Any) -> None:
+        @pl.when(pl.program_id(1) == 0)
+        def _() -> None:
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+
+        total[...] += x[...]
+
+        @pl.when(pl.program_id(1) == 1)
+        def _() -> None:
+            out[...] = total[...]
+
+    call = pl.pallas_call(
+        add,
+        grid=(3, 2),
+        in_specs=[pl.BlockSpec((8, 128), lambda i, j: (2 * i + j, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i, j: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((24, 128), jnp.float32),
+        scratch_shapes=[pltpu.VMEM((8, 128), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+    )
+    out: jax.Array = call(np.ones((48, 128), np.float32))
+    return out
+
+
 def test_a_copy_that_is_not_waited_for_is_a_race(capfd: pytest.CaptureFixture[str]) -> None:
     with interpret_tpu():
         with forbid_races(capfd):
@@ -69,3 +100,25 @@ def test_two_cores_at_one_block_are_a_race(capfd: pytest.CaptureFixture[str]) ->
             jax.block_until_ready(fill_blocks(apart=True))
         with pytest.raises(AssertionError, match="RACE DETECTED"), forbid_races(capfd):
             jax.block_until_ready(fill_blocks(apart=False))
+
+
+def test_a_sum_whose_axis_is_said_to_be_parallel_is_a_race(capfd: pytest.CaptureFixture[str]) -> None:
+    with interpret_tpu(cores=2):
+        with forbid_races(capfd):
+            np.testing.assert_array_equal(add_rows(("parallel", "arbitrary")), np.full((24, 128), 2.0))
+        with pytest.raises(AssertionError, match="RACE DETECTED"), forbid_races(capfd):
+            jax.block_until_ready(add_rows(("parallel", "parallel")))
+
+
+@pytest.mark.parametrize(("platform", "variable"), [("gpu", "cuda"), ("tpu", "tpu")])
+def test_every_test_of_an_accelerators_numbers_is_to_be_run_on_it(platform: str, variable: str) -> None:
+    """kernels/README.md has the command, with each file that makes use of the platform's interpreter."""
+    folder = Path(__file__).parent
+    command = re.search(rf"HSAI_TEST_PLATFORM={variable} [^`]*", (folder.parents[1] / "kernels/README.md").read_text())
+    assert command is not None
+    interpreted = {
+        f"tests/kernels/{path.name}"
+        for path in folder.glob("test_*.py")
+        if f"interpret_{platform}" in path.read_text() and path != Path(__file__)
+    }
+    assert set(re.findall(r"tests/\S+", command[0])) == interpreted

@@ -54,6 +54,14 @@ def test_the_tpu_kernel_matches_the_oracle(shape: NormShape, blocks: tuple[int, 
         check(functools.partial(multiply_in_blocks, eps=EPS, blocks=blocks), draw(shape, "bfloat16"))
 
 
+def test_two_cores_share_no_result() -> None:
+    """3 blocks of rows, so that one would be halved if the two of columns, for which rows are normalized once, were
+    split over cores."""
+    with interpret_tpu(cores=2):
+        kernel = functools.partial(multiply_in_blocks, eps=EPS, blocks=(16, 128))
+        check(kernel, draw(NormShape(lead=(40,), contraction=128, columns=200), "float32"))
+
+
 def test_gradients_match_finite_differences() -> None:
     def oracle(*operands: np.ndarray) -> np.ndarray:
         return oracles.normalize_and_multiply(*operands, EPS)[0]

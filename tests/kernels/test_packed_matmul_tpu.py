@@ -19,7 +19,9 @@ from hsai_kernels.ops.quantized_matmul.tpu import CODES, INT8
 from hsai_kernels.ops.quantized_matmul.tpu_product import plan_product
 from hsai_kernels.ops.sparse_matmul.shapes import EIGHTHS, SparseShape
 from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
+from hsai_kernels.tuning import name_product_shape, use_tiles
 from tests.kernels import oracles
+from tests.kernels.test_quantized_matmul import _draw_minima as draw_minima
 from tests.kernels.tolerances import assert_close
 
 DTYPES = ("float32", "bfloat16")
@@ -83,10 +85,27 @@ def test_products_of_fewer_bits_match_the_oracle(shape, kind, centered):
     check_quantized(shape, "float32", kind, centered=centered)
 
 
-def check_quantized(shape: QuantizedShape, dtype: str, kind: str, *, centered: bool = False) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_from_a_minimum_match_the_oracle(dtype):
+    operands, x, weight, largest = draw_minima(QUANTIZED_SHAPES[2], dtype, "float16")
+    with interpret_tpu():
+        out = np.asarray(quantized_matmul(*operands, implementation="tpu"))
+    assert out.dtype == dtype
+    assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
+
+
+def test_two_cores_share_no_result():
+    """3 blocks of columns, so that one would be halved if the contraction's two were split over cores."""
+    shape = QuantizedShape(lead=(3,), contraction=256, columns=300, group=64)
+    key = ("quantized_matmul int8", "float32", name_product_shape(3, 256, 4))
+    with use_tiles({key: {"rows": 16, "columns": 128, "contraction": 128}}):
+        check_quantized(shape, "float32", "int8", cores=2)
+
+
+def check_quantized(shape: QuantizedShape, dtype: str, kind: str, *, centered: bool = False, cores: int = 1) -> None:
     operands, product, magnitude = draw_quantized(shape, kind, dtype, centered=centered)
     options = {"bits": BITS[kind] % 8 or 4, "centered": centered}
-    with interpret_tpu():
+    with interpret_tpu(cores=cores):
         out = np.asarray(quantized_matmul(*operands, **options, implementation="tpu"))
     assert out.dtype == dtype
     assert_close(out, product, magnitude, dtype)
@@ -96,6 +115,8 @@ def check_quantized(shape: QuantizedShape, dtype: str, kind: str, *, centered: b
     ("shape", "kind", "dtype"),
     [
         *((s, ("float32", "int4", "bfloat16")[i % 3], DTYPES[i % 2]) for i, s in enumerate(SPARSE_SHAPES)),
+        (SPARSE_SHAPES[5], "float32", "float32"),
+        (EIGHTHS[1], "int4", "float32"),
         (EIGHTHS[2], "float32", "float32"),
         (EIGHTHS[3], "int4", "bfloat16"),
         (EIGHTHS[6], "bfloat16", "bfloat16"),
@@ -114,16 +135,19 @@ def test_sparse_products_match_the_oracle(shape, kind, dtype):
     assert_close(out, product, magnitude, dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "2:4 int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int4 from a minimum", "2:4 int4"])
 def test_gradients_are_the_references(kind):
     """The reference's gradients are held to the oracle by its own tests; here all floating operands have theirs."""
-    if kind == "int8":
-        operands, product, _ = draw_quantized(QUANTIZED_SHAPES[4], "int8", "float32")
-        multiply, floating = quantized_matmul, (0, 2)
-    else:
-        operands, product, _ = draw_sparse(SPARSE_SHAPES[4], "int4", "float32")
+    multiply, floating = quantized_matmul, (0, 2)
+    if kind.startswith("2:4"):
+        operands, *_ = draw_sparse(SPARSE_SHAPES[4], "int4", "float32")
         multiply, floating = functools.partial(sparse_matmul, n=2, m=4), (0, 3)
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(product.shape), jnp.float32)
+    elif "minimum" in kind:
+        operands, *_ = draw_minima(QUANTIZED_SHAPES[4], "float32", "float16")
+        floating = (0, 2, 3)
+    else:
+        operands, *_ = draw_quantized(QUANTIZED_SHAPES[4], kind, "float32")
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 257)), jnp.float32)
 
     def differentiate(implementation):
         pull = jax.vjp(lambda *o: multiply(*o, implementation=implementation), *operands)[1]
@@ -157,13 +181,10 @@ def test_groups_that_no_block_holds_are_refused():
         quantized_matmul(*operands, implementation="tpu")
 
 
-def test_rounded_activations_are_refused():
+def test_rounded_activations_of_sparse_weights_are_refused():
     (x, values, indices, scale), *_ = draw_sparse(SPARSE_SHAPES[0], "int4", "float32")
     with interpret_tpu(), pytest.raises(NotImplementedError, match="not rounded to 8 bits"):
         sparse_matmul(x, values, indices, scale, n=2, m=4, activation_bits=8, implementation="tpu")
-    operands, *_ = draw_quantized(QUANTIZED_SHAPES[0], "int8", "float32")
-    with interpret_tpu(), pytest.raises(NotImplementedError, match="not rounded to 8 bits"):
-        quantized_matmul(*operands, activation_bits=8, implementation="tpu")
 
 
 def test_empty_operands_are_refused():

@@ -12,6 +12,7 @@ from hsai_kernels import pack_halves, paged_attention
 from hsai_kernels.ops.paged_attention.api import BACKENDS
 from hsai_kernels.ops.paged_attention.shapes import SHAPES, PagedShape
 from tests.kernels import oracles
+from tests.kernels.refusals import list_wrong_caps, list_wrong_counts, list_wrong_factors
 from tests.kernels.tolerances import assert_close
 
 IMPLEMENTATIONS = sorted(BACKENDS.keys() - {"gpu", "tpu"})
@@ -128,6 +129,23 @@ def test_a_row_has_the_same_bits_in_any_company(instruction_set: None) -> None:
         np.testing.assert_array_equal(attend(alone, "cpu")[0], together[row])
 
 
+@pytest.mark.parametrize("cache", ["float32", "int8", "int4"])
+@pytest.mark.parametrize(("page", "window"), [(64, None), (64, 50), (48, 1500), (8, 3)])
+def test_a_token_has_the_same_bits_among_those_of_a_draft(
+    instruction_set: None, page: int, window: int | None, cache: str
+) -> None:
+    """Speculation reads a token with those that are drafted behind it, and must find what it finds alone: of more rows
+    than a tile has, over several pieces of keys, from wherever the window begins."""
+    shape = PagedShape(
+        lengths=(70, 1040, 2105), row_pages=-(-2105 // page), page=page, queries=17, heads=10, kv_heads=2, head_dim=16
+    )
+    arrays, _ = draw(shape, "float32", cache)
+    together = np.asarray(attend(arrays, "cpu", window=window))
+    for first, last in ((0, 1), (5, 6), (16, 17), (3, 8)):
+        part = arrays | {name: arrays[name][:, first:last] for name in ("q", "q_positions")}
+        np.testing.assert_array_equal(attend(part, "cpu", window=window), together[:, first:last])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -151,14 +169,29 @@ def test_pages_that_are_not_there_are_an_error(changes: dict[str, Any], message:
         ({"table": jnp.zeros((2, 4), jnp.int32)}, r"table must be int32 \(4, pages of a row\), got int32\(2, 4\)"),
         ({"layer": jnp.zeros((1,), jnp.int32)}, r"layer must be an int32 scalar, got int32\(1,\)"),
         ({"q_positions": jnp.zeros((4, 2), jnp.int32)}, r"q_positions must be int32 \(4, 1\)"),
+        ({"q_positions": jnp.zeros((4, 1), jnp.uint32)}, r"q_positions must be int32 \(4, 1\), got uint32"),
         ({"k_scale": jnp.zeros((3, 17, 16, 2))}, "k is float32 and comes with scales"),
         ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.int32) for name in "kv"}, "k and v are int32; under float32 queries"),
         ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.uint8) for name in "kv"}, "q has head dim 64, k has head dim 128"),
-        ({"window": 0}, "window=0 sees no key"),
-        ({"softcap": 0.0}, "softcap=0.0 must be above 0"),
+        *list_wrong_counts("window"),
+        *list_wrong_caps("softcap"),
+        *list_wrong_factors("scale"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_refusals_name_both_values(changes: dict[str, Any], message: str) -> None:
     arrays, _ = draw(SHAPES[0], "float32", "float32")
     with pytest.raises(ValueError, match=message):
         paged_attention(**(arrays | changes))
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_accelerators_that_are_not_there_are_refused(implementation: str) -> None:
+    arrays, _ = draw(SHAPES[0], "float32", "float32")
+    with pytest.raises(NotImplementedError, match=f"runs on the {implementation} platform only"):
+        attend(arrays, implementation)
+
+
+def test_the_native_backend_has_no_gradient_and_says_so() -> None:
+    arrays, _ = draw(SHAPES[0], "float32", "float32")
+    with pytest.raises(ValueError, match="hsai_paged_attention.*cannot be differentiated"):
+        jax.grad(lambda q: jnp.sum(attend(arrays | {"q": q}, "cpu")))(arrays["q"])

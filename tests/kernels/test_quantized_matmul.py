@@ -79,6 +79,7 @@ def _draw_one_sided(kind: str):
     return levels, jnp.asarray(levels.astype(np.int8) if kind == "int8" else oracles.pack(codes, bits))
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("kind", ["int8", "int4", "centered int3", "centered int2"])
 def test_a_huge_sum_on_one_side_is_exact(kind):
     """Every partial sum has at most 24 bits, so that in float32 no order of adding loses one, and nothing overflows."""
@@ -90,6 +91,7 @@ def test_a_huge_sum_on_one_side_is_exact(kind):
         np.testing.assert_array_equal(out, [levels.sum(axis=0) * 2.0**-5])
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("activation_bits", [None, 8])
 @pytest.mark.parametrize("kind", ["int8", "int4", "centered int3", "centered int2"])
 def test_a_huge_product_of_extremes_matches_the_oracle(kind, activation_bits):
@@ -116,6 +118,54 @@ def test_bfloat16_scales(kind):
     for implementation in IMPLEMENTATIONS:
         out = quantized_matmul(*operands, **KINDS[kind], implementation=implementation)
         assert_close(out, x @ weight, np.abs(x) @ largest, "float32")
+
+
+def _draw_minima(shape: QuantizedShape, dtype: str, scale_dtype: str):
+    """(x, words, scale, minimum), and in float64: x, the dense weight, the largest that code and minimum can mean."""
+    (x, words, scale), exact, weight, largest = _draw(shape, "int4", dtype, scale_dtype)
+    minimum = np.random.default_rng(shape.columns).uniform(-0.8, 0.2, scale.shape)
+    minimum = jnp.asarray(minimum, scale_dtype)
+    levels = oracles.scale_rows(np.ones(weight.shape), np.asarray(minimum, np.float64))
+    eights = oracles.scale_rows(np.full(weight.shape, 8), np.asarray(scale, np.float64))
+    return (x, words, scale, minimum), exact, weight + eights + levels, largest + np.abs(levels)
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_codes_from_a_minimum_match_the_oracle(number):
+    dtype = ("float32", "bfloat16")[number % 2]
+    operands, x, weight, largest = _draw_minima(SHAPES[number], dtype, ("float16", "float32", "bfloat16")[number % 3])
+    for implementation in IMPLEMENTATIONS:
+        out = quantized_matmul(*operands, implementation=implementation)
+        assert out.dtype == dtype
+        assert_close(out, x @ weight, np.abs(x) @ largest, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_gradient_of_a_minimum_is_that_of_its_group(implementation):
+    (x, words, scale, minimum), exact, weight, largest = _draw_minima(SHAPES[4], "float32", "float32")
+    cotangent = np.random.default_rng(1).standard_normal((3, 257)).astype(np.float32)
+    multiply = partial(quantized_matmul, implementation=implementation)
+    to_x, _, _, to_minimum = jax.jit(jax.vjp(multiply, x, words, scale, minimum)[1])(cotangent)
+    assert_close(to_x, cotangent @ weight.T, np.abs(cotangent) @ largest.T, "float32")
+    groups, wide = (scale.shape[0], -1, scale.shape[1]), cotangent.astype(np.float64)
+    expected, magnitude = (
+        (a.T @ b).reshape(groups).sum(axis=1) for a, b in ((exact, wide), (np.abs(exact), np.abs(wide)))
+    )
+    assert_close(to_minimum, expected, magnitude, "float32")
+
+
+def test_float16_scales_without_a_full_mantissa():
+    """The smallest ones, which bfloat16 and float32 have as plain numbers, and the largest."""
+    x = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    scale = np.array([[2.0**-24, 3 * 2.0**-24, 2.0**-14, 65504.0, 0.0]] * 2, np.float16)
+    codes = np.random.default_rng(1).integers(0, 16, (64, 5))
+    words = oracles.pack(codes, 4)
+    exact = x.astype(np.float64)
+    weight = oracles.scale_rows(codes - 1, scale)
+    largest = oracles.scale_rows(np.full(codes.shape, 16), scale)
+    for implementation in IMPLEMENTATIONS:
+        out = quantized_matmul(x, words, scale, -scale, implementation=implementation)
+        assert_close(out, exact @ weight, np.abs(exact) @ largest, "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,6 +213,23 @@ def test_scan_jit_and_vmap_give_the_same_bits(kind):
     np.testing.assert_array_equal(mapped, [expected, -expected])
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", [*KINDS, "int4 from a minimum"])
+def test_a_scale_that_is_no_number_spoils_its_column_only(kind):
+    """As api.py says of what it does not ask; other columns have the very bits that they have without it."""
+    if kind == "int4 from a minimum":
+        (x, values, *scales), *_ = _draw_minima(SHAPES[4], "float32", "float32")
+    else:
+        (x, values, *scales), *_ = _draw(SHAPES[4], kind, "float32")
+    for implementation in IMPLEMENTATIONS:
+        multiply = partial(quantized_matmul, x, values, **KINDS.get(kind, {}), implementation=implementation)
+        right = np.array(multiply(*scales))
+        for i in range(len(scales)):
+            found = np.array(multiply(*scales[:i], scales[i].at[0, 5].set(jnp.nan), *scales[i + 1 :]))
+            assert np.all(np.isnan(found[:, 5]))
+            np.testing.assert_array_equal(np.delete(found, 5, axis=1), np.delete(right, 5, axis=1))
+
+
 def _words(rows, columns):
     return pack_words(np.zeros((rows, columns), np.uint8), 4)
 
@@ -176,7 +243,7 @@ def _words(rows, columns):
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((0, 3)), "over 64 does not divide into 0 groups"),
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 4)), "scale has 4 columns, values have 3"),
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3,)), r"\(8, 3\) and \(3,\)"),
-        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3), jnp.float16), "not float16"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3), jnp.int32), "not int32"),
         (jnp.ones((1, 64)), jnp.ones((64, 3), jnp.int32), jnp.ones((1, 3)), "not of int32"),
         (jnp.ones((1, 64), jnp.float16), _words(64, 3), jnp.ones((1, 3)), "not of float16"),
         (jnp.ones((), jnp.float32), _words(64, 3), jnp.ones((1, 3)), "got a scalar"),
@@ -185,6 +252,17 @@ def _words(rows, columns):
 def test_refusals_name_both_values(x, values, scale, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(quantized_matmul, x, values, scale)
+
+
+def test_dynamic_int8_from_a_minimum():
+    operands, exact, weight, largest = _draw_minima(SHAPES[4], "float32", "float16")
+    split = exact.reshape(3, operands[2].shape[0], -1)
+    step = np.abs(split).max(axis=-1, keepdims=True) / 127
+    rounded = (np.round(split / step) * step).reshape(exact.shape)
+    for implementation in IMPLEMENTATIONS:
+        out = quantized_matmul(*operands, activation_bits=8, implementation=implementation)
+        assert_close(out, rounded @ weight, np.abs(exact) @ largest, "float32")
+        assert np.max(np.abs(np.asarray(out, np.float64) - exact @ weight)) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,6 +284,33 @@ def test_dynamic_int8(kind, dtype):
         plain = partial(quantized_matmul, values=values, scale=scale, **KINDS[kind], implementation="reference")
         plain = jax.vjp(plain, x)[1](ones)[0]
         np.testing.assert_array_equal(grad, plain)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_activation_that_is_no_number_spoils_its_row_only(kind, value):
+    """Rounded, of rows long enough for XLA's other way to take a maximum, which knows no NaN."""
+    shape = QuantizedShape(lead=(9,), contraction=576, columns=5, group=576)
+    (x, values, scale), *_ = _draw(shape, kind, "float32")
+    for implementation in IMPLEMENTATIONS:
+        multiply = partial(quantized_matmul, **KINDS[kind], activation_bits=8, implementation=implementation)
+        right, found = np.array(multiply(x, values, scale)), np.array(multiply(x.at[8, 4].set(value), values, scale))
+        assert np.all(np.isnan(found[8]))
+        np.testing.assert_array_equal(found[:8], right[:8])
+
+
+@pytest.mark.parametrize(
+    ("values", "minimum", "options", "message"),
+    [
+        (jnp.ones((64, 3), jnp.int8), jnp.ones((1, 3)), {}, "minimum is for words of 4-bit codes .* not for int8"),
+        (_words(64, 3), jnp.ones((1, 3)), {"centered": True}, "not for uint32, bits=4, centered=True"),
+        (_words(64, 3), jnp.ones((2, 3)), {}, r"minimum is float32\(2, 3\), scale float32\(1, 3\): they must be alike"),
+        (_words(64, 3), jnp.ones((1, 3), jnp.float16), {}, r"minimum is float16\(1, 3\), scale float32\(1, 3\)"),
+    ],
+)
+def test_minima_that_fit_nothing_are_refused(values, minimum, options, message):
+    with pytest.raises(ValueError, match=message):
+        quantized_matmul(jnp.ones((1, 64)), values, jnp.ones((1, 3)), minimum, **options)
 
 
 def test_bits_that_no_kernel_has_are_refused():

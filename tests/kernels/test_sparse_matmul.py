@@ -1,5 +1,7 @@
 """sparse_matmul: every backend against a float64 oracle over shapes, gradients, and refusals."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,7 @@ def test_products_match_the_oracle(shape, kind, dtype):
         assert_close(out, x @ weight, np.abs(x) @ np.abs(weight), dtype)
 
 
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("shape", HUGE, ids=str)
 def test_a_huge_sum_on_one_side_is_exact(shape, kind):
@@ -153,6 +156,28 @@ def test_choices_of_too_few_or_too_many_are_read_within_their_bounds():
         assert np.isfinite(outs[0]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_of_groups_of_more_than_four_the_first_members_are_taken(instruction_set, rows):
+    """Where machines can, 64 positions are taken at once: only if all their groups are as they should be."""
+    rng = np.random.default_rng(rows)
+    size, blocks, width = 512, 3, 64
+    positions = oracles.draw_positions(rng, size // 2, blocks * width, 2)
+    codes = rng.integers(-8, 8, positions.shape)
+    choices = oracles.draw_choices(rng, size, blocks, 8)
+    weight = oracles.spread(oracles.densify(codes.astype(np.float64), positions, 2, 4), choices, 8)
+    words = oracles.pack_choices(choices, 8)
+    for group, block in ((0, 0), (9, 1), (10, 1), (40, 0), (63, 2)):
+        after = 8 * group + int(choices[4 * group + 3, block]) + 1
+        if after % 8:
+            words[after // 32, block] |= np.uint32(1) << np.uint32(after % 32)
+    assert not np.array_equal(words, oracles.pack_choices(choices, 8))
+    x = rng.standard_normal((rows, size)).astype(np.float32)
+    operands = (x, oracles.pack(codes + 8, 4), oracles.pack(positions, 2), np.ones((1, blocks * width), np.float32))
+    out = sparse_matmul(*map(jnp.asarray, (*operands, words)), n=2, m=8, implementation="cpu")
+    exact = x.astype(np.float64)
+    assert_close(out, exact @ weight, np.abs(exact) @ np.abs(weight), "float32")
+
+
 def test_every_native_shape_is_tested():
     """The condition above must not hide a shape that decoding has."""
     few = [shape for shape in (*SHAPES, *EIGHTHS) if np.prod(shape.lead) <= 8]
@@ -209,6 +234,19 @@ def test_gradients_match_the_oracle(kind, implementation):
         expected = np.take_along_axis(exact_x.T @ exact, rows, axis=0)
         magnitude = np.take_along_axis(np.abs(exact_x).T @ np.abs(exact), rows, axis=0)
         assert_close(to_values, expected, magnitude, kind)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("kind", INTEGERS)
+@pytest.mark.parametrize("shape", (SHAPES[4], EIGHTHS[1], BLOCKED_SHAPES[1]), ids=str)
+def test_a_scale_that_is_no_number_spoils_its_column_only(shape, kind):
+    (x, values, indices, scale, *choices), *_ = _draw(shape, kind, "float32")
+    for implementation in IMPLEMENTATIONS:
+        how: dict[str, Any] = {"n": shape.kept, "m": shape.pattern, "implementation": implementation}
+        scales = (scale.at[0, 5].set(jnp.nan), scale)
+        found, right = (np.array(sparse_matmul(x, values, indices, s, *choices, **how)) for s in scales)
+        assert np.all(np.isnan(found[..., 5]))
+        np.testing.assert_array_equal(np.delete(found, 5, axis=-1), np.delete(right, 5, axis=-1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

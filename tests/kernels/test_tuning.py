@@ -71,6 +71,7 @@ def test_a_tuned_tile_changes_plain_jax_here():
 @pytest.mark.parametrize("platform", list(TARGETS))
 def test_every_accelerated_kernel_reads_its_tile_from_here(platform):
     """Each case of the capability tables says by which tile it was compiled, in the words that a tuned one has."""
+    jax.clear_caches()  # what another test traced would not be traced again
     target = TARGETS[platform]
     first = {case.kernel: case for case in target.list_cases(target.kernels, quick=False)}
     for kernel, case in first.items():
@@ -90,6 +91,15 @@ def test_tiles_of_a_context_come_first_and_are_traced_anew():
             assert choose_tile("k", dtype="float32", shape="s", own={"rows": 8}) == {"rows": 32}
     assert program() == 16
     assert [(use.key, use.asked) for use in used] == [(("k", "float32", "s"), {"rows": 32})] * 2
+
+
+def test_a_record_around_another_goes_on():
+    with record_tiles() as around:
+        for rows in (8, 16):
+            with record_tiles() as inside:
+                choose_tile("k", dtype="float32", shape="s", own={"rows": rows})
+    assert [use.asked for use in around] == [{"rows": 8}, {"rows": 16}]
+    assert [use.asked for use in inside] == [{"rows": 16}]
 
 
 def test_what_is_stored_joins_what_was_there(folder):

@@ -77,7 +77,7 @@ def test_tokens_that_are_nobodys_are_written_nowhere() -> None:
     assert np.array_equal(2 * after.stored[0], after.stored[1])
 
 
-@pytest.mark.parametrize("format", ["activations", "bfloat16", "int8"])
+@pytest.mark.parametrize("format", ["activations", "bfloat16", "int8", "int4"])
 def test_no_step_copies_or_widens_the_pages(make_model: MakeModel, format: CacheFormat) -> None:
     """All layers' pages lie in one array, which is written in place and read where it lies."""
     model = make_model()

@@ -78,7 +78,9 @@ class Browser:
             self._listen(answer)
 
     def open(self, url: str) -> None:
-        """Goes to a page, and waits until it is there."""
+        """Goes to a page, and waits until it is there; by way of none, or the one before might be taken for it."""
+        self.command("Page.navigate", url="about:blank")
+        self.until("location.href === 'about:blank'")
         self.command("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
@@ -97,6 +99,7 @@ class Browser:
 
     def type(self, text: str) -> None:
         """Types into whatever has the focus."""
+        self.until("['INPUT', 'TEXTAREA'].includes(document.activeElement?.tagName)")
         self.command("Input.insertText", text=text)
 
     def press(self, key: str, *, shift: bool = False) -> None:

@@ -119,6 +119,8 @@ class ScriptedService:
             prompt_tokens=100,
             cached_tokens=40,
             new_tokens=50,
+            drafted_tokens=30,
+            accepted_tokens=20,
             finished=dict(self.ended),  # type: ignore[arg-type]
             rejected=7,
             preempted=1,

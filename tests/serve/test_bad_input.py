@@ -1,10 +1,12 @@
 """Whatever comes over the wire: an error object or a dropped connection, and the server goes on."""
 
+import concurrent.futures
 import random
 import re
 import socket
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from hsai.infer import Engine
@@ -12,6 +14,9 @@ from hsai.infer.request import Event
 from hsai.infer.service import Busy, Closed, Ticket
 from hsai.serve.served import Limits
 from tests.serve.scripted import MODEL, RunningServer, ScriptedService, eventually, refusal, speak
+
+LONG = Limits().body_bytes - 100
+"""Characters of the longest prompt that a body holds."""
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -92,6 +97,20 @@ def test_prompts_that_are_too_long(server: RunningServer, service: ScriptedServi
         assert "48" in found["message"]
     assert service.tickets == []
     assert server.complete(prompt=[1] * 48).is_success
+
+
+@pytest.mark.parametrize("prompt", ["x" * LONG, "def main(): " * (LONG // 12), " " * LONG])
+def test_a_prompt_of_a_mebibyte(prompt: str, server: RunningServer, service: ScriptedService) -> None:
+    """It is refused as any that is too long, and another client is answered before."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url) as other:
+        long = pool.submit(server.complete, prompt=prompt)
+        answered = 0
+        while not long.done():
+            assert other.get("/health", timeout=30).is_success
+            answered += not long.done()
+        found = refusal(long.result())
+    assert (found["status"], found["param"], found["code"]) == (400, "prompt", "context_length_exceeded")
+    assert answered > 0 and service.tickets == []
 
 
 @pytest.mark.parametrize(("token", "names"), [(285, ("285", "284")), (-1, ("-1",)), (10**300, ("out of range",))])

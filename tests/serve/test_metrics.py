@@ -47,6 +47,8 @@ def test_metrics(engine: Engine) -> None:
         ("hsai_prompt_tokens_total",): 100,
         ("hsai_cached_prompt_tokens_total",): 40,
         ("hsai_generated_tokens_total",): 50,
+        ("hsai_drafted_tokens_total",): 30,
+        ("hsai_accepted_tokens_total",): 20,
         ("hsai_cache_pages", "used"): 3,
         ("hsai_cache_pages", "reusable"): 5,
         ("hsai_cache_pages", "empty"): 2,

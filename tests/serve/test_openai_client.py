@@ -11,8 +11,8 @@ import pytest
 from hsai.infer import Engine
 from hsai.infer.defaults import GenerationDefaults
 from hsai.infer.sampling import SamplingConfig
-from hsai.infer.service import Service
-from tests.serve.scripted import MODEL, RunningServer, ScriptedService, eventually
+from hsai.infer.service import Busy, Service
+from tests.serve.scripted import MODEL, RunningServer, ScriptedService, eventually, fail
 
 KEY = "a key of the test"
 MESSAGES = [{"role": "system", "content": "def"}, {"role": "user", "content": "return 'héron'"}]
@@ -113,7 +113,8 @@ def test_probabilities_stops_and_penalties(client: openai.OpenAI, engine: Engine
     ],
 )
 def test_extremes(extreme: dict[str, Any], client: openai.OpenAI, served: RunningServer) -> None:
-    done = client.completions.create(model=MODEL, prompt=[5] * 40, extra_body={"max_tokens": 4, **extreme})
+    settings = {"max_tokens": 4, "seed": 1, **extreme}  # without a seed the text may end at once
+    done = client.completions.create(model=MODEL, prompt=[5] * 40, extra_body=settings)
     assert done.usage.completion_tokens > 0 and served.service.healthy
 
 
@@ -125,9 +126,9 @@ class Verdict(pydantic.BaseModel):
 
 
 def test_answers_of_a_form(client: openai.OpenAI) -> None:
-    """Whatever a random model would say."""
+    """Whatever a random model would say: mostly blanks, which with other seeds fill the context."""
     settings = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "temperature": 1}
-    for seed in range(3):
+    for seed in (0, 5, 7):
         done = client.chat.completions.parse(**settings, seed=seed, response_format=Verdict)
         assert done.choices[0].message.parsed.good in (True, False)
     with pytest.raises(openai.BadRequestError) as caught:
@@ -155,10 +156,40 @@ def test_errors_have_the_clients_types(client: openai.OpenAI, served: RunningSer
         client.with_options(api_key="another").models.list()
 
 
+@pytest.fixture
+def scripted_client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_a_full_queue_is_the_clients_rate_limit(scripted_client: openai.OpenAI, service: ScriptedService) -> None:
+    service.refusal = Busy(3, 1.5)
+    for stream in (False, True):
+        with pytest.raises(openai.RateLimitError, match="3 requests are waiting") as caught:
+            scripted_client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=stream)
+        assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "2")
+
+
+def test_a_failure_in_mid_stream_is_the_clients_error(scripted_client: openai.OpenAI, service: ScriptedService) -> None:
+    service.script = fail
+    chats = scripted_client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
+    completions = scripted_client.completions.create(model=MODEL, prompt="x", stream=True)
+    for chunks, read in ((chats, lambda choice: choice.delta.content), (completions, lambda choice: choice.text)):
+        pieces = []
+        with pytest.raises(openai.APIError, match="the server failed") as caught:
+            for chunk in chunks:
+                pieces += [read(choice) for choice in chunk.choices]
+        assert "".join(pieces) == "so far " and caught.value.code == "internal_error"
+
+
 def test_a_stream_that_is_left_ends(client: openai.OpenAI, served: RunningServer) -> None:
     settings = {"model": MODEL, "prompt": [5], "max_tokens": 40, "temperature": 0}
-    with client.completions.create(**settings, stream=True) as stream:
-        next(iter(stream))
+    for _ in range(20):  # a busy machine may make all of the text before it hears that the client has left
+        with client.completions.create(**settings, stream=True) as stream:
+            next(iter(stream))
+        eventually(lambda: served.service.stats().running == 0)
+        if served.service.stats().finished["cancelled"]:
+            break
     whole = client.completions.create(**settings)
     assert whole.choices[0].text
     eventually(lambda: served.service.stats().running == 0)

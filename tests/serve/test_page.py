@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 
 from hsai.infer import Engine
-from hsai.infer.service import Busy
+from hsai.infer.service import Busy, Service
 from hsai.serve.app import read_page
+from tests.needs import needs
 from tests.serve.browser import PROGRAM, Browser
 from tests.serve.scripted import RunningServer, ScriptedService, eventually, fail, speak, wait_for_cancel
 
-needs_browser = pytest.mark.skipif(
-    PROGRAM is None, reason="no Chromium here (on Debian: apt-get install chromium-headless-shell)"
-)
+needs_browser = needs(PROGRAM is not None, "no Chromium here (on Debian: apt-get install chromium-headless-shell)")
 STATUS = "document.querySelector('#status').textContent"
 IDLE = "document.querySelector('#stop').disabled"
 
@@ -69,6 +68,23 @@ def test_a_conversation(page: Browser, server: RunningServer, service: ScriptedS
     page.press("Enter")
     page.until(f"{STATUS}.startsWith('The answer is cut')")
     assert asked(server, 2) == "<|user|>w<|assistant|>"
+
+
+@needs_browser
+def test_a_model_answers(browser: Browser, engine: Engine) -> None:
+    """What the engine makes of it, until the context is full; then there is no room for a second turn."""
+    expected = engine.chat([{"role": "user", "content": "def main"}], max_tokens=48)
+    assert expected.text.strip() and expected.finish_reason == "context"
+    with RunningServer(engine, Service(engine)) as server:
+        browser.open(server.url + "/")
+        browser.type("def main")
+        browser.press("Enter")
+        browser.until(f"{STATUS}.startsWith('The answer is cut') && {IDLE}")
+        assert shown(browser) == [["message user", "def main"], ["message assistant", expected.text]]
+        browser.type("y")
+        browser.press("Enter")
+        browser.until("document.querySelector('[role=alert]')?.textContent.includes('48')")
+        assert server.service.stats().finished["context"] == 1
 
 
 @needs_browser
@@ -158,25 +174,35 @@ def test_an_answer_is_text(page: Browser, service: ScriptedService) -> None:
     assert page.evaluate("document.title") == "tiny"
 
 
+WATCH = """
+window.forbidden = [];
+window.insert = html => document.body.insertAdjacentHTML("beforeend", html);
+document.addEventListener("securitypolicyviolation", event => forbidden.push(event.effectiveDirective));
+"""
+
+
 @needs_browser
 @pytest.mark.parametrize(
     ("attempt", "directive"),
     [
-        ("s = document.createElement('script'); s.textContent = 'window.owned = 1'; document.body.append(s)", "script"),
-        ("document.body.insertAdjacentHTML('beforeend', '<i onclick=\"window.owned = 1\">')", "script"),
-        ("document.body.insertAdjacentHTML('beforeend', '<img src=\"http://127.0.0.1:9/a.png\">')", "img"),
-        ("fetch('http://127.0.0.1:9/').catch(() => 0)", "connect"),
-        ("document.body.insertAdjacentHTML('beforeend', '<iframe src=\"/\"></iframe>')", "frame"),
+        (
+            "s = document.createElement('script'); s.textContent = 'owned = 1'; document.body.append(s)",
+            "script-src-elem",
+        ),
+        ("insert('<i onclick=\"owned = 1\">'); document.body.lastElementChild.click()", "script-src-attr"),
+        ("insert('<img src=\"http://127.0.0.1:9/a.png\">')", "img-src"),
+        ("fetch('http://127.0.0.1:9/').catch(() => 0)", "connect-src"),
+        ("insert('<iframe src=\"/\"></iframe>')", "frame-src"),
     ],
 )
 def test_what_the_policy_forbids(attempt: str, directive: str, browser: Browser, server: RunningServer) -> None:
     """Even if a text became markup, it could neither run nor tell anyone."""
     browser.open(server.url + "/")
     browser.until("document.title === 'tiny'")
-    browser.complaints.clear()
+    browser.evaluate(WATCH)
     browser.evaluate(f"(() => {{ {attempt} }})()")
-    eventually(lambda: browser.evaluate("1") and browser.complaints)
-    assert "Content Security Policy" in browser.complaints[0] and f"{directive}-src" in browser.complaints[0]
+    browser.until("forbidden.length")
+    assert set(browser.evaluate("forbidden")) == {directive}
     assert browser.evaluate("window.owned") is None
 
 

@@ -1,5 +1,6 @@
 """Clients that dawdle, leave, or are too many; answers that take too long: bounded, and nobody else waits for them."""
 
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from hsai.infer import Engine
 from hsai.infer.request import Event
 from hsai.infer.service import Ticket
 from hsai.serve import generate
+from hsai.serve.linger import Linger
 from hsai.serve.protocol import PatientProtocol
 from hsai.serve.served import Limits
 from tests.serve.scripted import (
@@ -68,6 +70,31 @@ def test_a_head_that_does_not_come(
         read_to_end(peer)
 
 
+EARLY = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 90\r\n\r\n"
+
+
+def test_an_answer_before_the_body_has_come_is_not_lost(server: RunningServer) -> None:
+    """The system would reset a connection whose other end is closed, and forget what was not read yet."""
+    with connect(server, EARLY) as peer:
+        for _ in range(3):
+            time.sleep(0.1)
+            peer.sendall(b"x" * 30)
+        answer = b""
+        while part := peer.recv(10):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 415 ") and answer.endswith(b"}}")
+
+
+def test_a_body_that_does_not_come_behind_its_answer(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linger, "seconds", 0.4)
+    with connect(server, EARLY) as peer:
+        begun = time.monotonic()
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            while time.monotonic() < begun + 60:
+                peer.sendall(b"X")
+                time.sleep(0.05)
+
+
 def test_a_second_head_that_does_not_come(
     server: RunningServer, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +110,18 @@ def test_a_second_head_that_does_not_come(
                 time.sleep(0.05)
 
 
+def test_a_connection_outlives_those_that_clients_keep(server: RunningServer) -> None:
+    """httpx lets go of a connection after 5 seconds; a server that did so too would now and then be first."""
+    request = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
+    with connect(server, request) as peer:
+        assert b"200 OK" in peer.recv(1 << 16)
+        # What may still come of the answer is its body; an end would be readable until then.
+        while select.select([peer], [], [], 6.0)[0]:
+            assert peer.recv(1 << 16) != b""
+        peer.sendall(request)
+        assert b"200 OK" in peer.recv(1 << 16)
+
+
 def test_an_answer_may_take_longer_than_a_head(
     server: RunningServer, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,12 +130,28 @@ def test_an_answer_may_take_longer_than_a_head(
     assert joined(read_stream(server.complete(stream=True))[:-1], "text") == "ab"
 
 
-def test_a_body_that_does_not_come(engine: Engine) -> None:
+def test_a_body_that_does_not_come(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Linger, "seconds", 0.3)
     with RunningServer(engine, ScriptedService(), limits=Limits(body_seconds=0.3)) as server:
         with connect(server, REQUEST[:-5]) as peer:
             assert server.complete().is_success
             answer = read_to_end(peer)
             assert answer.startswith(b"HTTP/1.1 408 ") and b"0.3 seconds" in answer
+        assert server.service.tickets[1:] == []
+
+
+def test_a_body_that_comes_byte_by_byte(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte is no reason to wait longer for the next; meanwhile others are served."""
+    monkeypatch.setattr(Linger, "seconds", 0.3)
+    head = REQUEST[: -len(BODY)].replace(b"Content-Length: %d" % len(BODY), b"Content-Length: 9000")
+    with RunningServer(engine, ScriptedService(), limits=Limits(body_seconds=0.6)) as server:
+        with connect(server, head) as peer:
+            assert server.complete().is_success
+            begun = time.monotonic()
+            while not select.select([peer], [], [], 0.05)[0] and time.monotonic() < begun + 60:
+                peer.sendall(b" ")
+            answer = read_to_end(peer)
+            assert answer.startswith(b"HTTP/1.1 408 ") and b"0.6 seconds" in answer
         assert server.service.tickets[1:] == []
 
 
@@ -146,6 +201,10 @@ def test_a_client_that_leaves_before_it_is_taken(
     eventually(lambda: service.ended == {"cancelled": 1})
 
 
+WHOLE = 32 << 20
+"""Characters of an answer that sockets do not hold."""
+
+
 def flood(ticket: Ticket) -> Iterator[Event]:
     """Far more than sockets hold, in as many events as are asked for."""
     made = 0
@@ -157,25 +216,26 @@ def flood(ticket: Ticket) -> Iterator[Event]:
     yield Event(finish_reason=reason, usage=make_usage(ticket.request, made))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_does_not_read(
-    server: RunningServer, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+    stream: bool, server: RunningServer, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is dropped, though it still takes a byte now and then; the service never waits for it."""
     monkeypatch.setattr(PatientProtocol, "stall_seconds", 0.5)
-    service.script = flood
-    with connect(server, REQUEST.replace(b'"x"', b'"y"'), buffer=4096) as peer:
+    service.script = flood if stream else speak("x" * WHOLE)
+    body = BODY if stream else BODY.replace(b"true", b"null")
+    with connect(server, REQUEST.replace(BODY, body), buffer=4096) as peer:
         eventually(lambda: service.tickets)
-        begun = time.monotonic()
-        while not service.tickets[0].cancelled:
+        begun, taken = time.monotonic(), 0
+        while server.http.server_state.tasks:
             assert time.monotonic() < begun + 60
-            if not service.ended:
-                peer.recv(1)
+            with suppress(ConnectionResetError):
+                taken += len(peer.recv(1))
             time.sleep(0.05)
-        eventually(lambda: service.ended == {"cancelled": 1})
+        eventually(lambda: service.ended == {"cancelled" if stream else "end_of_text": 1})
         service.script = speak("next")
         assert server.complete().json()["choices"][0]["text"] == "next"
-        eventually(lambda: not server.http.server_state.tasks)
-        read_to_end(peer)
+        assert stream or 0 < taken + len(read_to_end(peer)) < WHOLE
 
 
 def test_a_slow_reader_gets_all(server: RunningServer, service: ScriptedService) -> None:

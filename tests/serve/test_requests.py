@@ -58,6 +58,20 @@ def test_narrowings_have_no_say_at_temperature_0() -> None:
     assert chat(**said).options.sampling == chat(DRAWING, **said).options.sampling == wanted
 
 
+@pytest.mark.parametrize("said", [{"temperature": 1e-9}, {"top_p": 0, "temperature": 1}, {"top_p": 0.0, "top_k": 3}])
+@pytest.mark.parametrize("defaults", [GenerationDefaults(), DRAWING])
+def test_what_leaves_the_likeliest_token_only(said: dict[str, Any], defaults: GenerationDefaults) -> None:
+    assert chat(defaults, **said, seed=3).options.sampling == SamplingConfig(seed=3)
+
+
+def test_seeds_of_64_bits() -> None:
+    """Those of 32 are what they are elsewhere; the others are different draws."""
+    ends = [-(2**63), -(2**32) - 7, -1, 2**32, 2**40 + 5, 2**63 - 1]
+    seeds = [chat(temperature=1, seed=seed).options.sampling.seed for seed in [0, 7, 2**32 - 1, *ends]]
+    assert seeds[:3] == [0, 7, 2**32 - 1]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
 def test_another_seed_each_time_where_none_is_said() -> None:
     assert len({chat(temperature=1).options.sampling.seed for _ in range(8)}) == 8
 
@@ -120,19 +134,18 @@ def test_what_asks_for_nothing_is_taken() -> None:
 COMMON: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"temperature": -0.1}, "temperature", ("-0.1", "between 0 and 2")),
     ({"temperature": 2.1}, "temperature", ("2.1", "between 0 and 2")),
-    ({"temperature": 1e-9}, "temperature", ("1e-09", "at least 0.0001")),
     ({"temperature": "hot"}, "temperature", ("a number", '"hot"')),
     ({"temperature": True}, "temperature", ("a number", "true")),
     ({"temperature": 10**300}, "temperature", ("1000", "...", "between 0 and 2")),
-    ({"top_p": 0}, "top_p", ("0", "above 0 and at most 1")),
-    ({"top_p": 1.1}, "top_p", ("1.1", "at most 1")),
+    ({"top_p": -0.1}, "top_p", ("-0.1", "between 0 and 1")),
+    ({"top_p": 1.1}, "top_p", ("1.1", "between 0 and 1")),
     ({"top_k": 0}, "top_k", ("0", "at least 1")),
     ({"top_k": 1.5}, "top_k", ("an integer", "1.5")),
     ({"min_p": 2}, "min_p", ("2", "between 0 and 1")),
     ({"repetition_penalty": 0}, "repetition_penalty", ("0", "between 0.1 and 10")),
     ({"repetition_penalty": 1e9}, "repetition_penalty", ("1000000000.0", "between 0.1 and 10")),
-    ({"seed": -1}, "seed", ("-1", "4294967295")),
-    ({"seed": 2**32}, "seed", ("4294967296", "4294967295")),
+    ({"seed": -(2**63) - 1}, "seed", ("-9223372036854775809", "between -9223372036854775808 and")),
+    ({"seed": 2**63}, "seed", ("9223372036854775808", "and 9223372036854775807")),
     ({"max_tokens": 0}, "max_tokens", ("0", "at least 1")),
     ({"max_tokens": "3"}, "max_tokens", ("an integer", '"3"')),
     ({"n": 2}, "n", ("2", "one answer a request", "null or 1")),
@@ -147,6 +160,18 @@ COMMON: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", ("stream=true",)),
     ({"stream": True, "stream_options": []}, "stream_options", ("an object", "[]")),
     ({"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", ("include_usage",)),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", ("a boolean", "1")),
+    (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        ("true",),
+    ),
+    ({"user": [1]}, "user", ("a string", "[1]")),
+    ({"safety_identifier": 3}, "safety_identifier", ("a string", "3")),
+    ({"prompt_cache_key": "\ud800"}, "prompt_cache_key", ("lone surrogate",)),
+    ({"service_tier": {}}, "service_tier", ("a string", "{}")),
+    ({"metadata": 3}, "metadata", ("an object of strings", "3")),
+    ({"metadata": {"a": 1}}, "metadata", ("an object of strings", '{"a": 1}')),
     ({"presence_penalty": 0.5}, "presence_penalty", ("0.5", "repetition_penalty")),
     ({"frequency_penalty": -2}, "frequency_penalty", ("-2",)),
     ({"logit_bias": {"5": 100}}, "logit_bias", ('{"5": 100}', "not supported")),
@@ -164,6 +189,23 @@ COMMON: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
         "response_format.json_schema.schema",
         ("an object", "true"),
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": [1]}},
+        "response_format.json_schema",
+        ("an object", "[1]"),
+    ),
+    *(
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, name: value}}},
+            f"response_format.json_schema.{name}",
+            names,
+        )
+        for name, value, names in (
+            ("name", 3, ("a string", "3")),
+            ("description", {}, ("a string", "{}")),
+            ("strict", "yes", ("a boolean", '"yes"')),
+        )
     ),
     ({"model": None}, "model", ("missing",)),
     ({"model": 3}, "model", ("a string", "3")),
@@ -192,10 +234,32 @@ CHAT: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
     ({"messages": [{**USER, "nmae": "x"}]}, "messages[0].nmae", ("did you mean name?",)),
     ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls", ("tools",)),
     ({"messages": [{"role": "user", "content": "a\udfffb"}]}, "messages[0].content", ("\\udfff at 1",)),
+    *(
+        ({"messages": [{**USER, name: value}]}, f"messages[0].{name}", names)
+        for name, value, names in (
+            ("name", 3, ("a string", "3")),
+            ("function_call", {}, ("tools are not supported", "{}")),
+            ("audio", {"id": "a"}, ("a message is text",)),
+            ("refusal", "no", ('"no"', "a message is text")),
+            ("annotations", [1], ("[1]", "a message is text")),
+        )
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+        "messages[0].content[0].text",
+        ("a string", "3"),
+    ),
     ({"tools": [{"type": "function"}]}, "tools", ("tools are not supported", "null or []")),
     ({"functions": [{"name": "f"}]}, "functions", ("tools are not supported",)),
     ({"tool_choice": "required"}, "tool_choice", ('"required"', "tools are not supported")),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", ("max_tokens=3",)),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", ("0", "at least 1")),
+    ({"function_call": {"name": "f"}}, "function_call", ("tools are not supported",)),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls", ("a boolean", "1")),
+    ({"prediction": "x"}, "prediction", ("an object", '"x"')),
+    ({"audio": {}}, "audio", ("{}", "the answer is text")),
+    ({"verbosity": "low"}, "verbosity", ("low", "not supported")),
+    ({"web_search_options": {}}, "web_search_options", ("{}", "not supported")),
     ({"top_logprobs": 3}, "top_logprobs", ("3", "logprobs=true")),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ("21", "between 0 and 20")),
     ({"logprobs": 3}, "logprobs", ("a boolean", "3")),

@@ -1,5 +1,6 @@
 """From the first signal to the end: what runs is answered, for a while."""
 
+import gc
 import json
 import os
 import signal
@@ -74,6 +75,18 @@ def serve(
 def last_event(response: httpx.Response) -> Any:
     data = response.read().decode().removesuffix("\n\n").split("\n\n")[-1].removeprefix("data: ")
     return data if data == "[DONE]" else json.loads(data)
+
+
+def test_what_was_loaded_is_not_looked_through_for_garbage(engine: Engine) -> None:
+    """While it serves: all that there was is set apart, and what comes afterwards is collected as if it were alone."""
+    frozen: list[int] = []
+
+    def act(url: str) -> None:
+        frozen.append(gc.get_freeze_count())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    serve(engine, ScriptedService(), 5.0, act)
+    assert frozen[0] > 100_000 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from hsai_kernels.aot.runner import TARGETS, run_apart
+from tests.needs import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".aot" / "tpu"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not FOLDER.is_dir(),
-    reason=f"no compiler for TPUs in {FOLDER}: bash scripts/install_aot.sh {sys.executable} brings it",
+@needs(
+    FOLDER.is_dir(),
+    f"no compiler for TPUs in {FOLDER}: bash scripts/install_aot.sh {sys.executable} brings it",
 )
 def test_a_training_step_for_a_mesh_holds_the_kernels_and_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # where `tests` is found

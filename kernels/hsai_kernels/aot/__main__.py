@@ -18,12 +18,14 @@ def main() -> None:
         platform.add_argument("--chips", nargs="+", choices=target.chips, default=target.chips)
         platform.add_argument("--kernels", nargs="+", choices=target.kernels, default=target.kernels)
         platform.add_argument("--quick", action="store_true", help="the small cases only")
+        platform.add_argument("--missing", action="store_true", help="only those that the stored table has no row of")
     arguments = parser.parse_args()
     target = TARGETS[arguments.platform]
     # For whoever did not start this by runner.run_apart: the compilers read it when they are loaded, jax has done so.
     os.environ.update(target.environment)
     jax.config.update("jax_platforms", target.environment["JAX_PLATFORMS"])
-    for row in compile_cases(target, arguments.chips, arguments.kernels, quick=arguments.quick):
+    wanted = {"quick": arguments.quick, "missing": arguments.missing}
+    for row in compile_cases(target, arguments.chips, arguments.kernels, **wanted):
         print(json.dumps(row), flush=True)
 
 

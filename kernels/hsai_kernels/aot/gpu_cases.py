@@ -1,7 +1,7 @@
 """The programs for GPUs: for every kernel a few shapes, a ragged one among them, in each dtype.
 
 Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D contraction, F outputs, g positions that
-share a scale.
+share a scale, V outputs that choose together.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.aot.cache_cases import list_caches
 from hsai_kernels.aot.case import DTYPES, Case
 from hsai_kernels.dispatch import compile_for
 from hsai_kernels.ops.attention.api import attention
@@ -22,7 +23,7 @@ from hsai_kernels.ops.attention.gpu_blocks import Marks, Plan
 from hsai_kernels.ops.quantized_matmul.api import quantized_matmul
 from hsai_kernels.ops.sparse_matmul.api import sparse_matmul
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS
-from hsai_kernels.tuning import record_tiles
+from hsai_kernels.tuning import Use, record_tiles, use_tiles
 
 
 def _list_attention() -> Iterator[Case]:
@@ -77,17 +78,7 @@ def _list_attention() -> Iterator[Case]:
                 operands=(arrays, at_q, at_k),
                 quick=quick,
             )
-    for cache, dtype in (("int8", "bfloat16"), ("int8", "float32"), ("bfloat16", "float32")):
-        q, k = jax.ShapeDtypeStruct((2, 1, 8, 128), dtype), jax.ShapeDtypeStruct((2, 5000, 2, 128), cache)
-        at_q, at_k = ((jax.ShapeDtypeStruct((2, length), jnp.int32),) for length in (1, 5000))
-        scales = (jax.ShapeDtypeStruct((2, 5000, 2), jnp.float32),) * 2 if cache == "int8" else ()
-        yield Case(
-            kernel="attention forward",
-            name=f"decoding, split keys, {cache} cache",
-            dtype=dtype,
-            function=functools.partial(_attend, {}),
-            operands=(q, k, k, at_q, at_k, *scales),
-        )
+    yield from list_caches("gpu", "decoding, split keys", 5000)
     for length in (4096, 8192):
         q = jax.ShapeDtypeStruct((1, length, 4, 64), "bfloat16")
         k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16")
@@ -107,11 +98,8 @@ def _pull_back(plan: Plan, kernel: str, arrays: tuple[jax.Array, ...], at_q: Mar
     return {"d_rows": pull_back_rows, "d_keys": pull_back_keys}[kernel](plan, tile, arrays, at_q, at_k)
 
 
-def _attend(
-    options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks, *scales: jax.Array
-) -> jax.Array:
-    marks: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-    marks |= dict(zip(("q_positions", "q_segments"), at_q, strict=False))
+def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, at_q: Marks, at_k: Marks) -> jax.Array:
+    marks: dict[str, Any] = dict(zip(("q_positions", "q_segments"), at_q, strict=False))
     marks |= dict(zip(("kv_positions", "kv_segments"), at_k, strict=False))
     return attention(q, k, v, **marks, **options, implementation="gpu")
 
@@ -138,6 +126,42 @@ def _list_quantized_matmul() -> Iterator[Case]:
             name=name,
             dtype=dtype,
             function=functools.partial(quantized_matmul, implementation="gpu"),
+            operands=_list_operands(((rows, contraction), dtype), values, ((contraction // group, columns), scale)),
+            quick=name.startswith("ragged"),
+        )
+    for dtype in DTYPES:
+        each = ((128, 4096), "float16")
+        yield Case(
+            kernel="quantized_matmul int4",
+            name="decoding, groups of 32, from a minimum",
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, implementation="gpu"),
+            operands=_list_operands(((1, 4096), dtype), ((512, 4096), "uint32"), each, each),
+        )
+    shapes = (
+        *PRODUCTS,
+        ("decoding, a scale a column", (1, 4096, 4096, 4096)),
+        ("prefill, a scale a column", (512, 4096, 4096, 4096)),
+        ("ragged, groups of 40", (37, 480, 1001, 40)),
+        ("ragged, a scale a column", (200, 992, 1001, 992)),
+    )
+    kinds = ((8, False), (4, False), (3, True), (2, False))
+    for (name, (rows, contraction, columns, group)), dtype, (bits, centered) in itertools.product(
+        shapes, DTYPES, kinds
+    ):
+        if bits < 4 and not name.startswith("decoding, groups"):
+            continue
+        values, scale = (
+            (((contraction, columns), "int8"), "float32")
+            if bits == 8
+            else (((contraction * bits // 32, columns), "uint32"), "bfloat16")
+        )
+        options: dict[str, Any] = {} if bits == 8 else {"bits": bits, "centered": centered}
+        yield Case(
+            kernel=f"quantized_matmul int{bits}, rounded activations",
+            name=name,
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, **options, activation_bits=8, implementation="gpu"),
             operands=_list_operands(((rows, contraction), dtype), values, ((contraction // group, columns), scale)),
             quick=name.startswith("ragged"),
         )
@@ -172,12 +196,45 @@ def _list_sparse_matmul() -> Iterator[Case]:
         )
 
 
+def _list_blocked() -> Iterator[Case]:
+    """sparse_matmul by V:N:M weights, with scales of the dtype that hsai's formats store."""
+    # V, n, m, R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int, int, int, int]], ...] = (
+        ("decoding, V 64, groups of 64", (64, 2, 8, 1, 4096, 4096, 64)),
+        ("decoding, V 128, groups of 128", (128, 2, 16, 8, 4096, 4096, 128)),
+        ("prefill, V 64, groups of 64", (64, 2, 8, 512, 4096, 4096, 64)),
+        ("prefill, V 128, groups of 128", (128, 2, 8, 512, 4096, 4096, 128)),
+        ("prefill, V 128, groups of 32", (128, 2, 16, 512, 4096, 4096, 32)),
+        ("ragged, V 48, groups of 64", (48, 1, 8, 37, 768, 1008, 64)),
+        ("ragged, V 144, groups of 48", (144, 3, 16, 37, 768, 1008, 48)),
+        ("ragged, V 16, one scale a column", (16, 2, 32, 37, 768, 1008, 768)),
+    )
+    for (name, (v, n, m, rows, contraction, columns, group)), dtype, packed in itertools.product(
+        shapes, DTYPES, (False, True)
+    ):
+        kept = contraction * n // m
+        values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
+        indices, choices = ((kept // 16, columns), jnp.uint32), ((contraction // 32, columns // v), jnp.uint32)
+        x, *weight = _list_operands(((rows, contraction), dtype), values, indices, choices)
+        scale = jax.ShapeDtypeStruct((contraction // group, columns), jnp.bfloat16) if packed else None
+        yield Case(
+            kernel=f"sparse_matmul V:{n}:{m} {'int4' if packed else 'bfloat16'}",
+            name=name,
+            dtype=dtype,
+            function=functools.partial(sparse_matmul, n=n, m=m, implementation="gpu"),
+            operands=(x, *weight[:2], scale, weight[2]),
+            quick=name.startswith("ragged"),
+        )
+
+
 def _list_operands(*arrays: tuple[tuple[int, ...], Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays)
 
 
 LARGER = "twice the "
 """In the names of cases whose tile is not the kernel's own."""
+TRAINING = ("head dim 64", "head dim 128", "head dim 256", "prefill, groups of 32", "prefill, a scale a column")
+"""Names of the cases of which there are such."""
 
 
 def _with_larger_tiles(list_cases: Callable[[], Iterator[Case]]) -> Iterator[Case]:
@@ -185,22 +242,30 @@ def _with_larger_tiles(list_cases: Callable[[], Iterator[Case]]) -> Iterator[Cas
     larger = []
     for case in list_cases():
         yield case
-        training = case.name in ("head dim 64", "head dim 128", "head dim 256", "prefill, groups of 32")
+        training = case.name in TRAINING
         if training and case.dtype == "bfloat16" and not case.kernel.startswith("attention d_"):
             larger.append(case)
     for case in larger:
-        with compile_for("gpu"), record_tiles() as used:
-            # By a function of its own: what jax has traced before would record nothing.
-            jax.eval_shape(functools.partial(case.function), *case.operands)
-        own = next(use for use in used if use.kernel == case.kernel)
+        own = _find_tile(case)
         for side in sorted(own.asked.keys() - {"warps", "stages"}):
             tiles = {own.key: {**own.asked, side: 2 * own.asked[side]}}
-            yield dataclasses.replace(case, name=f"{case.name}; {LARGER}{side}", tiles=tiles)
+            doubled = dataclasses.replace(case, name=f"{case.name}; {LARGER}{side}", tiles=tiles)
+            # What the call has no use for is cut off again, as blocks of more than a group are.
+            if _find_tile(doubled).tile != own.tile:
+                yield doubled
+
+
+def _find_tile(case: Case) -> Use:
+    """The tile that the case's kernel asks for."""
+    with compile_for("gpu"), use_tiles(case.tiles), record_tiles() as used:
+        # By a function of its own: what jax has traced before would record nothing.
+        jax.eval_shape(functools.partial(case.function), *case.operands)
+    return next(use for use in used if use.kernel == case.kernel)
 
 
 LISTS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "attention": functools.partial(_with_larger_tiles, _list_attention),
     "quantized_matmul": functools.partial(_with_larger_tiles, _list_quantized_matmul),
-    "sparse_matmul": functools.partial(_with_larger_tiles, _list_sparse_matmul),
+    "sparse_matmul": lambda: itertools.chain(_with_larger_tiles(_list_sparse_matmul), _list_blocked()),
 }
 """Every API that has GPU kernels, and its cases."""

@@ -17,6 +17,7 @@ import jax
 
 from hsai_kernels.aot import gpu, tpu
 from hsai_kernels.aot.case import Case, Row, Target
+from hsai_kernels.capabilities import identify, read_capabilities
 from hsai_kernels.dispatch import compile_for
 from hsai_kernels.tuning import Use, record_tiles, use_tiles
 
@@ -32,15 +33,18 @@ def compile_kernels(
     kernels: Sequence[str] | None = None,
     *,
     quick: bool = False,
+    missing: bool = False,
 ) -> list[Row]:
     """Compiles the cases of `kernels` (all, or the quick ones) for `chips`, by the compiler in `folder`; None is all.
 
-    Raises RuntimeError with the last words of the process that compiles, if it fails.
+    With `missing` only those that the stored table has no row of. Raises RuntimeError with the last words of the
+    process that compiles, if it fails.
     """
     target = TARGETS[platform]
     arguments = ["-m", "hsai_kernels.aot", platform, "--chips", *(target.chips if chips is None else chips)]
     arguments += ["--kernels", *(target.kernels if kernels is None else kernels)]
-    return run_apart(target, folder, [*arguments, *(["--quick"] if quick else [])])
+    flags = [name for name, given in (("--quick", quick), ("--missing", missing)) if given]
+    return run_apart(target, folder, [*arguments, *flags])
 
 
 def run_apart(target: Target, folder: str | os.PathLike[str], arguments: Sequence[str]) -> list[Row]:
@@ -53,12 +57,16 @@ def run_apart(target: Target, folder: str | os.PathLike[str], arguments: Sequenc
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def compile_cases(target: Target, chips: Sequence[str], kernels: Sequence[str], *, quick: bool) -> Iterator[Row]:
-    """In the process that has the compiler: a row for each case and chip."""
+def compile_cases(
+    target: Target, chips: Sequence[str], kernels: Sequence[str], *, quick: bool, missing: bool
+) -> Iterator[Row]:
+    """In the process that has the compiler: a row for each case and chip, or for those without a stored one."""
+    stored = {identify(row) for row in read_capabilities(target.platform)} if missing else set()
     for chip in chips:
         device = target.find_device(chip)
         for case in target.list_cases(kernels, quick=quick):
-            yield compile_case(target, case, chip, device)
+            if (case.kernel, case.name, case.dtype, chip) not in stored:
+                yield compile_case(target, case, chip, device)
 
 
 def compile_case(target: Target, case: Case, chip: str, device: jax.Device) -> Row:
@@ -86,7 +94,7 @@ def compile_case(target: Target, case: Case, chip: str, device: jax.Device) -> R
         "case": case.name,
         "dtype": case.dtype,
         "chip": chip,
-        **_describe_tile(case, used),
+        **describe_tile(case, used),
         "outcome": outcome,
         "reason": reason,
         "temporary_bytes": None if compiled is None else _count_temporary_bytes(compiled),
@@ -94,7 +102,7 @@ def compile_case(target: Target, case: Case, chip: str, device: jax.Device) -> R
     }
 
 
-def _describe_tile(case: Case, used: Sequence[Use]) -> Row:
+def describe_tile(case: Case, used: Sequence[Use]) -> Row:
     """Shape class and tile that the case's kernel asked for while it was traced; None each for several kernels."""
     for use in used:
         if use.kernel == case.kernel:

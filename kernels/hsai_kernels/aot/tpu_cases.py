@@ -1,7 +1,7 @@
 """The programs for TPUs: for every kernel a few shapes, a ragged one among them, in each dtype.
 
 Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim; R rows, D embed or contraction,
-F ffn or outputs, V vocabulary, g positions that share a scale.
+F ffn or outputs, V vocabulary or outputs that choose together, g positions that share a scale.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hsai_kernels.aot.cache_cases import list_caches
 from hsai_kernels.aot.case import DTYPES, Case
 from hsai_kernels.ops.attention.api import attention
 from hsai_kernels.ops.cross_entropy.api import cross_entropy
@@ -58,30 +59,7 @@ def _list_attention() -> Iterator[Case]:
                 operands=(q, k, k, *marks * (2 if segments else 1)),
                 quick=queries <= 64,
             )
-    yield from _list_caches()
-
-
-def _list_caches() -> Iterator[Case]:
-    """Decoding over a cache of fewer bits than the queries have."""
-    for cache, dtype in (("int8", "bfloat16"), ("int8", "float32"), ("bfloat16", "float32")):
-        q, k = _shape(dtype, 2, 1, 8, 128), _shape(cache, 2, 1500, 2, 128)
-        marks = (_shape("int32", 2, 1), _shape("int32", 2, 1500))
-        scales = (_shape("float32", 2, 1500, 2),) * 2 if cache == "int8" else ()
-        yield Case(
-            kernel="attention forward",
-            name=f"decoding, head dim 128, {cache} cache",
-            dtype=dtype,
-            function=_attend_cache,
-            operands=(q, k, k, *marks, *scales),
-            quick=True,
-        )
-
-
-def _attend_cache(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, *scales: jax.Array
-) -> jax.Array:
-    given: dict[str, Any] = dict(zip(("k_scale", "v_scale"), scales, strict=False))
-    return attention(q, k, v, q_positions=q_positions, kv_positions=kv_positions, **given, implementation="tpu")
+    yield from list_caches("tpu", "decoding, head dim 128", 1500)
 
 
 def _attend(options: dict[str, Any], q: jax.Array, k: jax.Array, v: jax.Array, *marks: jax.Array) -> jax.Array:
@@ -191,6 +169,55 @@ def _list_quantized() -> Iterator[Case]:
                 operands=(x, values, scale),
                 quick=rows < 8,
             )
+    for dtype in DTYPES:
+        x, words, scale = _shape(dtype, 1, 2048), _shape("uint32", 256, 5632), _shape("float16", 64, 5632)
+        yield Case(
+            kernel="quantized_matmul int4",
+            name="decoding, groups of 32, from a minimum",
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, implementation="tpu"),
+            operands=(x, words, scale, scale),
+        )
+        yield Case(
+            kernel="quantized_matmul int2",
+            name="decoding, groups of 64, ternary",
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, bits=2, implementation="tpu"),
+            operands=(x, _shape("uint32", 128, 5632), _shape("bfloat16", 32, 5632)),
+        )
+    yield from _list_rounded()
+
+
+def _list_rounded() -> Iterator[Case]:
+    """Activations rounded to int8: groups of whole pieces (tpu_rounded.py), smaller and ragged ones, and one."""
+    # R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int]], ...] = (
+        ("ragged, groups of 40", (5, 480, 65, 40)),
+        ("ragged columns, two deep, groups of 64", (3, 1280, 200, 64)),
+        ("decoding, groups of 32", (1, 2048, 5632, 32)),
+        ("decoding, groups of 128", (8, 4096, 4096, 128)),
+        ("decoding, a scale a column", (1, 576, 1536, 576)),
+        ("prefill, groups of 32", (700, 2048, 1000, 32)),
+        ("prefill, groups of 128", (512, 4096, 4096, 128)),
+        ("prefill, a scale a column", (512, 2048, 2048, 2048)),
+    )
+    kinds = (("int8", 4, False), ("int4", 4, False), ("int3", 3, True), ("int2", 2, False))
+    for (name, (rows, depth, columns, group)), dtype, (kind, bits, centered) in itertools.product(
+        shapes, DTYPES, kinds
+    ):
+        if bits < 4 and "64" not in name and name != "prefill, groups of 128":
+            continue
+        values = _shape("int8", depth, columns) if kind == "int8" else _shape("uint32", depth * bits // 32, columns)
+        scale = _shape("float32" if kind == "int8" else "bfloat16", depth // group, columns)
+        options: dict[str, Any] = {"bits": bits, "centered": centered, "activation_bits": 8}
+        yield Case(
+            kernel=f"quantized_matmul {kind}, rounded activations",
+            name=name,
+            dtype=dtype,
+            function=functools.partial(quantized_matmul, **options, implementation="tpu"),
+            operands=(_shape(dtype, rows, depth), values, scale),
+            quick=rows < 8,
+        )
 
 
 def _list_sparse() -> Iterator[Case]:
@@ -226,6 +253,37 @@ def _list_sparse() -> Iterator[Case]:
             )
 
 
+def _list_blocked() -> Iterator[Case]:
+    """sparse_matmul by V:N:M weights."""
+    # V, n, m, R, D, F, g
+    shapes: tuple[tuple[str, tuple[int, int, int, int, int, int, int]], ...] = (
+        ("ragged, V 48, groups of 64", (48, 1, 8, 5, 256, 240, 64)),
+        ("ragged columns, V 80, two deep, groups of 80", (80, 3, 16, 3, 5120, 240, 80)),
+        ("ragged columns, V 16, two deep", (16, 2, 32, 7, 5120, 208, 160)),
+        ("decoding, V 64, groups of 64", (64, 2, 8, 1, 2048, 5632, 64)),
+        ("decoding, V 128, groups of 128", (128, 2, 16, 8, 4096, 4096, 128)),
+        ("decoding, V 32, a scale a column", (32, 2, 32, 1, 4096, 4096, 4096)),
+        ("prefill, V 64, groups of 64", (64, 2, 8, 700, 2048, 1024, 64)),
+        ("prefill, V 128, a scale a column", (128, 2, 16, 512, 2048, 2048, 2048)),
+    )
+    for (name, (v, n, m, rows, depth, columns, group)), dtype in itertools.product(shapes, DTYPES):
+        kept = depth * n // m
+        x, indices = _shape(dtype, rows, depth), _shape("uint32", kept // 16, columns)
+        choices = _shape("uint32", depth // 32, columns // v)
+        for kind, values, scale in (
+            (dtype, _shape(dtype, kept, columns), None),
+            ("int4", _shape("uint32", kept // 8, columns), _shape("bfloat16", depth // group, columns)),
+        ):
+            yield Case(
+                kernel=f"sparse_matmul V:{n}:{m} {kind}",
+                name=name,
+                dtype=dtype,
+                function=functools.partial(sparse_matmul, n=n, m=m, implementation="tpu"),
+                operands=(x, values, indices, scale, choices),
+                quick=name.startswith("ragged"),
+            )
+
+
 def _shape(dtype: str, *dimensions: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dimensions, dtype)
 
@@ -236,6 +294,6 @@ LISTS: Mapping[str, Callable[[], Iterator[Case]]] = {
     "gated_mlp": functools.partial(_list_layers, "gated_mlp"),
     "norm_matmul": functools.partial(_list_layers, "norm_matmul"),
     "quantized_matmul": _list_quantized,
-    "sparse_matmul": _list_sparse,
+    "sparse_matmul": lambda: itertools.chain(_list_sparse(), _list_blocked()),
 }
 """Every API that has TPU kernels, and its cases."""

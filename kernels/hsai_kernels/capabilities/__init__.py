@@ -14,7 +14,6 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 KEY = ("kernel", "case", "dtype", "chip")
-"""What tells a row from all others of its platform."""
 STORED = (*KEY, "shape", "tile", "outcome", "reason")
 """What of a row does not depend on the machine that compiled it."""
 CHIPS: Mapping[str, str] = {
@@ -55,6 +54,11 @@ def write_capabilities(platform: str, compiler: str, rows: Iterable[Row]) -> Pat
     content = ",\n".join(f"  {line}" for line in lines)
     path.write_text(f'{{"compiler": {json.dumps(compiler)}, "rows": [\n{content}\n]}}\n')
     return path
+
+
+def identify(row: Row) -> tuple[str, ...]:
+    """What tells a row from all others of its platform."""
+    return tuple(row[field] for field in KEY)
 
 
 def name_chip(device_kind: str) -> str | None:
@@ -100,11 +104,11 @@ def describe_tile(tile: Mapping[str, int] | None) -> str:
 
 def find_differences(found: Iterable[Row], stored: Iterable[Row]) -> list[str]:
     """What rows just compiled say otherwise than stored ones, in words; those that were not compiled are left alone."""
-    known = {tuple(row[field] for field in KEY): row for row in stored}
+    known = {identify(row): row for row in stored}
     differences = []
     for row in found:
-        before = known.get(tuple(row[field] for field in KEY))
-        name = ", ".join(row[field] for field in KEY)
+        before = known.get(identify(row))
+        name = ", ".join(identify(row))
         if before is None:
             differences.append(f"{name}: not stored")
             continue

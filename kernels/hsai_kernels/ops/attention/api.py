@@ -9,19 +9,18 @@ Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim.
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import Backend, run_kernel
+from hsai_kernels.dispatch import Backend, load_later, run_kernel
 from hsai_kernels.ops.attention.chunked import attention_chunked
 from hsai_kernels.ops.attention.cpu import attention_cpu
-from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.reference import attention_reference
-from hsai_kernels.ops.attention.tpu import attention_tpu
+from hsai_kernels.options import check_count, check_factor, check_softcap
 
 BACKENDS: dict[str, Backend] = {
     "chunked": attention_chunked,
     "cpu": attention_cpu,
-    "gpu": attention_gpu,
+    "gpu": load_later("hsai_kernels.ops.attention.gpu", "attention_gpu"),
     "reference": attention_reference,
-    "tpu": attention_tpu,
+    "tpu": load_later("hsai_kernels.ops.attention.tpu", "attention_tpu"),
 }
 
 SCALES = {jnp.dtype(jnp.int8): ("float32", ()), jnp.dtype(jnp.uint8): ("bfloat16", (2,))}
@@ -59,14 +58,15 @@ def attention(
         4-bit integers bfloat16 (B, S, K, 2), one for each half of a head.
       q_positions, kv_positions: int32 (B, T) and (B, S). An empty cache slot gets a position above every query's.
       q_segments, kv_segments: int32 (B, T) and (B, S), both or neither.
-      window: number of positions that a query sees, its own included; None for all before it.
-      softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118).
-      scale: factor of the scores, H**-0.5 if None.
+      window: int below 2**31, the number of positions that a query sees, its own included; None for all before it.
+      softcap: scores become `softcap * tanh(scores / softcap)`, after the scale (Gemma 2, 2408.00118). Positive and
+        finite in float32.
+      scale: factor of the scores, finite in float32; H**-0.5 if None.
       implementation: "reference", "chunked" (memory linear in T and S, its gradient's too), "cpu" (native, float32 and
         bfloat16 queries; chunked where a gradient is taken), "gpu" (fused into kernels, forward and backward: float32
         and bfloat16, H up to 256), "tpu" (the same), or None for the platform's best. These two read a cache of another
-        dtype than q's as it is stored, except one of 4 bits, which is widened in front of them; its gradient is
-        chunked.
+        dtype than q's as it is stored, and leave its gradient to chunked; one of 4 bits is widened in front of them,
+        and its gradient is theirs.
 
     Returns:
       (B, T, N, H) in q's dtype. Scores and softmax are float32. Integers have no gradient; their scales do.
@@ -84,10 +84,9 @@ def attention(
     if q_segments is not None and kv_segments is not None:
         _check_rows("q_segments", q_segments, q.shape[:2])
         _check_rows("kv_segments", kv_segments, k.shape[:2])
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} sees no key: it must be at least 1, or None")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be above 0, or None")
+    check_count("window", window)
+    check_softcap(softcap)
+    check_factor("scale", scale)
     return run_kernel(
         "attention",
         BACKENDS,
@@ -149,8 +148,8 @@ def _check_scales(k: jax.Array, v: jax.Array, k_scale: jax.Array | None, v_scale
 
 
 def _check_rows(name: str, value: jax.Array, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless `value` is an integer array of `shape`."""
+    """Raises ValueError unless `value` is an int32 array of `shape`."""
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}, needs {shape}")
-    if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers, got {value.dtype}")
+    if value.dtype != jnp.int32:
+        raise ValueError(f"{name} must be int32, got {value.dtype}")

@@ -9,22 +9,24 @@ than the model's own activations. All that training wants of them is two numbers
 Dimensions: T tokens, D embed, V vocabulary.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.cross_entropy.chunked import cross_entropy_chunked
 from hsai_kernels.ops.cross_entropy.reference import cross_entropy_reference, cross_entropy_sum_reference
 from hsai_kernels.ops.cross_entropy.summed import cross_entropy_sum_chunked
-from hsai_kernels.ops.cross_entropy.tpu import cross_entropy_sum_tpu, cross_entropy_tpu
 from hsai_kernels.ops.cross_entropy.vocabulary import count_parts
+from hsai_kernels.options import LARGEST, check_count, check_softcap
 
-BACKENDS = {"tpu": cross_entropy_tpu, "chunked": cross_entropy_chunked, "reference": cross_entropy_reference}
+BACKENDS = {
+    "tpu": load_later("hsai_kernels.ops.cross_entropy.tpu", "cross_entropy_tpu"),
+    "chunked": cross_entropy_chunked,
+    "reference": cross_entropy_reference,
+}
 
 SUM_BACKENDS = {
-    "tpu": cross_entropy_sum_tpu,
+    "tpu": load_later("hsai_kernels.ops.cross_entropy.tpu", "cross_entropy_sum_tpu"),
     "chunked": cross_entropy_sum_chunked,
     "reference": cross_entropy_sum_reference,
 }
@@ -113,11 +115,10 @@ def _check(
 ) -> tuple[jax.Array, jax.Array]:
     """Targets (int32) that are all in the vocabulary, and which of them were; ValueError for what does not fit."""
     _check_operands(x, w, targets)
-    for name, value in (("softcap", softcap), ("chunk", chunk)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be positive, or None")
-    if not 0.0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss={z_loss} must be finite and at least 0")
+    check_softcap(softcap)
+    check_count("chunk", chunk)
+    if not 0.0 <= z_loss <= LARGEST:
+        raise ValueError(f"z_loss={z_loss} must be at least 0, and finite in float32")
     safe = jnp.clip(targets, 0, w.shape[1] * count_parts(split) - 1).astype(jnp.int32)
     return safe, safe == targets
 

@@ -9,6 +9,9 @@ fetched from HBM, added to and sent back by copies which the other products hide
 each of CD elements in bfloat16 and makes 6CDE flops, so that E = 512 gives 307 flops a byte (v5e feeds its matrix units
 from 240 on, v5p from 166, v6e only from 560).
 
+Float32 is multiplied exactly: six passes of a matrix unit, so that smaller blocks feed it, and room for the operands'
+parts (mosaic.py), so that they have to be smaller.
+
 Against the chunked backend the flops are the same (4 products). What is saved is its traffic: it writes or reads about
 24 bytes a logit, for 8D flops.
 
@@ -25,14 +28,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.dispatch import check_platform
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, fits, pad_rows, round_rows
 from hsai_kernels.ops.cross_entropy.vocabulary import Split, add_parts, find_own, join_parts
 
 Blocks = tuple[int, int]
 """C and E."""
 FORWARD_BLOCKS: tuple[Blocks, ...] = ((1024, 512), (512, 512), (256, 512), (256, 256), (128, 128))
-BACKWARD_BLOCKS: tuple[Blocks, ...] = ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
+BACKWARD_BLOCKS: tuple[Blocks, ...] = ((512, 512), (256, 512), (256, 256), (128, 256), (128, 128), (64, 128))
 """The first that fits is used: forward many tokens save traffic, backward many words."""
 SUM_EMBED = 2048
 Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -108,14 +112,18 @@ def choose_blocks(embed: int, itemsize: int) -> tuple[Blocks, Blocks]:
         raise NotImplementedError(f"has embeddings (D) that are multiples of {LANES}, not {embed}")
     # x and w are twice there, for the pipeline; so is the gradient of w, with the product that is added to it; that of
     # x is there once, with its product. About five values a logit.
+    # Backward each is an operand twice, once of them transposed.
     fitting = [
         [
             (tokens, words)
             for tokens, words in blocks
-            if embed * (tokens * (2 * itemsize + for_x) + words * (2 * itemsize + for_w)) + 20 * tokens * words
-            <= FAST_MEMORY
+            if fits(
+                embed * (tokens * (2 * itemsize + for_x) + words * (2 * itemsize + for_w)) + 20 * tokens * words,
+                embed * (tokens + words) * times,
+                itemsize,
+            )
         ]
-        for blocks, for_x, for_w in ((FORWARD_BLOCKS, 0, 0), (BACKWARD_BLOCKS, 8, 12))
+        for blocks, for_x, for_w, times in ((FORWARD_BLOCKS, 0, 0, 1), (BACKWARD_BLOCKS, 8, 12, 2))
     ]
     if not all(fitting):
         raise NotImplementedError(
@@ -306,7 +314,7 @@ def _read_tokens(
     def _() -> None:
         fetch.start()
 
-    part = jax.lax.dot_general(x[...], d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    part = multiply(x[...], d_logits, (0, 0))
 
     @pl.when(t == 0)
     def _() -> None:
@@ -316,7 +324,7 @@ def _read_tokens(
     def _() -> None:
         d_w[...] += part
 
-    part = jax.lax.dot_general(d_logits, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    part = multiply(d_logits, weights, (1, 1))
 
     @pl.when(v == 0)
     def _() -> None:
@@ -339,7 +347,7 @@ _compute.defvjp(_forward, _backward)
 
 def _make_logits(options: Options, x: jax.Array, w: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """float32 (C, E), and int32 (C, E): which word of the vocabulary each is, beyond V in a ragged last block."""
-    logits = jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    logits = multiply(x, w)
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
     columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) + v * w.shape[1]

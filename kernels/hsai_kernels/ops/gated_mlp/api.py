@@ -8,12 +8,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.gated_mlp.reference import ACTIVATIONS, gated_mlp_reference
-from hsai_kernels.ops.gated_mlp.tpu import gated_mlp_tpu
 from hsai_kernels.ops.quantized_matmul.api import check_activations
 
-BACKENDS = {"tpu": gated_mlp_tpu, "reference": gated_mlp_reference}
+BACKENDS = {"tpu": load_later("hsai_kernels.ops.gated_mlp.tpu", "gated_mlp_tpu"), "reference": gated_mlp_reference}
 
 
 def gated_mlp(

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, fits, pad_rows, round_rows
 from hsai_kernels.ops.gated_mlp.reference import ACTIVATIONS, gated_mlp_reference
 
 BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128), (64, 128))
@@ -55,7 +56,8 @@ def choose_blocks(embed: int, itemsize: int) -> tuple[int, int]:
     for rows, hidden in BLOCKS:
         # x and the result twice, its sum and what is added to it; three weights twice; about three values a hidden one.
         used = embed * (rows * (4 * itemsize + 8) + hidden * 6 * itemsize) + 12 * rows * hidden
-        if used <= FAST_MEMORY:
+        # One product after the other: the parts of x and of one weight.
+        if fits(used, embed * (rows + hidden), itemsize):
             return rows, hidden
     raise NotImplementedError(
         f"has embeddings (D) whose blocks fit {FAST_MEMORY >> 20} MiB, not {embed} of {itemsize} bytes"
@@ -104,10 +106,6 @@ def _compute(options: Options, x: jax.Array, gate: jax.Array, up: jax.Array, dow
 
 def _multiply(options: Options, ffn: int, x: Any, gate: Any, up: Any, down: Any, out: Any, total: Any) -> None:
     """One block of rows x (C, D) by blocks of weights: gate and up (D, E), down (E, D)."""
-
-    def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
     hidden = ACTIVATIONS[options.activation](multiply(x[...], gate[...])) * multiply(x[...], up[...])
     last = down[...]
     if ffn % options.hidden:

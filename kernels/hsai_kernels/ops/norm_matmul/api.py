@@ -6,12 +6,14 @@ Dimensions: D contraction, F outputs.
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import run_kernel
+from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.norm_matmul.reference import norm_matmul_reference
-from hsai_kernels.ops.norm_matmul.tpu import norm_matmul_tpu
 from hsai_kernels.ops.quantized_matmul.api import check_activations
 
-BACKENDS = {"tpu": norm_matmul_tpu, "reference": norm_matmul_reference}
+BACKENDS = {
+    "tpu": load_later("hsai_kernels.ops.norm_matmul.tpu", "norm_matmul_tpu"),
+    "reference": norm_matmul_reference,
+}
 
 
 def norm_matmul(

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hsai_kernels.block_product import multiply
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, pad_rows, round_rows
+from hsai_kernels.mosaic import FAST_MEMORY, LANES, MEMORY_LIMIT, choose_sides, fits, pad_rows, round_rows
 from hsai_kernels.ops.norm_matmul.reference import norm_matmul_reference, normalize
 
 BLOCKS = ((512, 512), (256, 512), (256, 256), (128, 128))
@@ -53,7 +54,7 @@ def choose_blocks(contraction: int, itemsize: int) -> tuple[int, int]:
     for rows, columns in BLOCKS:
         # x twice, its float32 form and its normalized one; the weight twice; the result twice and once in float32.
         used = contraction * (rows * (3 * itemsize + 4) + columns * 2 * itemsize) + rows * columns * (2 * itemsize + 4)
-        if used <= FAST_MEMORY:
+        if fits(used, contraction * (rows + columns), itemsize):
             return rows, columns
     raise NotImplementedError(
         f"has contractions (D) whose blocks fit {FAST_MEMORY >> 20} MiB, not {contraction} of {itemsize} bytes"
@@ -107,5 +108,4 @@ def _multiply(eps: float, x: Any, gain: Any, w: Any, out: Any, normalized: Any) 
     def _() -> None:
         normalized[...] = normalize(x[...], gain[...], eps=eps)
 
-    product = jax.lax.dot_general(normalized[...], w[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    out[...] = product.astype(out.dtype)
+    out[...] = multiply(normalized[...], w[...]).astype(out.dtype)

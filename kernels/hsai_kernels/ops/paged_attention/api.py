@@ -10,21 +10,20 @@ Dimensions: B batch, T query, L layers, P pages, R tokens of a page, M pages of 
 import jax
 import jax.numpy as jnp
 
-from hsai_kernels.dispatch import Backend, run_kernel
+from hsai_kernels.dispatch import Backend, load_later, run_kernel
 from hsai_kernels.ops.attention.api import SCALES
 from hsai_kernels.ops.attention.chunked import attention_chunked
-from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.reference import attention_reference
-from hsai_kernels.ops.attention.tpu import attention_tpu
 from hsai_kernels.ops.paged_attention.cpu import attend_pages_cpu
 from hsai_kernels.ops.paged_attention.gathered import gather_for
+from hsai_kernels.options import check_count, check_factor, check_softcap
 
 BACKENDS: dict[str, Backend] = {
     "chunked": gather_for(attention_chunked),
     "cpu": attend_pages_cpu,
-    "gpu": gather_for(attention_gpu),
+    "gpu": gather_for(load_later("hsai_kernels.ops.attention.gpu", "attention_gpu")),
     "reference": gather_for(attention_reference),
-    "tpu": gather_for(attention_tpu),
+    "tpu": gather_for(load_later("hsai_kernels.ops.attention.tpu", "attention_tpu")),
 }
 
 
@@ -60,7 +59,8 @@ def paged_attention(
       q_positions: int32 (B, T), below M * R.
       window, softcap, scale: as of `hsai_kernels.attention`.
       implementation: "cpu" (native), or what reads the pages side by side by a backend of `attention`: "reference",
-        "chunked", "gpu", "tpu"; None for the platform's best. There is no gradient.
+        "chunked", "gpu", "tpu"; None for the platform's best. The native one has no gradient: it raises
+        ValueError where one is taken.
 
     Returns:
       (B, T, N, H) in q's dtype.
@@ -75,10 +75,9 @@ def paged_attention(
         raise ValueError(f"q_positions must be int32 {q.shape[:2]}, got {q_positions.dtype}{q_positions.shape}")
     if layer.shape != () or layer.dtype != jnp.int32:
         raise ValueError(f"layer must be an int32 scalar, got {layer.dtype}{layer.shape}")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window} sees no key: it must be at least 1, or None")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be above 0, or None")
+    check_count("window", window)
+    check_softcap(softcap)
+    check_factor("scale", scale)
     return run_kernel(
         "paged_attention",
         BACKENDS,

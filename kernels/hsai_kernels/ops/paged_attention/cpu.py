@@ -11,7 +11,6 @@ import numpy as np
 
 from hsai_kernels import native
 from hsai_kernels.dispatch import check_platform
-from hsai_kernels.ops.attention.cpu import LARGEST_WINDOW
 
 
 def attend_pages_cpu(
@@ -38,8 +37,6 @@ def attend_pages_cpu(
         raise NotImplementedError(f"has q of bfloat16 or float32, not of {q.dtype}")
     if 0 in q.shape or 0 in k.shape or 0 in table.shape:
         raise NotImplementedError(f"has operands that are not empty, not q {q.shape}, k {k.shape}, table {table.shape}")
-    if window is not None and window > LARGEST_WINDOW:
-        raise NotImplementedError(f"has windows of at most {LARGEST_WINDOW} positions, not {window}")
     native.load_library()
     call = jax.ffi.ffi_call(native.PAGED_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     result: jax.Array = call(

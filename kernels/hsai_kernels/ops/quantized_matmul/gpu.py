@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gpu_product import ProductTile, multiply_compressed
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO, quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.gpu_rounded import multiply_on_gpu
+from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO, add_minimum, quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.rounded import find_levels, multiply_rounded, name_kernel
 from hsai_kernels.packing import find_shift
 from hsai_kernels.triton_blocks import load_matrix
 
@@ -26,6 +28,7 @@ def quantized_matmul_gpu(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    minimum: jax.Array | None = None,
     *,
     bits: int = 4,
     centered: bool = False,
@@ -35,30 +38,53 @@ def quantized_matmul_gpu(
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
     Sums are float32, and float32 activations are multiplied exactly. With bfloat16 activations a weight's scale is
-    applied after the product where a block lies in one group, and otherwise the weight is rounded to bfloat16.
+    applied after the product where a block lies in one group, and otherwise the weight is rounded to bfloat16. What
+    minima add is a product of its own, by XLA. Rounded activations are multiplied as integers, by codes of all kinds
+    (gpu_rounded.py); the gradients are those without rounding.
     `tile` is for tests. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
-    if bits != 4 or centered or activation_bits is not None:
-        raise NotImplementedError(
-            f"has 4-bit codes of -8 to 7 and activations as they are, not {bits} bits, {centered=}, {activation_bits=}"
-        )
+    if activation_bits is None and (bits != 4 or centered):
+        raise NotImplementedError(f"has words of codes of -8 to 7 only, not {bits} bits, {centered=}")
     if x.size == 0 or values.size == 0:
         raise NotImplementedError(f"multiplies what is not empty, not x {x.shape} and values {values.shape}")
+    reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
+    if activation_bits is not None:
+        return differentiate_as(reference, functools.partial(_multiply_rounded, bits, centered, tile))(
+            x, values, scale, minimum
+        )
     group = x.shape[-1] // scale.shape[0]
     if values.dtype == jnp.uint32 and group % ELEMENTS:
         raise NotImplementedError(f"has int4 groups of whole words (multiples of {ELEMENTS}), not of {group}")
     # The gradient rebuilds the dense weight: XLA's product then serves x and the scales.
-    return differentiate_as(quantized_matmul_reference, functools.partial(_multiply, tile))(x, values, scale)
+    return differentiate_as(reference, functools.partial(_multiply, tile))(x, values, scale, minimum)
 
 
-def _multiply(tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply(
+    tile: ProductTile | None, x: jax.Array, values: jax.Array, scale: jax.Array, minimum: jax.Array | None
+) -> jax.Array:
+    if minimum is not None:
+        return add_minimum(functools.partial(_multiply, tile), x, values, scale, minimum)
     columns = values.shape[1]
     read, positions = (_read_int8, 1) if values.dtype == jnp.int8 else (_read_int4, ELEMENTS)
     rows = x.reshape(-1, x.shape[-1])
     kernel = f"quantized_matmul int{8 if positions == 1 else 4}"
     out = multiply_compressed(kernel, read, positions, rows, (values,), scale, columns, tile)
     return out.reshape(*x.shape[:-1], columns)
+
+
+def _multiply_rounded(
+    bits: int,
+    centered: bool,
+    tile: ProductTile | None,
+    x: jax.Array,
+    values: jax.Array,
+    scale: jax.Array,
+    minimum: jax.Array | None,
+) -> jax.Array:
+    levels = find_levels(values, bits, centered, minimum)
+    multiply = functools.partial(multiply_on_gpu, name_kernel(values, bits), levels, tile)
+    return multiply_rounded(multiply, x, values, scale, minimum)
 
 
 def _read_int8(

@@ -6,6 +6,7 @@ Dimensions: D contraction, F output, g contraction positions that share a scale.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,25 @@ def dequantize_int8(values: jax.Array, scale: jax.Array) -> jax.Array:
     return scale_groups(values.astype(jnp.float32), scale)
 
 
-def dequantize_words(words: jax.Array, scale: jax.Array, bits: int, *, centered: bool = False) -> jax.Array:
-    """float32 (..., D, F): (code - zero) * scale.
+def dequantize_words(
+    words: jax.Array, scale: jax.Array, bits: int, *, minimum: jax.Array | None = None, centered: bool = False
+) -> jax.Array:
+    """float32 (..., D, F): (code - zero) * scale, or code * scale + minimum.
 
     Args:
       words: uint32 (..., D * bits / 32, F) of codes, packed as in packing.py.
       scale: (..., D/g, F).
       bits: of a code.
+      minimum: (..., D/g, F), or None.
       centered: which code is zero, see `find_zero`.
     """
-    return scale_groups(unpack_words(words, bits).astype(jnp.float32) - find_zero(bits, centered), scale)
+    codes = unpack_words(words, bits).astype(jnp.float32)
+    if minimum is None:
+        return scale_groups(codes - find_zero(bits, centered), scale)
+    if minimum.shape != scale.shape:
+        raise ValueError(f"minima {minimum.shape} and scales {scale.shape} must be alike")
+    scaled = scale_groups(codes, scale)
+    return scaled + jnp.repeat(minimum.astype(jnp.float32), scaled.shape[-2] // scale.shape[-2], axis=-2)
 
 
 def find_zero(bits: int, centered: bool) -> float:
@@ -66,29 +76,51 @@ def round_activations(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
 
     Args:
       x: (..., D).
-    Returns: codes int8 (..., groups, D/groups) in [-127, 127], step float32 (..., groups) = max|x| / 127 of the group.
+    Returns: codes int8 (..., groups, D/groups) in [-127, 127], step float32 (..., groups) = max|x| / 127 of the group,
+      which is no number where one in the group is none.
     """
     split = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
-    step = jnp.max(jnp.abs(split), axis=-1) / 127.0
+    # As bits, whose order has NaN above all numbers: XLA on a CPU (jax 0.10.2) loses it in a long row's maximum.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(split), jnp.int32)
+    step = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32) / 127.0
     codes = jnp.round(split / jnp.where(step > 0.0, step, jnp.inf)[..., None])
     return codes.astype(jnp.int8), step
 
 
-def multiply_codes(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    """(..., F): x (..., D), rounded to int8 a group, times int8 codes (D, F) with scale (D/g, F), in x's dtype."""
+def multiply_codes(x: jax.Array, codes: jax.Array, scale: jax.Array, minimum: jax.Array | None = None) -> jax.Array:
+    """(..., F): x (..., D), rounded to int8 a group, times int8 codes (D, F) with scale (D/g, F), in x's dtype; codes
+    count from minimum (D/g, F) if there is one."""
     groups, columns = scale.shape
     rounded, step = round_activations(x, groups)
     products = jnp.einsum(
         "...gk,gkf->...gf", rounded, codes.reshape(groups, -1, columns), preferred_element_type=jnp.int32
     )
     scaled = products.astype(jnp.float32) * step[..., None] * scale.astype(jnp.float32)
+    if minimum is not None:
+        totals = jnp.sum(rounded.astype(jnp.int32), axis=-1).astype(jnp.float32) * step
+        scaled += totals[..., None] * minimum.astype(jnp.float32)
     return jnp.sum(scaled, axis=-2).astype(x.dtype)
+
+
+def add_minimum(
+    multiply: Callable[..., jax.Array], x: jax.Array, values: jax.Array, scale: jax.Array, minimum: jax.Array
+) -> jax.Array:
+    """x @ (code * scale + minimum) by a kernel of (x, values, scale, minimum) that knows 4-bit codes with their zero.
+
+    w = (code - zero) * scale + (minimum + zero * scale), and the latter is one number for all positions of a group: its
+    part of the product is that of the groups' sums of x, 1 / g of the work.
+    """
+    offset = minimum.astype(jnp.float32) + INT4_ZERO * scale.astype(jnp.float32)
+    totals = jnp.sum(x.reshape(*x.shape[:-1], offset.shape[0], -1).astype(jnp.float32), axis=-1)
+    part = jnp.matmul(totals, offset, precision=jax.lax.Precision.HIGHEST)
+    return (multiply(x, values, scale, None).astype(jnp.float32) + part).astype(x.dtype)
 
 
 def quantized_matmul_reference(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    minimum: jax.Array | None = None,
     *,
     bits: int = 4,
     centered: bool = False,
@@ -100,15 +132,20 @@ def quantized_matmul_reference(
     """
     if activation_bits is not None:
         reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
-        return differentiate_as(reference, functools.partial(_multiply_rounded, bits, centered))(x, values, scale)
+        rounded = functools.partial(_multiply_rounded, bits, centered)
+        return differentiate_as(reference, rounded)(x, values, scale, minimum)
     if values.dtype == jnp.int8:
         weight = dequantize_int8(values, scale)
     else:
-        weight = dequantize_words(values, scale, bits, centered=centered)
+        weight = dequantize_words(values, scale, bits, minimum=minimum, centered=centered)
     return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def _multiply_rounded(bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply_rounded(
+    bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array, minimum: jax.Array | None
+) -> jax.Array:
+    if minimum is not None:
+        return multiply_codes(x, unpack_words(values, bits).astype(jnp.int8), scale, minimum)
     if values.dtype == jnp.int8:
         return multiply_codes(x, values, scale)
     if not centered:

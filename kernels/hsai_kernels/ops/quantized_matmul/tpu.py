@@ -17,8 +17,10 @@ import jax.numpy as jnp
 
 from hsai_kernels.dispatch import check_platform
 from hsai_kernels.gradients import differentiate_as
-from hsai_kernels.ops.quantized_matmul.reference import find_zero, quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.reference import add_minimum, find_zero, quantized_matmul_reference
+from hsai_kernels.ops.quantized_matmul.rounded import find_levels, multiply_rounded, name_kernel
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
+from hsai_kernels.ops.quantized_matmul.tpu_rounded import multiply_on_tpu
 from hsai_kernels.packing import count_elements, find_halves, find_shift
 
 
@@ -26,6 +28,7 @@ def quantized_matmul_tpu(
     x: jax.Array,
     values: jax.Array,
     scale: jax.Array,
+    minimum: jax.Array | None = None,
     *,
     bits: int = 4,
     centered: bool = False,
@@ -33,19 +36,33 @@ def quantized_matmul_tpu(
 ) -> jax.Array:
     """(..., F) = x (..., D) @ weight; arguments as in api.py, already validated.
 
-    Scaled weights are rounded to x's dtype, as the reference does; sums are float32. The gradients are the reference's,
-    which rebuilds the dense weight. Raises NotImplementedError for what it does not support.
+    Scaled weights are rounded to x's dtype, as the reference does; sums are float32. What minima add is a product of
+    its own, by XLA. Rounded activations are multiplied as integers (tpu_rounded.py). The gradients are the reference's
+    without rounding, which rebuilds the dense weight. Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
-    if activation_bits is not None:
-        raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
     reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)
-    return differentiate_as(reference, functools.partial(_multiply, bits, centered))(x, values, scale)
+    multiply = _multiply if activation_bits is None else _multiply_rounded
+    return differentiate_as(reference, functools.partial(multiply, bits, centered))(x, values, scale, minimum)
 
 
-def _multiply(bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+def _multiply(
+    bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array, minimum: jax.Array | None
+) -> jax.Array:
+    if minimum is not None:
+        return add_minimum(functools.partial(_multiply, bits, centered), x, values, scale, minimum)
     kernel = f"quantized_matmul int{8 if values.dtype == jnp.int8 else bits}"
     return multiply_packed(kernel, choose_packing(values, bits, centered), x, (values,), scale)
+
+
+def _multiply_rounded(
+    bits: int, centered: bool, x: jax.Array, values: jax.Array, scale: jax.Array, minimum: jax.Array | None
+) -> jax.Array:
+    if 0 in (x.size, values.size):
+        raise NotImplementedError(f"multiplies arrays that are not empty, not x {x.shape} by {values.shape}")
+    levels = find_levels(values, bits, centered, minimum)
+    multiply = functools.partial(multiply_on_tpu, name_kernel(values, bits), levels)
+    return multiply_rounded(multiply, x, values, scale, minimum)
 
 
 def _load_int8(planes: int, packed: list[Any]) -> list[jax.Array]:

@@ -22,7 +22,7 @@ packing, J planes a block, U rows a plane.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,10 @@ SUBLANES = 8
 """Rows of a tile of 32-bit elements."""
 LARGEST_BLOCK: Sides = {"rows": 512, "columns": 512, "contraction": 1024}
 """A weight block of float32 is 2 MiB, and building it needs a few of them."""
+COMPILER_PARAMS = pltpu.CompilerParams(
+    dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
+)
+"""Of a grid of blocks of rows, columns and the contraction."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,24 +73,34 @@ class Plan:
 
 
 def plan_product(
-    packing: Packing, rows: int, contraction: int, columns: int, group: int | None, largest: Sides = LARGEST_BLOCK
+    packing: Packing,
+    rows: int,
+    contraction: int,
+    columns: int,
+    group: int | None,
+    largest: Sides = LARGEST_BLOCK,
+    step: int = LANES,
+    span: int = 1,
 ) -> Plan:
     """The blocks of a product, of at most `largest` sides; `group` is None without scales.
 
-    Raises NotImplementedError for groups that no block holds whole.
+    `step` divides a block's contraction, of whose rows each is one of `span` positions. Raises NotImplementedError for
+    groups that no block holds whole.
     """
     single = group is None or group >= contraction
     period, planes = packing.period, packing.period
-    step = LANES
     if not single:
         assert group is not None
         if group % (period * SUBLANES):
             planes = math.lcm(period, group)
-        step = math.lcm(LANES, group)
+        step = math.lcm(step, group)
     step = math.lcm(step, planes * SUBLANES)
     deepest = 4 * LARGEST_BLOCK["contraction"]
     if step > deepest:
-        raise NotImplementedError(f"has scale groups that divide blocks of up to {deepest} positions, not of {group}")
+        group = 0 if group is None else group
+        raise NotImplementedError(
+            f"has scale groups that divide blocks of up to {deepest * span} positions, not of {group * span}"
+        )
     count = pl.cdiv(contraction, max(largest["contraction"], step))
     depth = pl.cdiv(pl.cdiv(contraction, count), step) * step
     row_blocks = pl.cdiv(rows, largest["rows"])
@@ -123,40 +137,55 @@ def multiply_packed(
     ordered = _order_contraction(plan, x.reshape(rows, contraction))
     grid = (ordered.shape[0] // plan.rows, pl.cdiv(columns, plan.columns), ordered.shape[1] // plan.contraction)
 
-    operands, specs = [ordered], [pl.BlockSpec((plan.rows, plan.contraction), lambda r, f, d: (r, d))]
-    scratch = [pltpu.VMEM((plan.rows, plan.columns), jnp.float32)]
-    for array, (numerator, denominator) in zip(packed, packing.rows, strict=True):
-        depth = plan.contraction * numerator // denominator
-        operands.append(array)
-        specs.append(pl.BlockSpec((depth, plan.columns), lambda r, f, d: (d, f)))
-        scratch.append(pltpu.VMEM((depth, LANES), jnp.float32 if array.dtype.itemsize < 4 else array.dtype))
-    if scale is not None:
-        blocks = _split_scale(plan, scale, grid[2])
-        shared = grid[2] // blocks.shape[0]
-        operands.append(blocks)
-        specs.append(pl.BlockSpec((1, blocks.shape[1], plan.columns), lambda r, f, d: (d // shared, 0, f)))
-        scratch.append(pltpu.VMEM((blocks.shape[1], LANES), jnp.float32))
-
+    weight = bring_weight(packing, plan, packed, scale, grid[2])
     out = pl.pallas_call(
-        functools.partial(_multiply_block, packing, plan, contraction, scale is not None),
+        functools.partial(_multiply_block, packing, plan, contraction, len(weight.operands)),
         grid=grid,
-        in_specs=specs,
+        in_specs=[pl.BlockSpec((plan.rows, plan.contraction), lambda r, f, d: (r, d)), *weight.specs],
         out_specs=pl.BlockSpec((plan.rows, plan.columns), lambda r, f, d: (r, f)),
         out_shape=jax.ShapeDtypeStruct((ordered.shape[0], columns), x.dtype),
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=MEMORY_LIMIT
-        ),
+        scratch_shapes=[pltpu.VMEM((plan.rows, plan.columns), jnp.float32), *weight.scratch],
+        compiler_params=COMPILER_PARAMS,
         cost_estimate=pl.CostEstimate(
             flops=2 * ordered.size * columns,
             transcendentals=0,
             bytes_accessed=grid[1] * ordered.nbytes
-            + grid[0] * sum(array.nbytes for array in operands[1:])
+            + grid[0] * sum(array.nbytes for array in weight.operands)
             + ordered.shape[0] * columns * x.dtype.itemsize,
         ),
         name=kernel.split()[0],
-    )(*operands)
+    )(ordered, *weight.operands)
     return out[:rows].reshape(*lead, columns)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """What a kernel over (row blocks, column blocks, blocks of the contraction) takes of a packed weight."""
+
+    operands: list[jax.Array]
+    """The packed arrays and, if there are any, the scales."""
+    specs: list[pl.BlockSpec]
+    scratch: list[Any]
+    """Of each operand 128 columns, 32 bits an element."""
+
+
+def bring_weight(
+    packing: Packing, plan: Plan, packed: tuple[jax.Array, ...], scale: jax.Array | None, blocks: int
+) -> Weight:
+    """The operands that `build_weight` reads, of a contraction of so many blocks."""
+    weight = Weight(operands=[], specs=[], scratch=[])
+    for array, (numerator, denominator) in zip(packed, packing.rows, strict=True):
+        depth = plan.contraction * numerator // denominator
+        weight.operands.append(array)
+        weight.specs.append(pl.BlockSpec((depth, plan.columns), lambda r, f, d: (d, f)))
+        weight.scratch.append(pltpu.VMEM((depth, LANES), jnp.float32 if array.dtype.itemsize < 4 else array.dtype))
+    if scale is not None:
+        parts = _split_scale(plan, scale, blocks)
+        shared = blocks // parts.shape[0]
+        weight.operands.append(parts)
+        weight.specs.append(pl.BlockSpec((1, parts.shape[1], plan.columns), lambda r, f, d: (d // shared, 0, f)))
+        weight.scratch.append(pltpu.VMEM((parts.shape[1], LANES), jnp.float32))
+    return weight
 
 
 def _order_contraction(plan: Plan, x: jax.Array) -> jax.Array:
@@ -176,36 +205,44 @@ def _split_scale(plan: Plan, scale: jax.Array, blocks: int) -> jax.Array:
     return padded.reshape(-1, max(1, plan.contraction // plan.group), scale.shape[1])
 
 
-def _multiply_block(packing: Packing, plan: Plan, contraction: int, scaled: bool, x: Any, *references: Any) -> None:
-    """x (rows, U * J) by one block of the weight; references: packed, scale (1, scales, columns), out, scratch."""
-    count = len(packing.rows)
-    packed, rest = references[:count], references[count:]
-    scale, rest = (rest[0], rest[1:]) if scaled else (None, rest)
-    out, total, *copies = rest
-    depth, planes = pl.program_id(2), plan.planes
+def _multiply_block(packing: Packing, plan: Plan, contraction: int, count: int, x: Any, *references: Any) -> None:
+    """x (rows, U * J) by one block of the weight; references: `count` of the weight's, out, scratch."""
+    weight, (out, total, *copies) = references[:count], references[count:]
 
-    @pl.when(depth == 0)
+    @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         total[...] = jnp.zeros(total.shape, jnp.float32)
 
     for start in range(0, plan.columns, LANES):
         lanes = slice(start, start + LANES)
-        for array, copy in zip(packed, copies, strict=False):
-            part = array[:, lanes]
-            copy[...] = part if part.dtype.itemsize == 4 else part.astype(copy.dtype)
-        built = packing.load_planes(planes, copies[:count])
-        if packing.floating and contraction % plan.contraction:
-            row = jax.lax.broadcasted_iota(jnp.int32, built[0].shape, 0) * planes + depth * plan.contraction
-            built = [jnp.where(row + j < contraction, plane, 0.0) for j, plane in enumerate(built)]
-        if scale is not None:
-            copies[count][...] = scale[0, :, lanes]
-            built = [_scale_plane(plan, j, plane, copies[count]) for j, plane in enumerate(built)]
-        weight = built[0] if planes == 1 else jnp.concatenate(built, axis=0)
-        total[:, lanes] += multiply(x[...], weight.astype(x.dtype))
+        planes = build_weight(packing, plan, contraction, weight, copies, lanes)
+        built = planes[0] if plan.planes == 1 else jnp.concatenate(planes, axis=0)
+        total[:, lanes] += multiply(x[...], built.astype(x.dtype))
 
-    @pl.when(depth == pl.num_programs(2) - 1)
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
+
+
+def build_weight(
+    packing: Packing, plan: Plan, contraction: int, weight: Sequence[Any], copies: Sequence[Any], lanes: slice
+) -> list[jax.Array]:
+    """The J planes, float32 (U, 128), of 128 columns of the program's block, scaled; `copies` are its scratch.
+
+    `contraction` is D. What floating arrays hold behind it counts as zero.
+    """
+    count, planes = len(packing.rows), plan.planes
+    for array, copy in zip(weight[:count], copies, strict=False):
+        part = array[:, lanes]
+        copy[...] = part if part.dtype.itemsize == 4 else part.astype(copy.dtype)
+    built = packing.load_planes(planes, list(copies[:count]))
+    if packing.floating and contraction % plan.contraction:
+        row = jax.lax.broadcasted_iota(jnp.int32, built[0].shape, 0) * planes + pl.program_id(2) * plan.contraction
+        built = [jnp.where(row + j < contraction, plane, 0.0) for j, plane in enumerate(built)]
+    for scale, copy in zip(weight[count:], copies[count:], strict=True):
+        copy[...] = scale[0, :, lanes]
+        built = [_scale_plane(plan, j, plane, copy) for j, plane in enumerate(built)]
+    return built
 
 
 def _scale_plane(plan: Plan, j: int, plane: jax.Array, scale: Any) -> jax.Array:

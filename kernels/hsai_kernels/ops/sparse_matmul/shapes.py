@@ -62,6 +62,10 @@ BLOCKED_SHAPES = (
         lead=(1,), contraction=256, columns=2112, kept=2, group=64, pattern=8, width=2112
     ),  # a block of several tiles
     SparseShape(lead=(9,), contraction=128, columns=4160, kept=2, group=32, pattern=8, width=32),  # several tiles
+    SparseShape(
+        lead=(5,), contraction=1280, columns=240, kept=3, group=128, pattern=16, width=80
+    ),  # blocks that straddle tiles; groups of one and a half index words
+    SparseShape(lead=(17,), contraction=1024, columns=208, kept=1, group=256, pattern=32, width=16),  # more rows
 )
 """The same for V:N:M."""
 

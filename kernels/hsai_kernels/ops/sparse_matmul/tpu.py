@@ -4,8 +4,8 @@ The matrix unit has no use for zeros, so that flops are those of a dense product
 element of the dense weight costs n/4 values and n/4 indices of 2 bits. For 2:4: bfloat16 8 + 1 = 9 bits where dense has
 16 (1.8 times fewer), int4 2 + 1 = 3 bits and the scales, where dense int4 has 4 (1.3 times fewer) and bfloat16 16 (5.3
 times). For 1:4: 4.5 bits, and 1.5. With n of 8 an index has 3 bits: 4:8 takes 9.5 bits, and 3.5. Decoding can gain up
-to these factors where bytes bound it; each dense element needs about n comparisons and selections, by which a fast
-memory may outrun the vector unit.
+to these factors where bytes bound it; a group of m needs n (m - n + 1) comparisons and selections, by which a fast
+memory may outrun the vector unit. Of V:N:M weights the activations are chosen, and what is left is N:4 (tpu_chosen.py).
 
 Dimensions: D contraction, F output, C kept elements a column, J planes (tpu_product.py), U rows a plane.
 """
@@ -21,7 +21,9 @@ from hsai_kernels.gradients import differentiate_as
 from hsai_kernels.ops.quantized_matmul.reference import INT4_ZERO
 from hsai_kernels.ops.quantized_matmul.tpu import take_element
 from hsai_kernels.ops.quantized_matmul.tpu_product import Packing, load_strided, multiply_packed
+from hsai_kernels.ops.sparse_matmul.choices import CHOSEN, check_width
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, sparse_matmul_reference
+from hsai_kernels.ops.sparse_matmul.tpu_chosen import multiply_chosen
 from hsai_kernels.packing import count_elements
 
 
@@ -42,21 +44,31 @@ def sparse_matmul_tpu(
     rebuilds the dense weight. Raises NotImplementedError for what it does not support.
     """
     check_platform("tpu")
-    if choices is not None:
-        raise NotImplementedError(f"multiplies n:4 and n:8 weights, not V:{n}:{m}")
     if values.dtype == jnp.int8:
         raise NotImplementedError("has floating values and int4 words, not int8 values")
     if activation_bits is not None:
         raise NotImplementedError(f"takes activations as they are, not rounded to {activation_bits} bits")
+    if choices is not None:
+        check_width(values.shape[1], choices.shape[1])
     reference = functools.partial(sparse_matmul_reference, n=n, m=m)
-    return differentiate_as(reference, functools.partial(_multiply, n, m))(x, values, indices, scale)
+    return differentiate_as(reference, functools.partial(_multiply, n, m))(x, values, indices, scale, choices)
 
 
 def _multiply(
-    n: int, m: int, x: jax.Array, values: jax.Array, indices: jax.Array, scale: jax.Array | None
+    n: int,
+    m: int,
+    x: jax.Array,
+    values: jax.Array,
+    indices: jax.Array,
+    scale: jax.Array | None,
+    choices: jax.Array | None,
 ) -> jax.Array:
-    kernel = f"sparse_matmul {n}:{m} {'int4' if values.dtype == jnp.uint32 else values.dtype.name}"
-    return multiply_packed(kernel, choose_packing(n, m, values), x, (values, indices), scale)
+    kind = "int4" if values.dtype == jnp.uint32 else values.dtype.name
+    packed = (values, indices)
+    if choices is None:
+        return multiply_packed(f"sparse_matmul {n}:{m} {kind}", choose_packing(n, m, values), x, packed, scale)
+    packing = choose_packing(n, CHOSEN, values)
+    return multiply_chosen(f"sparse_matmul V:{n}:{m} {kind}", packing, m, x, packed, scale, choices)
 
 
 def choose_packing(n: int, m: int, values: jax.Array | jax.ShapeDtypeStruct) -> Packing:
@@ -81,9 +93,12 @@ def _load_dense(n: int, m: int, planes: int, packed: list[Any]) -> list[jax.Arra
     places = [take_element(words, POSITION_BITS[m], c) for c in range(count)]
     dense = []
     for j in range(planes):
-        chosen = range(j // m * n, (j // m + 1) * n)
-        # Positions of a group are distinct: at most one is this one.
-        dense.append(functools.reduce(jnp.add, [jnp.where(places[c] == j % m, kept[c], 0.0) for c in chosen]))
+        group, position = j // m * n, j % m
+        # Ascending and distinct: the i-th of a group stands at i to m - n + i, and at most one is here.
+        built = jnp.zeros_like(kept[0])
+        for i in range(max(0, position - m + n), min(position + 1, n)):
+            built = jnp.where(places[group + i] == position, kept[group + i], built)
+        dense.append(built)
     return dense
 
 

@@ -1,0 +1,19 @@
+"""As int4_offset, with the blocks solved over calibration (GPTQ): 5 bits a weight, the embedding's too.
+
+hsai compress runs/quickstart --recipe configs/compress/gptq_int4_offset.py --out runs/quickstart/gptq_int4_offset
+"""
+
+from dataclasses import replace
+
+from configs.compress import int4_offset
+from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig
+
+
+def get_config() -> RecipeConfig:
+    """The parent's format for the blocks by a solver; the embedding, which no block multiplies by, stays as it was."""
+    parent = int4_offset.get_config()
+    (everything,) = parent.rules
+    blocks = replace(everything, pattern="layers.*", solver=FeedbackConfig())
+    return replace(parent, rules=(blocks, everything), calibration=CalibrationConfig())

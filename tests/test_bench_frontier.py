@@ -1,0 +1,57 @@
+"""The frontier's bench on a tiny model: both sides read the same tokens, and what is smaller is counted as smaller."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hsai.cli import main
+from hsai.interop.gguf_write import write_gguf
+from tests.interop.gguf_files import CONFIGS, random_model, train_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "sleeps", "def main():", "return 42", "\n")
+
+
+@pytest.mark.slow
+def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS["llama"], max_length=1024)
+    write_gguf(tmp_path / "model.gguf", random_model(config), train_tokenizer(), dtype="f32")
+    draw = np.random.default_rng(0)
+    for name, count in (("calibration.txt", 50_000), ("heldout.txt", 400)):
+        (tmp_path / name).write_text(" ".join(draw.choice(WORDS, count)))
+    recipe = ROOT / "configs" / "compress" / "int8.py"
+    assert (
+        main(["compress", str(tmp_path / "model.gguf"), "--recipe", str(recipe), "--out", str(tmp_path / "ours")]) == 0
+    )
+
+    def measure(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "scripts/bench_frontier.py", str(tmp_path / "model.gguf"), str(tmp_path / "ours")]
+        texts = ["--calibration", str(tmp_path / "calibration.txt"), "--text", str(tmp_path / "heldout.txt")]
+        return subprocess.run([*command, *texts, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    out = tmp_path / "frontier.json"
+    done = measure("--kinds", "Q8_0", "Q4_0", "--window", "128", "--chunks", "3", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert (found["calibration"], found["text"]) == ("calibration.txt", "heldout.txt")
+    rows: dict[str, Any] = {row["model"]: row for row in found["frontier"]}
+    assert [(name, row["side"]) for name, row in rows.items()] == [
+        ("F32", "llama.cpp"),
+        ("dense", "hsai"),
+        ("ours", "hsai"),
+        ("Q8_0", "llama.cpp"),
+        ("Q4_0", "llama.cpp"),
+    ]
+    assert rows["dense"]["perplexity"] == pytest.approx(rows["F32"]["perplexity"], rel=1e-3)
+    assert rows["ours"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.02)
+    assert rows["ours"]["perplexity"] != rows["dense"]["perplexity"]
+    assert len({row["n"] for row in rows.values()}) == 1 and rows["dense"]["n"] > 100
+    assert rows["dense"]["bits_per_weight"] == 32.0
+    assert 8 < rows["ours"]["bits_per_weight"] < 9 and 8 < rows["Q8_0"]["bits_per_weight"] < 10
+    assert rows["Q4_0"]["bytes"] < rows["Q8_0"]["bytes"] < rows["F32"]["bytes"] == rows["dense"]["bytes"]

@@ -191,23 +191,20 @@ class Allocation:
         return {**totals, "choices": choices}
 
     def table(self) -> Table:
-        """For the console: a row a layer, a column a weight."""
+        """For the console, of any width: a row a weight, with the layers of each of its formats."""
         table = Table()
-        pairs = list(zip(self.items, self.options, strict=True))
-        names = list(dict.fromkeys(item.weight for item in self.items if item.layer is not None))
-        table.add_column("layer", justify="right", no_wrap=True)
-        for name in names:
-            table.add_column(name.removeprefix("layers."), no_wrap=True)
+        table.add_column("weight", no_wrap=True)
+        table.add_column("formats: layers")
         table.add_column("nats a token", justify="right", no_wrap=True)
-        for item, option in pairs:
-            if item.layer is None:
-                cells = [name_format(option.format), *[""] * (len(names) - 1)] if names else []
-                table.add_row(item.weight, *cells, f"{option.loss:.2g}")
-        for layer in sorted({item.layer for item in self.items if item.layer is not None}):
-            row = {item.weight: option for item, option in pairs if item.layer == layer}
-            loss = sum(option.loss for option in row.values())
-            cells = [name_format(row[name].format) if name in row else "" for name in names]
-            table.add_row(str(layer), *cells, f"{loss:.2g}")
+        rows: dict[str, list[tuple[int | None, Option]]] = {}
+        for item, option in zip(self.items, self.options, strict=True):
+            rows.setdefault(item.weight, []).append((item.layer, option))
+        for weight, choices in rows.items():
+            layers: dict[str, list[int]] = {}
+            for layer, option in choices:
+                layers.setdefault(name_format(option.format), []).extend([] if layer is None else [layer])
+            formats = [f"{name}: {name_ranges(numbers)}" if numbers else name for name, numbers in layers.items()]
+            table.add_row(weight, "; ".join(formats), f"{sum(option.loss for _, option in choices):.2g}")
         return table
 
 
@@ -307,6 +304,13 @@ def keep_finite(x: jax.Array | float) -> float | None:
     """A measured number as a ledger holds it: None for NaN and infinities, which JSON has no words for."""
     number = float(x)
     return number if math.isfinite(number) else None
+
+
+def name_ranges(numbers: Sequence[int]) -> str:
+    """Of ascending numbers: "0-3, 7"."""
+    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or n != numbers[i + 1] - 1]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def name_formats(formats: Sequence[FormatConfig]) -> str:

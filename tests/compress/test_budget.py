@@ -13,6 +13,7 @@ from hsai.compress import Ledger, RecipeConfig, Rule, compress
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibrated import FeedbackConfig, NearestConfig
 from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.ledger import name_format, name_ranges
 from hsai.compress.recipe import match_weights
 from hsai.errors import InputError
 from hsai.formats import (
@@ -110,14 +111,28 @@ def test_the_ledger_says_what_each_layer_became(mixed: tuple[Transformer, Ledger
         assert kept in choice["candidates"] and len(choice["candidates"]) == (2 if choice["weight"] == "embed" else 4)
 
 
-def test_the_table_has_a_row_a_layer(mixed: tuple[Transformer, Ledger]) -> None:
-    assert mixed[1].allocation is not None
-    console = Console(width=200, file=io.StringIO())
-    console.print(mixed[1].allocation.table())
+def test_ranges_are_named() -> None:
+    assert name_ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
+    assert name_ranges([4]) == "4" and name_ranges([]) == ""
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_the_table_has_a_row_a_weight(mixed: tuple[Transformer, Ledger], width: int) -> None:
+    allocation = mixed[1].allocation
+    assert allocation is not None
+    console = Console(width=width, file=io.StringIO())
+    console.print(allocation.table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for word in ("layer", "attention.q", "mlp.down", "embed", "nats a token", "int4 g64"):
-        assert word in text
-    assert len([line for line in text.splitlines() if line.startswith("│")]) == 4 + 1
+    assert max(map(len, text.splitlines())) <= width and "nats a token" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [name for name, _, _ in rows if name] == list(allocation.formats)
+    if width == 200:
+        for name, formats, _ in rows:
+            chosen = allocation.formats[name]
+            assert {part.split(":")[0] for part in formats.split("; ")} == set(map(name_format, chosen))
+            for part in formats.split("; ") if len(chosen) > 1 else ():
+                kind, layers = part.split(": ")
+                assert layers == name_ranges([i for i, format in enumerate(chosen) if name_format(format) == kind])
 
 
 UNIFORM = [

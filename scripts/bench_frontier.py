@@ -1,16 +1,18 @@
 #!/usr/bin/env python
 """Perplexity against bytes: bundles that `hsai compress` made beside llama.cpp's quantizations of the same model.
 
-    python scripts/bench_frontier.py MODEL BUNDLE ... --calibration TEXT --text HELDOUT [--kinds Q4_K_M IQ2_XS ...]
+    python scripts/bench_frontier.py MODEL BUNDLE ... [--calibration TEXT --text HELDOUT] [--kinds Q4_K_M IQ2_XS ...]
         [--chunks 32] [--window 512] [--json FILE] [--quick]
 
 MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
 matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
-chunks of the held-out text. Bytes are those of all weights, norm gains included; --quick takes 4 chunks and one kind.
+chunks of the held-out text. Without texts they are those of the corpus that MODEL was trained on, as for `hsai
+compress`. Bytes are those of all weights, norm gains included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import tempfile
@@ -22,6 +24,7 @@ import numpy as np
 from bench.llama_quantize import KINDS, measure_importance, quantize
 from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 
+from hsai.cli.corpora import open_own_corpus
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.evaluate.metrics import Metric
 from hsai.evaluate.perplexity import read_text
@@ -39,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("bundles", type=Path, nargs="*")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=32)
@@ -49,20 +52,23 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = arguments.kinds[:1] if arguments.quick else arguments.kinds
     source = open_model(arguments.model)
+    texts = _read_texts(source, arguments)
     size = sum(param.get_value().size for param in named_weights(source.model).values())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar() as progress:
         dense = Path(scratch) / "dense.gguf"
         export_gguf(dense, source, dtype="f32")
         llama = open_llama(dense, arguments.window)
-        pairs = cut_text(llama, source.tokenizer, read_text(arguments.text), arguments.window)
+        pairs = cut_text(llama, source.tokenizer, texts.heldout, arguments.window)
         pairs = pairs[: 4 if arguments.quick else arguments.chunks]
 
-        def note(name: str, side: str, held: int, found: Metric) -> None:
+        def note(name: str, side: str, held: int, found: Metric, recipe: str | None = None) -> None:
             rows.append(
                 {
+                    "dense": arguments.model.name,
                     "model": name,
                     "side": side,
+                    "recipe": recipe,
                     "bytes": held,
                     "bits_per_weight": 8 * held / size,
                     "perplexity": found.value,
@@ -77,24 +83,55 @@ def main() -> None:
         note("dense", "hsai", _count_weights(source), measure_ours(source.model, pairs, progress, "dense"))
         for path in arguments.bundles:
             bundle = open_model(path)
-            note(path.name, "hsai", _count_weights(bundle), measure_ours(bundle.model, pairs, progress, path.name))
-        for kind, path in _quantize_all(source, dense, kinds, arguments.calibration, Path(scratch)):
+            found = measure_ours(bundle.model, pairs, progress, path.name)
+            note(path.name, "hsai", _count_weights(bundle), found, bundle.origin.get("recipe_name"))
+        for kind, path in _quantize_all(source, dense, kinds, texts.calibration, Path(scratch)):
             found = measure_llama(open_llama(path, arguments.window), pairs, progress, kind)
             note(kind, "llama.cpp", _count_bytes(path), found)
             path.unlink()
     if arguments.json is not None:
         machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
-        texts = {"calibration": arguments.calibration.name, "text": arguments.text.name}
-        write_json_atomic(arguments.json, {"machine": machine, **texts, "frontier": rows})
+        names = {"calibration": texts.calibration_name, "text": texts.heldout_name}
+        write_json_atomic(arguments.json, {"machine": machine, **names, "frontier": rows})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is calibrated on, and what is measured on."""
+
+    calibration: np.ndarray
+    """Token ids."""
+
+    calibration_name: str
+    heldout: str
+    heldout_name: str
+
+
+def _read_texts(source: ModelSource, arguments: argparse.Namespace) -> Texts:
+    """The files that are named, else the splits of the model's own corpus."""
+    own = None
+    if arguments.calibration is None or arguments.text is None:
+        own = open_own_corpus(source, None, "--calibration and --text")
+    if arguments.calibration is not None:
+        stream = np.asarray(source.tokenizer.encode(read_text(arguments.calibration)), np.int32)
+        calibration, calibration_name = stream, arguments.calibration.name
+    else:
+        assert own is not None
+        calibration, calibration_name = np.asarray(own.train), "the training text"
+    if arguments.text is not None:
+        heldout, heldout_name = read_text(arguments.text), arguments.text.name
+    else:
+        assert own is not None
+        heldout, heldout_name = own.tokenizer.decode(own.heldout), "the held-out text"
+    return Texts(calibration=calibration, calibration_name=calibration_name, heldout=heldout, heldout_name=heldout_name)
 
 
 def _quantize_all(
-    source: ModelSource, dense: Path, kinds: Sequence[str], calibration: Path, scratch: Path
+    source: ModelSource, dense: Path, kinds: Sequence[str], calibration: np.ndarray, scratch: Path
 ) -> Iterator[tuple[str, Path]]:
     """Each kind's file, for as long as the next one is not asked for."""
     config = CalibrationConfig()
-    stream = np.asarray(source.tokenizer.encode(read_text(calibration)), np.int32)
-    importance = measure_importance(source.model, draw_windows(stream, config), batch=config.batch)
+    importance = measure_importance(source.model, draw_windows(calibration, config), batch=config.batch)
     for kind in kinds:
         path = scratch / f"{kind}.gguf"
         quantize(dense, path, kind, importance)

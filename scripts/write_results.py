@@ -220,40 +220,11 @@ def write_perplexity(results: dict[str, Any]) -> str:
     )
 
 
-def list_frontier(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The models of all runs. Raises ValueError where they were not measured on the same tokens."""
-    rows = [row | {"texts": (run["calibration"], run["text"], row["n"])} for run in runs for row in run["frontier"]]
-    if len({row["texts"] for row in rows}) > 1:
-        raise ValueError(f"models were measured on different texts: {sorted({row['texts'] for row in rows})}")
-    return rows
-
-
 def write_frontier(runs: list[dict[str, Any]]) -> str:
     """Compressed models beside llama.cpp's, in Markdown."""
-    rows = list_frontier(runs)
-    dense = {row["side"]: row["perplexity"] for row in rows if row["model"] in ("dense", "F32")}
-    lines = [
-        "| model | by | all weights | bits a weight | perplexity | ratio to its dense |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for row in sorted(rows, key=lambda row: -float(row["bytes"])):
-        lines.append(
-            f"| {row['model']} | {row['side']} | {row['bytes'] / 1e6:.2f} MB | {row['bits_per_weight']:.3f} "
-            f"| {row['perplexity']:.3f} ± {row['standard_error']:.3f} | {row['perplexity'] / dense[row['side']]:.3f} |"
-        )
-    calibration, text, count = rows[0]["texts"]
-    made = ""
-    for run in runs:
-        machine = run["machine"]
-        where = f"{machine['processor']}, {machine['cores']} cores, jax {machine['jax']}, {machine['date']}"
-        made += f"- `{machine['command']}`: {where}.\n"
-    return (
-        f"![perplexity against bytes](results/{PICTURE.name})\n\n"
-        + "\n".join(lines)
-        + f"\n\nPerplexity of {text}, {count} tokens that calibration ({calibration}) did not see;\n"
-        + "llama.cpp quantizes with an importance matrix of the same calibration, and measures its own files.\n\n"
-        + made
-    )
+    from bench.frontier import write_tables  # a neighbour of this file, where scripts/ is on the path
+
+    return f"![perplexity against bytes](results/{PICTURE.name})\n\n{write_tables(runs)}"
 
 
 def replace_between(text: str, content: str) -> str:
@@ -281,7 +252,7 @@ def main() -> None:
             write_json_atomic(SERVING, replace_rows(kept, results, "rows", ("cpu_kernels", "case", "peer_name")))
         elif "frontier" in results:
             kept = read_json(FRONTIER) if FRONTIER.exists() else []
-            write_json_atomic(FRONTIER, replace_rows(kept, results, "frontier", ("model", "side")))
+            write_json_atomic(FRONTIER, replace_rows(kept, results, "frontier", ("dense", "model", "side")))
         elif "case" not in results["rows"][0]:
             write_json_atomic(QUICKSTART, results)
         elif results["rows"][0]["metric"] == "perplexity":
@@ -302,11 +273,9 @@ def main() -> None:
     if PERPLEXITY.exists():
         text += f"\n## Perplexity beside llama.cpp\n\n{write_perplexity(read_json(PERPLEXITY))}"
     if FRONTIER.exists():
-        from bench.plot_frontier import (
-            plot_frontier,
-        )  # a neighbour when this file is a program, not when it is imported
+        from bench.frontier import plot_frontier
 
-        plot_frontier(list_frontier(read_json(FRONTIER)), PICTURE)
+        plot_frontier(read_json(FRONTIER), PICTURE)
         text += f"\n## Size and quality\n\n{write_frontier(read_json(FRONTIER))}"
     (ROOT / "docs" / "results.md").write_text(text)
     readme = ROOT / "README.md"

@@ -118,8 +118,9 @@ class TransformerConfig:
             raise InputError("model.local_rope is for layers beside global ones: it needs model.global_every")
         if self.query_scalar is not None and self.query_scalar < 1:
             raise InputError(f"model.query_scalar={self.query_scalar} must be at least 1, or none")
-        if self.norm_eps <= 0:
-            raise InputError(f"model.norm_eps={self.norm_eps} must be positive")
+        smallest, largest = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
+        if not smallest <= self.norm_eps <= largest:
+            raise InputError(f"model.norm_eps={self.norm_eps} must be positive, and in float32 neither 0 nor infinite")
 
     @property
     def axis_sizes(self) -> dict[str, int]:

@@ -77,20 +77,22 @@ TILES: Mapping[tuple[str, int], ProductTile] = {
     ("float32", 4): ProductTile(rows=32, columns=64, units=16, warps=8),
     ("float32", 8): ProductTile(rows=32, columns=64, units=16, warps=8),
 }
-"""By the activations' dtype and E. Chosen so that on an A100 and an H100 operands fit the shared memory and nothing
-spills from registers (tests/kernels/test_aot.py), and not yet by time: no GPU was there."""
+"""By E and the wider dtype of activations and floating values. Chosen so that on an A100 and an H100 operands fit the
+shared memory and nothing spills from registers (tests/kernels/test_aot.py), and not yet by time: no GPU was there."""
 
 
 def choose_product_tile(
-    kernel: str, positions: int, units: int, x: jax.Array, columns: int, scale: jax.Array | None
+    kernel: str, positions: int, units: int, x: jax.Array, values: jax.Array, columns: int, scale: jax.Array | None
 ) -> ProductTile:
-    """A tile for x (R, D) times (D, F), of whose F `columns` lie side by side; other arguments as below.
+    """A tile for x (R, D) times `values` (.., F), of whose F `columns` lie side by side; other arguments as below.
 
     Raises NotImplementedError if the chip's compiler is known to refuse it.
     """
     rows, contraction = x.shape
     groups = None if scale is None else scale.shape[0]
-    own, units = TILES[x.dtype.name, positions], contraction // positions
+    # Float32 values take a float32's registers, whatever the activations are.
+    wider = "float32" if values.dtype == jnp.float32 else x.dtype.name
+    own, units = TILES[wider, positions], contraction // positions
     return fit_product_tile(kernel, own, x.dtype, (rows, contraction, columns), groups, units)
 
 
@@ -146,7 +148,7 @@ def multiply_compressed(
     units = contraction // (positions if chosen is None else chosen.span)
     width = columns if chosen is None else columns // chosen.choices.shape[-1]
     if tile is None:
-        tile = choose_product_tile(kernel, positions, units, x, width, scale)
+        tile = choose_product_tile(kernel, positions, units, x, weight[0], width, scale)
     unit_blocks = pl.cdiv(units, tile.units)
     # No tile has columns of two blocks that choose.
     grid = (columns // width * pl.cdiv(width, tile.columns), pl.cdiv(rows, tile.rows))

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai_kernels.options import is_int_of
+
 BLOCKS = {2: 16, 3: 32, 4: 8}
 """Widths that can be packed, and how many elements of each fill whole words."""
 
@@ -30,8 +32,8 @@ def count_elements(bits: int) -> int:
 
     Raises ValueError for a width that is not supported.
     """
-    if bits not in BLOCKS:
-        raise ValueError(f"bits={bits} cannot be packed: valid are {', '.join(map(str, BLOCKS))}")
+    if not is_int_of(bits, BLOCKS):
+        raise ValueError(f"bits={bits!r} cannot be packed: valid are {', '.join(map(str, BLOCKS))}")
     return BLOCKS[bits]
 
 

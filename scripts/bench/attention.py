@@ -1,12 +1,13 @@
 """Attention: training, and reading caches of each type, row by row or in pages.
 
 XLA's own is jax.nn.dot_product_attention, over a cache that is widened in the same program, and of pages gathered.
+Caches that one query reads come in copies, as weights do (bench/products.py): each layer of a model has its own.
 
 Dimensions: B batch, T query, S key, N heads, K kv heads, H head dim, R tokens of a page.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.activations import find_dtype, name_case
-from bench.programs import draw, make_runner
-from bench.timing import Case
+from bench.programs import draw, make_reader, make_runner
+from bench.timing import Case, Runner
 from hsai.models.cache import quantize_halves, quantize_heads
 from hsai_kernels import attention, paged_attention
 from hsai_kernels.ops.attention.reference import read_cache
@@ -106,18 +107,26 @@ def _make_forward(cache: str, batch: int, queries: int, slots: int, heads: int =
         # The only query of a row sees all of its cache.
         return _attend_xla(q, **operands, causal=queries > 1)
 
+    # A prompt waits for arithmetic, wherever its keys lie; a query for the memory that they come from.
+    make = make_reader if queries == 1 else _make_repeated
     return Case(
         name=name_case(f"attention {cache} {batch}x{queries} of {slots} slots {heads}/{kv_heads} heads"),
         nbytes=sum(array.nbytes for array in operands.values()),
         flops=4 * batch * heads * seen * head_dim,
         metric="GB/s" if queries == 1 else "GFLOP/s",
-        ours=make_runner("ours", functools.partial(attend, None), (q, operands)),
+        ours=make("ours", functools.partial(attend, None), q, operands),
         # The chunked path is the reference where all scores fit one of its blocks, as they do here.
         peers=[
-            make_runner("xla", attend_xla, (q, operands), disturbs=True),
-            make_runner("reference", functools.partial(attend, "reference"), (q, operands), disturbs=True),
+            make("xla", attend_xla, q, operands, disturbs=True),
+            make("reference", functools.partial(attend, "reference"), q, operands, most=1, disturbs=True),
         ],
     )
+
+
+def _make_repeated(
+    name: str, function: Callable[..., jax.Array], *arguments: Any, most: int = 1, disturbs: bool = False
+) -> Runner:
+    return make_runner(name, function, arguments, disturbs=disturbs)
 
 
 def make_paged_attention(*, quick: bool) -> Iterator[Case]:
@@ -130,29 +139,26 @@ def make_paged_attention(*, quick: bool) -> Iterator[Case]:
 def _make_paged(cache: str, batch: int, slots: int, heads: int, kv_heads: int, head_dim: int) -> Case:
     pages = batch * slots // PAGE
     q, *parts = draw((batch, 1, heads, head_dim), *[(1, pages, PAGE, kv_heads, head_dim)] * 2)
-    operands = {"q": q.astype(find_dtype()), **_store(cache, *parts)}
+    q, operands = q.astype(find_dtype()), _store(cache, *parts)
     order = np.random.default_rng(3).permutation(pages).reshape(batch, -1)
-    operands |= {"table": jnp.asarray(order, jnp.int32), "q_positions": jnp.full((batch, 1), slots - 1, jnp.int32)}
+    table = jnp.asarray(order, jnp.int32)
+    marks = {"table": table, "q_positions": jnp.full((batch, 1), slots - 1, jnp.int32), "layer": jnp.int32(0)}
 
-    def attend(implementation: str | None, operands: dict[str, jax.Array]) -> jax.Array:
-        return paged_attention(**operands, layer=jnp.int32(0), implementation=implementation)
+    def attend(implementation: str | None, q: jax.Array, operands: dict[str, jax.Array]) -> jax.Array:
+        return paged_attention(q=q, **operands, **marks, implementation=implementation)
 
-    def attend_xla(operands: dict[str, jax.Array]) -> jax.Array:
-        rows = {
-            name: pages[0, operands["table"]].reshape(batch, slots, *pages.shape[3:])
-            for name, pages in operands.items()
-            if name in ("k", "v", "k_scale", "v_scale")
-        }
-        return _attend_xla(operands["q"], **rows, causal=False)
+    def attend_xla(q: jax.Array, operands: dict[str, jax.Array]) -> jax.Array:
+        rows = {name: pages[0, table].reshape(batch, slots, *pages.shape[3:]) for name, pages in operands.items()}
+        return _attend_xla(q, **rows, causal=False)
 
     return Case(
         name=name_case(f"paged_attention {cache} {batch}x1 of {slots} slots {heads}/{kv_heads} heads of {head_dim}"),
         nbytes=sum(array.nbytes for array in operands.values()),
         flops=4 * batch * heads * slots * head_dim,
         metric="GB/s",
-        ours=make_runner("ours", functools.partial(attend, None), (operands,)),
+        ours=make_reader("ours", functools.partial(attend, None), q, operands),
         peers=[
-            make_runner("xla", attend_xla, (operands,), disturbs=True),
-            make_runner("reference", functools.partial(attend, "reference"), (operands,), disturbs=True),
+            make_reader("xla", attend_xla, q, operands, disturbs=True),
+            make_reader("reference", functools.partial(attend, "reference"), q, operands, most=1, disturbs=True),
         ],
     )

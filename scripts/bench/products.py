@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from bench import peers
 from bench.activations import find_dtype, name_case
-from bench.ceilings import find_cache_size
+from bench.programs import count_copies
 from bench.timing import Case, Runner
 from hsai.formats import (
     FormatConfig,
@@ -145,8 +145,8 @@ def _prefer_reference(multiply: Multiply) -> Multiply:
 
 
 def _count_copies(size: int, rows: int) -> int:
-    """How many weights of `size` bytes fill the last-level cache twice; few for many rows, which wait for no memory."""
-    copies = -(-2 * find_cache_size() // size)
+    """How many weights of `size` bytes no cache holds; few for many rows, which wait for no memory."""
+    copies = count_copies(size)
     return copies if rows <= DECODE_ROWS else min(copies, 2)
 
 

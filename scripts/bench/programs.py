@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.ceilings import find_cache_size
 from bench.timing import Runner
 
 
@@ -16,6 +17,34 @@ def make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any
         return lambda: jax.block_until_ready(compiled(*arguments))
 
     return Runner(name=name, build=build, disturbs=disturbs)
+
+
+def make_reader(
+    name: str, function: Callable[..., jax.Array], x: jax.Array, operands: Any, *, most: int = 0, disturbs: bool = False
+) -> Runner:
+    """function(x, operands), where reading `operands` takes the time: in copies that no cache holds, `most` at most.
+
+    All copies are read in turn by one program, and each x waits for the result before it.
+    """
+    copies = most or count_copies(sum(leaf.nbytes for leaf in jax.tree.leaves(operands)))
+
+    def program(x: jax.Array, copied: Sequence[Any]) -> jax.Array:
+        total = jnp.zeros((), jnp.float32)
+        for operands in copied:
+            total += 1e-30 * jnp.sum(function(x + total.astype(x.dtype), operands), dtype=jnp.float32)
+        return total
+
+    def build() -> Callable[[], object]:
+        copied = [jax.tree.map(lambda leaf: leaf.copy(), operands) for _ in range(copies)]
+        compiled = jax.jit(program).lower(x, copied).compile()
+        return lambda: compiled(x, copied).block_until_ready()
+
+    return Runner(name=name, build=build, times=copies, disturbs=disturbs)
+
+
+def count_copies(size: int) -> int:
+    """How many operands of `size` bytes fill the last-level cache twice."""
+    return -(-2 * find_cache_size() // size)
 
 
 def draw(*shapes: tuple[int, ...]) -> list[jax.Array]:

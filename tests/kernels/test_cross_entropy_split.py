@@ -12,7 +12,7 @@ import pytest
 from hsai_kernels import cross_entropy, cross_entropy_sum
 from hsai_kernels.interpret import interpret_tpu
 from hsai_kernels.ops.cross_entropy.shapes import CrossEntropyShape
-from tests.kernels.test_cross_entropy import draw
+from tests.kernels.test_cross_entropy import ask_oracle_for_sum, draw
 from tests.kernels.tolerances import assert_close
 
 pytestmark = [
@@ -61,11 +61,12 @@ def test_loss_and_gradients_are_those_of_a_whole_vocabulary(
             return cross_entropy_sum(x, w, targets, pull, chunk=4, **options, **place)
         return jnp.sum(pull * cross_entropy(x, w, targets, chunk=4, **options, **place))
 
-    wanted = jax.value_and_grad(functools.partial(lose, implementation="reference"), (0, 1))(*operands)
     with interpret_tpu() if implementation == "tpu" else contextlib.nullcontext():
         found = run_split(functools.partial(lose, implementation=implementation, split=("model",)), operands)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert_close(one, np.asarray(other, np.float64), 100.0, "float32")
+    wanted = ask_oracle_for_sum(operands, **options)[:3]
+    # Magnitudes bound what rounding could do to a sum of many terms; it does not come near that of the largest.
+    for array, (expected, magnitude) in zip(jax.tree.leaves(found), wanted, strict=True):
+        assert_close(array, expected, np.minimum(magnitude, 100.0), "float32")
 
 
 def test_targets_count_over_the_whole_vocabulary() -> None:

@@ -14,7 +14,7 @@ from hsai_kernels.interpret import interpret_tpu
 from hsai_kernels.mosaic import FAST_MEMORY
 from hsai_kernels.ops.cross_entropy.shapes import SHAPES, CrossEntropyShape
 from hsai_kernels.ops.cross_entropy.tpu import choose_blocks, lose_in_blocks
-from tests.kernels.test_cross_entropy import check, draw
+from tests.kernels.test_cross_entropy import ask_oracle_for_sum, check, draw
 from tests.kernels.tolerances import assert_close
 
 SMALL = {"forward": (32, 128), "backward": (16, 128)}
@@ -73,21 +73,20 @@ def test_it_is_the_automatic_choice_on_a_tpu() -> None:
             cross_entropy_sum(*wide, weights, implementation="tpu")
 
 
-def test_a_sum_and_its_gradients_are_the_references() -> None:
+def test_a_sum_and_its_gradients_match_the_oracle() -> None:
     """Those of x, w and the weights, behind which another gradient comes."""
-    x, w, targets, weights = draw(CrossEntropyShape(lead=(2,), tokens=3, embed=128, vocab=9), "float32")
+    operands = draw(CrossEntropyShape(lead=(2,), tokens=3, embed=128, vocab=9), "float32")
 
-    def differentiate(implementation: str) -> Any:
-        def lose(x: jax.Array, w: jax.Array, weights: jax.Array) -> jax.Array:
-            return 3.0 * cross_entropy_sum(x, w, targets, weights, z_loss=0.1, implementation=implementation)
-
-        return jax.jit(jax.value_and_grad(lose, (0, 1, 2)))(x, w, weights)
+    def lose(*operands: jax.Array) -> jax.Array:
+        return 3.0 * cross_entropy_sum(*operands, z_loss=0.1, implementation="tpu")
 
     with interpret_tpu():
-        found = differentiate("tpu")
-    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(differentiate("reference")), strict=True):
-        assert array.dtype == wanted.dtype and np.any(np.asarray(wanted) != 0)
-        assert_close(array, np.asarray(wanted, np.float64), 50.0, "float32")
+        found = jax.jit(jax.value_and_grad(lose, (0, 1, 3)))(*operands)
+    wanted = ask_oracle_for_sum(operands, 3.0, z_loss=0.1)
+    # Magnitudes bound what rounding could do to a sum of many terms; it does not come near that of the largest.
+    for array, (expected, magnitude) in zip(jax.tree.leaves(found), wanted, strict=True):
+        assert array.dtype == jnp.float32
+        assert_close(array, expected, np.minimum(magnitude, 50.0), "float32")
 
 
 def test_large_logits_stay_finite() -> None:

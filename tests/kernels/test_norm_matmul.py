@@ -1,6 +1,8 @@
 """norm_matmul: the reference and the TPU kernel (interpreted) against a float64 oracle, gradients, and refusals."""
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -102,7 +104,10 @@ X, GAIN, W = jnp.ones((2, 8)), jnp.ones(8), jnp.ones((8, 3))
         ({"gain": GAIN[:7]}, r"gain has shape \(7,\), x needs \(8,\)"),
         ({"x": X.astype(jnp.float16)}, "not of float16"),
         ({"w": W.astype(jnp.int8)}, "w must be floating, got int8"),
-        ({"eps": 0.0}, "eps=0.0 must be positive"),
+        *(
+            ({"eps": eps}, re.escape(f"eps={eps} must be from 1.17549e-38 to 3.40282e+38: positive and normal"))
+            for eps in (0.0, -1e-5, 1e-46, 1e-40, 10**39, math.inf, math.nan)
+        ),
     ],
 )
 def test_refusals_name_both_values(changes: dict[str, Any], message: str) -> None:

@@ -85,6 +85,8 @@ def test_works_under_jit_and_vmap():
         (lambda: pack_words(np.zeros((12, 2), np.uint8), 4), "12 elements do not fill words of 8"),
         (lambda: pack_words(np.zeros((24, 2), np.uint8), 2), "24 elements do not fill words of 16"),
         (lambda: pack_words(np.zeros((8, 2), np.uint8), 5), "bits=5.*2, 3, 4"),
+        (lambda: pack_words(np.zeros((8, 2), np.uint8), 4.0), "bits=4.0 cannot be packed: valid are 2, 3, 4"),
+        (lambda: unpack_words(np.zeros((3, 2), np.uint32), 3.0), "bits=3.0 cannot be packed: valid are 2, 3, 4"),
         (lambda: pack_words(np.zeros((48, 2), np.uint8), 3), "48 elements do not fill words of 32"),
         (lambda: unpack_words(np.zeros((4, 2), np.uint32), 3), "4 words are no multiple of the 3"),
         (lambda: pack_words(np.zeros((8, 2), np.int8), 4), "unsigned integers, got int8"),

@@ -1,6 +1,7 @@
 """paged_attention: every backend against the float64 oracle over rows that share pages, and what it refuses."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -163,16 +164,45 @@ def test_pages_that_are_not_there_are_an_error(changes: dict[str, Any], message:
         jax.block_until_ready(attend(arrays, "cpu"))
 
 
+PAGES = (3, 17, 16, 2, 64)
+"""Of keys and values, as `draw` makes them of SHAPES[0]."""
+INT8 = {name: jnp.zeros(PAGES, jnp.int8) for name in "kv"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"table": jnp.zeros((2, 4), jnp.int32)}, r"table must be int32 \(4, pages of a row\), got int32\(2, 4\)"),
+        ({"table": jnp.zeros((4, 4), jnp.uint32)}, r"table must be int32 \(4, pages of a row\), got uint32\(4, 4\)"),
+        ({"table": jnp.zeros((4,), jnp.int32)}, r"table must be int32 \(4, pages of a row\), got int32\(4,\)"),
         ({"layer": jnp.zeros((1,), jnp.int32)}, r"layer must be an int32 scalar, got int32\(1,\)"),
         ({"q_positions": jnp.zeros((4, 2), jnp.int32)}, r"q_positions must be int32 \(4, 1\)"),
         ({"q_positions": jnp.zeros((4, 1), jnp.uint32)}, r"q_positions must be int32 \(4, 1\), got uint32"),
+        ({"q": jnp.zeros((4, 1, 64))}, re.escape(f"H), got (4, 1, 64) and {PAGES}")),
+        ({"k": jnp.zeros(PAGES[1:])}, re.escape("H), got (4, 1, 6, 64) and (17, 16, 2, 64)")),
+        ({"q": jnp.zeros((4, 1, 6, 64), jnp.int32)}, "paged_attention needs floating q, got int32"),
+        ({"v": jnp.zeros((3, 17, 8, 2, 64))}, re.escape(f"differ: float32{PAGES} and float32(3, 17, 8, 2, 64)")),
+        ({"v": jnp.zeros(PAGES, jnp.bfloat16)}, re.escape(f"differ: float32{PAGES} and bfloat16{PAGES}")),
+        ({"q": jnp.zeros((4, 1, 5, 64))}, "5 query heads are no multiple of 2 kv heads"),
+        ({name: jnp.zeros((3, 17, 16, 0, 64)) for name in "kv"}, "6 query heads are no multiple of 0 kv heads"),
         ({"k_scale": jnp.zeros((3, 17, 16, 2))}, "k is float32 and comes with scales"),
-        ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.int32) for name in "kv"}, "k and v are int32; under float32 queries"),
-        ({name: jnp.zeros((3, 17, 16, 2, 64), jnp.uint8) for name in "kv"}, "q has head dim 64, k has head dim 128"),
+        (INT8, "k is int8 and comes without scales"),
+        (INT8 | {"k_scale": jnp.zeros(PAGES[:4])}, "v is int8 and comes without scales"),
+        (
+            INT8 | {f"{name}_scale": jnp.zeros(PAGES[1:4]) for name in "kv"},
+            re.escape("k_scale must be float32(3, 17, 16, 2), got float32(17, 16, 2)"),
+        ),
+        (
+            INT8 | {"k_scale": jnp.zeros(PAGES[:4]), "v_scale": jnp.zeros(PAGES[:4], jnp.uint16)},
+            re.escape("v_scale must be float32(3, 17, 16, 2), got uint16(3, 17, 16, 2)"),
+        ),
+        (
+            {name: jnp.zeros((3, 17, 16, 2, 32), jnp.uint8) for name in "kv"}
+            | {f"{name}_scale": jnp.zeros((3, 17, 16, 2, 2)) for name in "kv"},
+            re.escape("k_scale must be bfloat16(3, 17, 16, 2, 2), got float32(3, 17, 16, 2, 2)"),
+        ),
+        ({name: jnp.zeros(PAGES, jnp.int32) for name in "kv"}, "k and v are int32; under float32 queries"),
+        ({name: jnp.zeros(PAGES, jnp.uint8) for name in "kv"}, "q has head dim 64, k has head dim 128"),
         *list_wrong_counts("window"),
         *list_wrong_caps("softcap"),
         *list_wrong_factors("scale"),

@@ -129,17 +129,20 @@ def test_gradients_are_the_references(kind: str) -> None:
 
 
 def test_vmap_and_scan() -> None:
+    """Of integers and powers of two, whose sums are exact in any order."""
     (x, values, scale), *_ = draw_quantized(QUANTIZED_SHAPES[3], "int4", "float32")
+    x, scale = jnp.round(8.0 * x), jnp.full_like(scale, 2.0**-5)
     multiply = functools.partial(quantized_matmul, implementation="gpu")
     expected = np.asarray(run(multiply, x, values, scale))
     mapped = run(jax.vmap(multiply, in_axes=(0, None, None)), jnp.stack([x, -x]), values, scale)
-    np.testing.assert_allclose(mapped, [expected, -expected], rtol=1e-6)
+    np.testing.assert_array_equal(mapped, [expected, -expected])
 
     def step(carry: int, layer: Any) -> tuple[int, jax.Array]:
         return carry, multiply(x, *layer)
 
     layers = (jnp.stack([values, values]), jnp.stack([scale, 2 * scale]))
-    np.testing.assert_allclose(run(lambda x: jax.lax.scan(step, 0, x)[1], layers), [expected, 2 * expected], rtol=1e-6)
+    scanned = run(lambda layers: jax.lax.scan(step, 0, layers)[1], layers)
+    np.testing.assert_array_equal(scanned, [expected, 2 * expected])
 
 
 def test_the_automatic_choice_takes_them_and_falls_back() -> None:

@@ -1,5 +1,7 @@
 """quantized_matmul: every backend against a float64 oracle over shapes, gradients, and refusals."""
 
+import re
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from hsai_kernels import count_elements, dequantize_int8, dequantize_words, pack_words, quantized_matmul
+from hsai_kernels.interpret import interpret_gpu, interpret_tpu
 from hsai_kernels.ops.quantized_matmul.api import BACKENDS
 from hsai_kernels.ops.quantized_matmul.shapes import HUGE, SHAPES, QuantizedShape
 from tests.kernels import oracles
@@ -242,7 +245,9 @@ def _words(rows, columns):
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3, 3)), "over 64 does not divide into 3 groups"),
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((0, 3)), "over 64 does not divide into 0 groups"),
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 4)), "scale has 4 columns, values have 3"),
-        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3,)), r"\(8, 3\) and \(3,\)"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones((3,)), r"must be \(groups of 64 positions, 3\), got \(3,\)"),
+        (jnp.ones((1, 64)), _words(64, 3), jnp.ones(()), r"must be \(groups of 64 positions, 3\), got \(\)"),
+        (jnp.ones((1, 64)), _words(64, 3)[0], jnp.ones((1, 3)), r"values \(rows, F\), got \(3,\)"),
         (jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3), jnp.int32), "not int32"),
         (jnp.ones((1, 64)), jnp.ones((64, 3), jnp.int32), jnp.ones((1, 3)), "not of int32"),
         (jnp.ones((1, 64), jnp.float16), _words(64, 3), jnp.ones((1, 3)), "not of float16"),
@@ -323,6 +328,45 @@ def test_bits_that_no_kernel_has_are_refused():
         quantized_matmul(x, words, scale, activation_bits=4)
     with pytest.raises(ValueError, match="centered=True is for words of codes, and values are int8"):
         quantized_matmul(x, jnp.ones((64, 3), jnp.int8), scale, centered=True)
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.0, 4.0, True, "4", np.int64(4)])
+def test_bits_that_only_equal_an_int_are_refused(bits):
+    x, words, scale = jnp.ones((1, 96)), _words(96, 3), jnp.ones((1, 3))
+    with pytest.raises(ValueError, match=f"codes of 2, 3 or 4 bits, not of {re.escape(repr(bits))}"):
+        quantized_matmul(x, words, scale, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [8.0, True, "8"])
+def test_activation_bits_that_only_equal_an_int_are_refused(bits):
+    with pytest.raises(ValueError, match=f"activation_bits={bits!r} is not supported: valid are 8 and None"):
+        quantized_matmul(jnp.ones((1, 64)), _words(64, 3), jnp.ones((1, 3)), activation_bits=bits)
+
+
+INTERPRET = {"gpu": interpret_gpu, "tpu": interpret_tpu}
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("implementation", sorted(BACKENDS))
+def test_int8_values_have_no_choice_of_bits(implementation, activation_bits):
+    (x, values, scale), *_ = _draw(QuantizedShape(lead=(2,), contraction=128, columns=16, group=64), "int8", "float32")
+
+    def multiply(**options):
+        with INTERPRET.get(implementation, nullcontext)():
+            call = partial(quantized_matmul, activation_bits=activation_bits, **options)
+            return np.asarray(jax.jit(call)(x, values, scale))
+
+    expected = multiply(implementation=implementation)
+    for bits in (8, 4, 3, 2):
+        np.testing.assert_array_equal(multiply(bits=bits, implementation=implementation), expected)
+
+
+@pytest.mark.parametrize("platform", INTERPRET)
+def test_the_automatic_choice_keeps_its_kernel_for_int8_values_of_8_bits(platform):
+    (x, values, scale), *_ = _draw(QuantizedShape(lead=(2,), contraction=128, columns=16, group=64), "int8", "float32")
+    with INTERPRET[platform]():
+        assert "pallas_call" in str(jax.make_jaxpr(partial(quantized_matmul, bits=8))(x, values, scale))
 
 
 def test_unsupported_groups_fall_back():

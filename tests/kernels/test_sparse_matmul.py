@@ -1,5 +1,6 @@
 """sparse_matmul: every backend against a float64 oracle over shapes, gradients, and refusals."""
 
+import re
 from typing import Any
 
 import jax
@@ -112,13 +113,18 @@ def test_blocked_products_of_every_instruction_set(shape, kind):
 
 @pytest.mark.parametrize("kind", INTEGERS)
 @pytest.mark.parametrize("shape", BLOCKED_SHAPES, ids=str)
-def test_blocked_products_round_activations_as_the_reference_does(shape, kind):
-    operands, *_ = _draw(shape, kind, "float32")
-    out, expected = (
-        sparse_matmul(*operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=name)
-        for name in ("cpu", "reference")
-    )
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * (1 if kind == "int4" else 16))
+def test_blocked_products_of_rounded_activations_match_the_oracle(shape, kind):
+    """Sums of integers are exact: what is left to allow for is float32's sum of the groups."""
+    operands, x, weight = _draw(shape, kind, "float32")
+    groups = shape.contraction // shape.group
+    codes, step = oracles.round_rows(x, groups)
+    split = (codes * step).reshape(*shape.lead, groups, 1, shape.group)
+    sums = (split @ weight.reshape(groups, shape.group, shape.columns))[..., 0, :]
+    for implementation in IMPLEMENTATIONS:
+        out = sparse_matmul(
+            *operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=implementation
+        )
+        assert_close(out, sums.sum(axis=-2), np.abs(sums).sum(axis=-2), "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -299,11 +305,41 @@ INDICES = pack_words(np.zeros((32, 3), np.uint8), 2)
         ((X, INT4, INDICES, jnp.ones((3, 3))), 2, 4, "over 64 does not divide into 3 groups"),
         ((X, INT4, INDICES, jnp.ones((2, 5))), 2, 4, "scale has 5 columns, values have 3"),
         ((X, INT4, INDICES, jnp.ones((32, 3))), 2, 4, "groups of 2 positions are no multiple of m=4"),
+        *(
+            ((X, INT4, INDICES, jnp.ones(shape)), 2, 4, re.escape(f"must be (groups of 64 positions, 3), got {shape}"))
+            for shape in ((), (1,), (3,), (2, 2, 2))
+        ),
+        *(
+            ((X, DENSE, INDICES), n, 4, re.escape(f"n={n!r} of m=4 is not supported: valid are 1, 2, 3"))
+            for n in (2.0, True, "2", np.int64(2))
+        ),
+        *(
+            ((X, DENSE, INDICES), 2, m, re.escape(f"m={m!r} is not supported: valid are 4 and 8 without choices"))
+            for m in (4.0, "4", np.int64(4))
+        ),
+        ((X, DENSE[:16], INDICES[:1], None, CHOICES), 2, 8.0, "m=8.0 is not supported: valid are 4 and 8 without"),
+        ((X, DENSE[:16], INDICES[:1], None, CHOICES), True, 8, "n=True of m=8 is not supported: valid are 1, 2, 3"),
     ],
 )
 def test_refusals_name_both_values(operands, n, m, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda *a: sparse_matmul(*a, n=n, m=m), *operands)
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "message"),
+    [
+        (DENSE, 8, "activation_bits=8 is for integers, not for values of float32"),
+        (DENSE.astype(jnp.bfloat16), 8, "activation_bits=8 is for integers, not for values of bfloat16"),
+        (INT4, 4, "activation_bits=4 is not supported: valid are 8 and None"),
+        (INT4, 8.0, "activation_bits=8.0 is not supported: valid are 8 and None"),
+        (INT4, True, "activation_bits=True is not supported: valid are 8 and None"),
+    ],
+)
+def test_activation_bits_that_fit_nothing_are_refused(values, bits, message):
+    scale = jnp.ones((1, 3)) if values is INT4 else None
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *a: sparse_matmul(*a, n=2, m=4, activation_bits=bits), X, values, INDICES, scale)
 
 
 def test_unsupported_groups_fall_back():

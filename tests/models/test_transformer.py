@@ -172,6 +172,8 @@ def test_initial_weights_have_the_spread_they_ask_for() -> None:
         ({"local_rope": RopeConfig()}, "model.local_rope .* needs model.global_every"),
         ({"query_scalar": 0}, "model.query_scalar=0 must be at least 1, or none"),
         ({"norm_eps": 0.0}, "model.norm_eps=0.0 must be positive"),
+        ({"norm_eps": 1e-46}, "model.norm_eps=1e-46 must be positive, and in float32 neither 0 nor infinite"),
+        ({"norm_eps": float("nan")}, "model.norm_eps=nan must be positive"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:

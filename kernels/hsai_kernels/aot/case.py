@@ -30,7 +30,7 @@ class Case:
     operands: tuple[Any, ...]
     """Trees of jax.ShapeDtypeStruct."""
     quick: bool = False
-    """Small and ragged: of a platform whose compiler is slow (TPU), the tests compile no other."""
+    """Small or ragged, and of every kernel one: the tests compile no other."""
     tiles: Mapping[Key, Sides] = dataclasses.field(default_factory=dict)
     """Others than the kernel's own: what the table says of them, tuning need not try."""
 

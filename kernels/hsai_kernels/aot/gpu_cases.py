@@ -163,8 +163,12 @@ def _list_quantized_matmul() -> Iterator[Case]:
             dtype=dtype,
             function=functools.partial(quantized_matmul, **options, activation_bits=8, implementation="gpu"),
             operands=_list_operands(((rows, contraction), dtype), values, ((contraction // group, columns), scale)),
-            quick=name.startswith("ragged"),
+            quick=name.startswith("ragged") or bits < 4,
         )
+
+
+VALUES = ("int4", *DTYPES)
+"""What sparse weights keep."""
 
 
 def _list_sparse_matmul() -> Iterator[Case]:
@@ -174,26 +178,32 @@ def _list_sparse_matmul() -> Iterator[Case]:
         ("ragged, one scale a column", (37, 704, 1001, 704)),
         ("ragged, groups of 64", (37, 768, 1001, 64)),
     )
-    kinds = ((2, 4, False), (1, 4, True), (2, 4, True), (3, 4, True), (4, 8, False), (4, 8, True))
-    deep = ((1, 8, True), (2, 8, True))
+    kinds = (*((n, 4, values) for values in VALUES for n in (1, 2, 3)), *((4, 8, values) for values in VALUES))
+    deep = ((1, 8, "int4"), (2, 8, "int4"))
     """Their positions fill whole words of 32 bits in contractions of a multiple of 256 and 128 only."""
-    for (name, (rows, contraction, columns, group)), dtype, (n, m, packed) in itertools.product(
+    for (name, (rows, contraction, columns, group)), dtype, (n, m, held) in itertools.product(
         shapes, DTYPES, (*kinds, *deep)
     ):
-        if ((n, m, packed) in deep) != (contraction == 768) or ((n, m) != (2, 4) and not name.startswith("ragged")):
+        if ((n, m, held) in deep) != (contraction == 768) or ((n, m) != (2, 4) and not name.startswith("ragged")):
             continue
         kept = contraction * n // m
         indices = ((kept * POSITION_BITS[m] // 32, columns), jnp.uint32)
-        values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
-        scale = [((contraction // group, columns), jnp.bfloat16)] if packed else []
+        scale = [((contraction // group, columns), jnp.bfloat16)] if held == "int4" else []
         yield Case(
-            kernel=f"sparse_matmul {n}:{m} {'int4' if packed else 'bfloat16'}",
+            kernel=f"sparse_matmul {n}:{m} {held}",
             name=name,
             dtype=dtype,
             function=functools.partial(sparse_matmul, n=n, m=m, implementation="gpu"),
-            operands=_list_operands(((rows, contraction), dtype), values, indices, *scale),
+            operands=_list_operands(
+                ((rows, contraction), dtype), _describe_values(held, kept, columns), indices, *scale
+            ),
             quick=name.startswith("ragged"),
         )
+
+
+def _describe_values(held: str, kept: int, columns: int) -> tuple[tuple[int, int], str]:
+    """Shape and dtype of what a sparse weight keeps."""
+    return ((kept // 8, columns), "uint32") if held == "int4" else ((kept, columns), held)
 
 
 def _list_blocked() -> Iterator[Case]:
@@ -209,21 +219,20 @@ def _list_blocked() -> Iterator[Case]:
         ("ragged, V 144, groups of 48", (144, 3, 16, 37, 768, 1008, 48)),
         ("ragged, V 16, one scale a column", (16, 2, 32, 37, 768, 1008, 768)),
     )
-    for (name, (v, n, m, rows, contraction, columns, group)), dtype, packed in itertools.product(
-        shapes, DTYPES, (False, True)
-    ):
+    for (name, (v, n, m, rows, contraction, columns, group)), dtype, held in itertools.product(shapes, DTYPES, VALUES):
         kept = contraction * n // m
-        values = ((kept // 8, columns), jnp.uint32) if packed else ((kept, columns), jnp.bfloat16)
         indices, choices = ((kept // 16, columns), jnp.uint32), ((contraction // 32, columns // v), jnp.uint32)
-        x, *weight = _list_operands(((rows, contraction), dtype), values, indices, choices)
-        scale = jax.ShapeDtypeStruct((contraction // group, columns), jnp.bfloat16) if packed else None
+        x, *weight = _list_operands(
+            ((rows, contraction), dtype), _describe_values(held, kept, columns), indices, choices
+        )
+        scale = jax.ShapeDtypeStruct((contraction // group, columns), jnp.bfloat16) if held == "int4" else None
         yield Case(
-            kernel=f"sparse_matmul V:{n}:{m} {'int4' if packed else 'bfloat16'}",
+            kernel=f"sparse_matmul V:{n}:{m} {held}",
             name=name,
             dtype=dtype,
             function=functools.partial(sparse_matmul, n=n, m=m, implementation="gpu"),
             operands=(x, *weight[:2], scale, weight[2]),
-            quick=name.startswith("ragged"),
+            quick=rows < 64,
         )
 
 

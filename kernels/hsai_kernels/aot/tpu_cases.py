@@ -249,7 +249,7 @@ def _list_sparse() -> Iterator[Case]:
                 dtype=dtype,
                 function=functools.partial(sparse_matmul, n=n, m=m, implementation="tpu"),
                 operands=(x, values, indices) if scale is None else (x, values, indices, scale),
-                quick=rows < 8 and columns < 300,
+                quick=rows < 8 and (columns < 300 or n == 1),
             )
 
 
@@ -280,7 +280,7 @@ def _list_blocked() -> Iterator[Case]:
                 dtype=dtype,
                 function=functools.partial(sparse_matmul, n=n, m=m, implementation="tpu"),
                 operands=(x, values, indices, scale, choices),
-                quick=name.startswith("ragged"),
+                quick=name.startswith("ragged") or (rows <= 8 and v > 32),
             )
 
 

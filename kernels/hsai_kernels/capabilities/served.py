@@ -5,6 +5,7 @@ B batch, T query, S key, N heads, K kv heads, H head dim; D contraction, F outpu
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ PLATFORMS = tuple(ORDER)
 DTYPE = "bfloat16"
 """Of activations: every kernel has it."""
 D, F, GROUP = 256, 64, 64
+ROUNDED = "activations rounded to int8"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def explain_missing(call: Call, platform: str) -> str | None:
 
 
 def list_calls() -> list[Call]:
-    """Every format that an API takes, and every API."""
+    """Every API, and every kind of format that it takes: of N:8 and V:N:M patterns one each."""
     return [*_list_attention(), *_list_layers(), *_list_quantized(), *_list_sparse()]
 
 
@@ -141,9 +143,7 @@ def _list_quantized() -> list[Call]:
     calls = []
     kinds: tuple[tuple[str, int, dict[str, Any]], ...] = (
         ("int8", 8, {}),
-        ("int8, activations rounded to int8", 8, {"activation_bits": 8}),
         ("int4", 4, {}),
-        ("int4, activations rounded to int8", 4, {"activation_bits": 8}),
         ("int4 from a minimum", 4, {}),
         ("int4, centered", 4, {"centered": True}),
         ("int3", 3, {}),
@@ -151,16 +151,16 @@ def _list_quantized() -> list[Call]:
         ("int2 (ternary)", 2, {}),
         ("int2, centered", 2, {"centered": True}),
     )
-    for name, bits, options in kinds:
+    for (name, bits, options), activation_bits in itertools.product(kinds, (None, 8)):
         values = _shape("int8", D, F) if bits == 8 else _shape("uint32", D * bits // 32, F)
         operands = {"x": x, "values": values, "scale": scale}
         if "minimum" in name:
             operands["minimum"] = scale
         calls.append(
             Call(
-                name=f"quantized_matmul {name}",
+                name=f"quantized_matmul {name}" + ("" if activation_bits is None else f", {ROUNDED}"),
                 backends=QUANTIZED_MATMUL,
-                function=functools.partial(quantized_matmul, bits=4 if bits == 8 else bits, **options),
+                function=functools.partial(quantized_matmul, bits=bits, activation_bits=activation_bits, **options),
                 operands=operands,
             )
         )
@@ -169,7 +169,8 @@ def _list_quantized() -> list[Call]:
 
 def _list_sparse() -> list[Call]:
     calls = []
-    for pattern, n, m, bits in (("2:4", 2, 4, 2), ("4:8", 4, 8, 3), ("V:2:8", 2, 8, 2)):
+    patterns = (("1:4", 1, 4, 2), ("2:4", 2, 4, 2), ("3:4", 3, 4, 2), ("4:8", 4, 8, 3), ("V:2:8", 2, 8, 2))
+    for pattern, n, m, bits in patterns:
         kept = D * n // m
         weight = {"indices": _shape("uint32", kept * bits // 32, F)}
         if pattern.startswith("V"):
@@ -180,10 +181,10 @@ def _list_sparse() -> list[Call]:
             ("bfloat16, many rows", 64, _shape("bfloat16", kept, F), {}),
             ("int8", 1, _shape("int8", kept, F), {}),
             ("int4", 1, _shape("uint32", kept // 8, F), {}),
-            ("int4, activations rounded to int8", 1, _shape("uint32", kept // 8, F), {"activation_bits": 8}),
+            (f"int4, {ROUNDED}", 1, _shape("uint32", kept // 8, F), {"activation_bits": 8}),
         )
         for kind, rows, values, options in kinds:
-            if rows > 1 and pattern != "2:4":
+            if rows > 1 and m != 4:
                 continue  # refused, if for no other reason, for its format
             operands = {"x": _shape(DTYPE, rows, D), "values": values, **weight}
             if not kind.startswith("bfloat16"):

@@ -70,6 +70,14 @@ TILES: Mapping[tuple[str, int], Tiles] = {
 the shared memory and nothing spills from registers (tests/kernels/test_aot.py), and not yet by time: no GPU was
 there."""
 
+NARROW_TILES: Mapping[tuple[str, int], Tile] = {
+    ("bfloat16", 256): Tile(rows=64, keys=16, warps=8, stages=2),
+    ("float32", 64): Tile(rows=64, keys=16, warps=8, stages=2),
+    ("float32", 128): Tile(rows=32, keys=16, warps=8, stages=1),
+    ("float32", 256): Tile(rows=16, keys=32, warps=8, stages=1),
+}
+"""Of the forward pass over a cache of fewer bits than the queries, where TILES' spill: widening takes registers."""
+
 
 def attention_gpu(
     q: jax.Array,
@@ -119,7 +127,7 @@ def attention_gpu(
         at_q, at_k = (q_positions, q_segments), (kv_positions, kv_segments)
     at_q, at_k = (tuple(mark.astype(jnp.int32) for mark in marks) for marks in (at_q, at_k))
     if tiles is None:
-        tiles = choose_tiles(plan.rows, plan.keys, plan.head_dim, q.dtype)
+        tiles = choose_tiles(plan.rows, plan.keys, plan.head_dim, q.dtype, narrow=k.dtype != q.dtype)
     settings = _Settings(plan, tuple(sorted(tiles.items())))
     if k.dtype == q.dtype:
         return _attend(settings, q, k, v, at_q, at_k)
@@ -150,14 +158,18 @@ def _attend_cache(
     return attend(plan, tile, q, k, v, at_q, at_k, scales)[0]
 
 
-def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any) -> Tiles:
+def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any, *, narrow: bool = False) -> Tiles:
     """Tuned ones or TILES, no larger than the call has rows (queries times heads a kv head) and keys.
 
-    Raises NotImplementedError if the chip's compiler is known to refuse any of them.
+    With `narrow` the keys have fewer bits than the queries. Raises NotImplementedError if the chip's compiler is known
+    to refuse any of them.
     """
     name = jnp.dtype(dtype).name
     width = min(limit for kind, limit in TILES if kind == name and limit >= head_dim)
+    own = dict(TILES[name, width])
     shape = f"head dim {width}{', few rows' if rows <= FEW_ROWS else ''}"
+    if narrow and (name, width) in NARROW_TILES:
+        own, shape = own | {"forward": NARROW_TILES[name, width]}, f"{shape}, narrow cache"
 
     def fit(sides: Sides) -> Sides:
         return {**sides, "rows": fit_block(sides["rows"], rows), "keys": fit_block(sides["keys"], keys)}
@@ -166,7 +178,7 @@ def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any) -> Tiles:
         kernel: Tile(
             **choose_tile(f"attention {kernel}", dtype=name, shape=shape, own=dataclasses.asdict(tile), fit=fit)
         )
-        for kernel, tile in TILES[name, width].items()
+        for kernel, tile in own.items()
     }
 
 

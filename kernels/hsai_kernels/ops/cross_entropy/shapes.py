@@ -30,3 +30,6 @@ SHAPES = (
     _shape((2,), 17, 256, 1000),  # several blocks of tokens and vocabulary, the last ones ragged
 )
 """Ragged, tiny and larger; the last two with an embedding that TPU tiles divide."""
+
+HUGE = _shape((), 600, 16, 20000)
+"""More than a block of tokens and of vocabulary as backends cut them by themselves; not for interpreters."""

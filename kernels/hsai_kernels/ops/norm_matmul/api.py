@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.norm_matmul.reference import norm_matmul_reference
 from hsai_kernels.ops.quantized_matmul.api import check_activations
+from hsai_kernels.options import check_normal
 
 BACKENDS = {
     "tpu": load_later("hsai_kernels.ops.norm_matmul.tpu", "norm_matmul_tpu"),
@@ -28,7 +29,7 @@ def norm_matmul(
       x: (..., D), float32 or bfloat16.
       gain: (D,), floating.
       w: (D, F), floating.
-      eps: keeps a row of zeros from dividing by zero; positive.
+      eps: keeps a row of zeros from dividing by zero; positive and normal in float32.
       implementation: "reference", "tpu" (Pallas; its gradient is the reference's), or None for the platform's best.
 
     Returns:
@@ -46,6 +47,5 @@ def norm_matmul(
     for name, array in (("gain", gain), ("w", w)):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} must be floating, got {array.dtype}")
-    if not eps > 0:
-        raise ValueError(f"eps={eps} must be positive")
+    check_normal("eps", eps)
     return run_kernel("norm_matmul", BACKENDS, implementation, x, gain, w, eps=eps)

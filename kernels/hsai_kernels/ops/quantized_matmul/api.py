@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.quantized_matmul.cpu import ARRAYS, quantized_matmul_cpu
 from hsai_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
+from hsai_kernels.options import is_int_of
 from hsai_kernels.packing import BLOCKS
 from hsai_kernels.stacks import check_layer, describe_layer, of_cut_layer
 from hsai_kernels.together import Products, check_alike, of_each
@@ -110,15 +111,15 @@ def _check_weight(
     check_layer("quantized_matmul", layer, stacks)
     values, scale = describe_layer(values, layer), describe_layer(scale, layer)
     minimum = describe_layer(minimum, layer)
-    if values.ndim != 2 or scale.ndim != 2:
-        raise ValueError(f"quantized_matmul needs values and scale (rows, F), got {values.shape} and {scale.shape}")
+    if values.ndim != 2:
+        raise ValueError(f"quantized_matmul needs values (rows, F), got {values.shape}")
     if values.dtype == jnp.int8:
         if centered:
             raise ValueError("centered=True is for words of codes, and values are int8")
         contraction = values.shape[0]
     elif values.dtype == jnp.uint32:
-        if bits not in BLOCKS:
-            raise ValueError(f"quantized_matmul has words of codes of 2, 3 or 4 bits, not of {bits}")
+        if not is_int_of(bits, BLOCKS):
+            raise ValueError(f"quantized_matmul has words of codes of 2, 3 or 4 bits, not of {bits!r}")
         if values.shape[0] * 32 % bits:
             raise ValueError(f"words of {bits} bits come by threes, and values have {values.shape[0]} rows")
         contraction = values.shape[0] * 32 // bits
@@ -143,8 +144,8 @@ def _check_weight(
 
 def check_activation_bits(bits: int | None) -> None:
     """Raises ValueError unless activations are to stay as they are, or to be rounded to int8."""
-    if bits not in (None, 8):
-        raise ValueError(f"activation_bits={bits} is not supported: valid are 8 and None")
+    if bits is not None and not is_int_of(bits, (8,)):
+        raise ValueError(f"activation_bits={bits!r} is not supported: valid are 8 and None")
 
 
 def check_activations(kernel: str, x: jax.Array) -> None:
@@ -163,6 +164,8 @@ def check_scale(scale: jax.Array, contraction: int, columns: int) -> None:
     """
     if scale.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"scales are float32, bfloat16 or float16, not {scale.dtype}")
+    if scale.ndim != 2:
+        raise ValueError(f"scale must be (groups of {contraction} positions, {columns}), got {scale.shape}")
     if scale.shape[0] == 0 or contraction % scale.shape[0]:
         raise ValueError(f"a contraction over {contraction} does not divide into {scale.shape[0]} groups of scales")
     if scale.shape[1] != columns:

@@ -44,8 +44,10 @@ def quantized_matmul_gpu(
     `tile` is for tests. Raises NotImplementedError for what it does not support.
     """
     check_platform("gpu")
-    if activation_bits is None and (bits != 4 or centered):
-        raise NotImplementedError(f"has words of codes of -8 to 7 only, not {bits} bits, {centered=}")
+    if activation_bits is None and values.dtype == jnp.uint32 and (bits != 4 or centered):
+        raise NotImplementedError(
+            f"has, where activations are not rounded, words of codes of -8 to 7 only, not {bits} bits, {centered=}"
+        )
     if x.size == 0 or values.size == 0:
         raise NotImplementedError(f"multiplies what is not empty, not x {x.shape} and values {values.shape}")
     reference = functools.partial(quantized_matmul_reference, bits=bits, centered=centered)

@@ -14,6 +14,7 @@ from hsai_kernels.dispatch import load_later, run_kernel
 from hsai_kernels.ops.quantized_matmul.api import check_activation_bits, check_activations, check_scale
 from hsai_kernels.ops.sparse_matmul.cpu import ARRAYS, sparse_matmul_cpu
 from hsai_kernels.ops.sparse_matmul.reference import POSITION_BITS, sparse_matmul_reference
+from hsai_kernels.options import is_int_of
 from hsai_kernels.packing import count_elements
 from hsai_kernels.stacks import check_layer, describe_layer, of_cut_layer
 from hsai_kernels.together import Products, check_alike, of_each
@@ -114,11 +115,11 @@ def _check_weight(
     check_layer("sparse_matmul", layer, stacks)
     values, indices = describe_layer(values, layer), describe_layer(indices, layer)
     scale, choices = describe_layer(scale, layer), describe_layer(choices, layer)
-    if m not in (POSITION_BITS if choices is None else (8, 16, 32)):
-        raise ValueError(f"m={m} is not supported: valid are 4 and 8 without choices, and 8, 16 and 32 with them")
+    if not is_int_of(m, POSITION_BITS if choices is None else (8, 16, 32)):
+        raise ValueError(f"m={m!r} is not supported: valid are 4 and 8 without choices, and 8, 16 and 32 with them")
     valid = (1, 2, 4) if choices is None and m == 8 else (1, 2, 3)
-    if n not in valid:
-        raise ValueError(f"n={n} of m={m} is not supported: valid are {', '.join(map(str, valid))}")
+    if not is_int_of(n, valid):
+        raise ValueError(f"n={n!r} of m={m} is not supported: valid are {', '.join(map(str, valid))}")
     if values.ndim != 2 or indices.ndim != 2:
         raise ValueError(f"sparse_matmul needs values and indices (rows, F), got {values.shape} and {indices.shape}")
     integer = values.dtype in (jnp.uint32, jnp.int8)

@@ -11,7 +11,7 @@ import pytest
 from hsai_kernels import gated_mlp
 from hsai_kernels.dispatch import compile_for
 from hsai_kernels.interpret import interpret_tpu
-from hsai_kernels.ops.gated_mlp.shapes import SHAPES, MlpShape
+from hsai_kernels.ops.gated_mlp.shapes import LARGER, SHAPES, MlpShape
 from hsai_kernels.ops.gated_mlp.tpu import choose_blocks, multiply_in_blocks
 from tests.kernels import oracles
 from tests.kernels.slopes import check_slopes
@@ -58,6 +58,15 @@ def test_the_tpu_kernel_matches_the_oracle(
 ) -> None:
     with interpret_tpu():
         check(functools.partial(multiply_in_blocks, blocks=blocks), draw(shape, dtype), activation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tpu_kernels_own_blocks_match_the_oracle(dtype: str) -> None:
+    operands = draw(LARGER, dtype)
+    rows, hidden = choose_blocks(LARGER.embed, operands[0].dtype.itemsize)
+    assert rows < LARGER.lead[0] < 2 * rows and hidden < LARGER.ffn < 2 * hidden
+    with interpret_tpu():
+        check(functools.partial(gated_mlp, implementation="tpu"), operands, "silu")
 
 
 def test_two_cores_share_no_result() -> None:

@@ -13,7 +13,7 @@ import pytest
 from hsai_kernels import norm_matmul
 from hsai_kernels.dispatch import compile_for
 from hsai_kernels.interpret import interpret_tpu
-from hsai_kernels.ops.norm_matmul.shapes import SHAPES, NormShape
+from hsai_kernels.ops.norm_matmul.shapes import LARGER, SHAPES, NormShape
 from hsai_kernels.ops.norm_matmul.tpu import choose_blocks, multiply_in_blocks
 from tests.kernels import oracles
 from tests.kernels.slopes import check_slopes
@@ -54,6 +54,15 @@ def test_the_tpu_kernel_matches_the_oracle(shape: NormShape, blocks: tuple[int, 
     with interpret_tpu():
         check(functools.partial(multiply_in_blocks, eps=EPS, blocks=blocks), draw(shape, "float32"))
         check(functools.partial(multiply_in_blocks, eps=EPS, blocks=blocks), draw(shape, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tpu_kernels_own_blocks_match_the_oracle(dtype: str) -> None:
+    operands = draw(LARGER, dtype)
+    rows, columns = choose_blocks(LARGER.contraction, operands[0].dtype.itemsize)
+    assert rows < LARGER.lead[0] < 2 * rows and columns < LARGER.columns < 2 * columns
+    with interpret_tpu():
+        check(functools.partial(norm_matmul, eps=EPS, implementation="tpu"), operands)
 
 
 def test_two_cores_share_no_result() -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hsai_kernels import pack_halves, paged_attention
+from hsai_kernels.ops.attention.chunked import BLOCK_KEYS, BLOCK_QUERIES
 from hsai_kernels.ops.paged_attention.api import BACKENDS
-from hsai_kernels.ops.paged_attention.shapes import SHAPES, PagedShape
+from hsai_kernels.ops.paged_attention.shapes import LARGER, SHAPES, PagedShape
 from tests.kernels import oracles
 from tests.kernels.refusals import list_wrong_caps, list_wrong_counts, list_wrong_factors
 from tests.kernels.tolerances import assert_close
@@ -96,6 +97,16 @@ def test_every_backend_matches_the_oracle(index: int, implementation: str) -> No
     out = attend(arrays, implementation, **options)
     assert out.dtype == jnp.float32
     assert_close(out, ask_oracle(arrays, exact, **options), float(np.abs(exact[1]).max()), "float32")
+
+
+def test_long_prompts_match_the_oracle() -> None:
+    """Over more queries and keys than a block has: chunked attention leaves fewer to the reference."""
+    for size, block in ((LARGER.queries, BLOCK_QUERIES), (LARGER.row_pages * LARGER.page, BLOCK_KEYS)):
+        assert size > block and size % block
+    arrays, exact = draw(LARGER, "float32", "float32")
+    expected = ask_oracle(arrays, exact)
+    for implementation in IMPLEMENTATIONS:
+        assert_close(attend(arrays, implementation), expected, float(np.abs(exact[1]).max()), "float32")
 
 
 @pytest.mark.parametrize("cache", CACHES)

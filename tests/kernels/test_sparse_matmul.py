@@ -121,9 +121,7 @@ def test_blocked_products_of_rounded_activations_match_the_oracle(shape, kind):
     split = (codes * step).reshape(*shape.lead, groups, 1, shape.group)
     sums = (split @ weight.reshape(groups, shape.group, shape.columns))[..., 0, :]
     for implementation in IMPLEMENTATIONS:
-        out = sparse_matmul(
-            *operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=implementation
-        )
+        out = sparse_matmul(*operands, n=shape.kept, m=shape.pattern, activation_bits=8, implementation=implementation)
         assert_close(out, sums.sum(axis=-2), np.abs(sums).sum(axis=-2), "float32")
 
 

@@ -26,3 +26,6 @@ SHAPES = (
     _shape((40,), 256, 384),  # a ragged block of rows
 )
 """Ragged, tiny and larger; the last two with an embedding that TPU tiles divide."""
+
+LARGER = _shape((520,), 128, 600)
+"""Two of the TPU kernel's own blocks of rows and of hidden activations, the second ones ragged."""

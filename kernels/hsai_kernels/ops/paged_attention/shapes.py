@@ -31,3 +31,6 @@ SHAPES = (
     PagedShape(lengths=(1100, 900), row_pages=5, page=256, queries=2, heads=2, kv_heads=1, head_dim=16),
 )
 """Decoding over pages of any size, a row without tokens, chunks of a prompt, long rows."""
+
+LARGER = PagedShape(lengths=(1100, 530), row_pages=18, page=64, queries=520, heads=2, kv_heads=1, head_dim=16)
+"""More than a block of queries and of keys as backends cut them by themselves, the last of each kind ragged."""

@@ -1,8 +1,10 @@
 """What a measurement was made on: a number without its machine is not a result."""
 
 import datetime
+import hashlib
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from typing import Any
 
 import jax
 
+import hsai
+import hsai_kernels
 from hsai_kernels.dispatch import BackendMissing
 from hsai_kernels.native import name_instruction_set
 
@@ -48,6 +52,22 @@ def find_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def read_peak_memory() -> int:
+    """The most memory that this process has held so far, in MiB."""
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held // (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+
+
+def digest_sources() -> str:
+    """SHA-256 of all Python files of hsai and its kernels: two commits that are "dirty" may be different programs."""
+    found = hashlib.sha256()
+    for package in (hsai, hsai_kernels):
+        root = Path(package.__file__ or "").parent
+        for path in sorted(root.rglob("*.py")):
+            found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def _name_processor() -> str:

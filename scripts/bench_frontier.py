@@ -7,11 +7,15 @@
 MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
 matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
 chunks of the held-out text. Without texts they are those of the corpus that MODEL was trained on, as for `hsai
-compress`. Bytes are those of all weights, norm gains included; --quick takes 4 chunks and one kind.
+compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with float32 ones and,
+where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on other tokens is
+refused, and so is a held-out text that stands in the calibration. Bytes are those of all weights, norm gains
+included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -21,17 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench.frontier import check_calibration, check_unseen, digest
 from bench.llama_quantize import KINDS, measure_importance, quantize
 from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 
 from hsai.cli.corpora import open_own_corpus
 from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.errors import InputError
 from hsai.evaluate.metrics import Metric
 from hsai.evaluate.perplexity import read_text
 from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelSource, open_model
 from hsai.files import write_json_atomic
 from hsai.formats import nbytes
+from hsai.formats.activations import take_activations
 from hsai.formats.storage import named_weights
 from hsai.machine import describe_machine
 from hsai.progress import ProgressBar, say
@@ -53,6 +60,9 @@ def main() -> None:
     kinds = arguments.kinds[:1] if arguments.quick else arguments.kinds
     source = open_model(arguments.model)
     texts = _read_texts(source, arguments)
+    bundles = {path.name: open_model(path) for path in arguments.bundles}
+    for name, bundle in bundles.items():
+        check_calibration(name, bundle.origin, texts.calibration)
     size = sum(param.get_value().size for param in named_weights(source.model).values())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar() as progress:
@@ -61,8 +71,11 @@ def main() -> None:
         llama = open_llama(dense, arguments.window)
         pairs = cut_text(llama, source.tokenizer, texts.heldout, arguments.window)
         pairs = pairs[: 4 if arguments.quick else arguments.chunks]
+        check_unseen(pairs, texts.calibration)
 
-        def note(name: str, side: str, held: int, found: Metric, recipe: str | None = None) -> None:
+        def note(
+            name: str, side: str, held: int, found: Metric, rounded: Metric | None = None, recipe: str | None = None
+        ) -> None:
             rows.append(
                 {
                     "dense": arguments.model.name,
@@ -73,6 +86,7 @@ def main() -> None:
                     "bits_per_weight": 8 * held / size,
                     "perplexity": found.value,
                     "standard_error": found.standard_error,
+                    "rounded": None if rounded is None else rounded.value,
                     "n": found.n,
                 }
             )
@@ -81,17 +95,20 @@ def main() -> None:
         note("F32", "llama.cpp", _count_bytes(dense), measure_llama(llama, pairs, progress, "llama.cpp F32"))
         del llama
         note("dense", "hsai", _count_weights(source), measure_ours(source.model, pairs, progress, "dense"))
-        for path in arguments.bundles:
-            bundle = open_model(path)
-            found = measure_ours(bundle.model, pairs, progress, path.name)
-            note(path.name, "hsai", _count_weights(bundle), found, bundle.origin.get("recipe_name"))
+        for name, bundle in bundles.items():
+            found = measure_ours(bundle.model, pairs, progress, name)
+            rounded = None
+            with contextlib.suppress(InputError):  # no weight of integers
+                inexact = take_activations(bundle.model, "int8")
+                rounded = measure_ours(inexact, pairs, progress, f"{name}, activations of 8 bits")
+            note(name, "hsai", _count_weights(bundle), found, rounded, bundle.origin.get("recipe_name"))
         for kind, path in _quantize_all(source, dense, kinds, texts.calibration, Path(scratch)):
             found = measure_llama(open_llama(path, arguments.window), pairs, progress, kind)
             note(kind, "llama.cpp", _count_bytes(path), found)
             path.unlink()
     if arguments.json is not None:
         machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
-        names = {"calibration": texts.calibration_name, "text": texts.heldout_name}
+        names = {"calibration": texts.calibration_name, "text": texts.heldout_name, "tokens_sha256": digest(pairs)}
         write_json_atomic(arguments.json, {"machine": machine, **names, "frontier": rows})
 
 

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
+from hsai.configuration import to_dict
+from hsai.evaluate import Pair
 from hsai.interop.gguf_write import write_gguf
 from tests.interop.gguf_files import CONFIGS, random_model, train_tokenizer
 
@@ -40,6 +43,7 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert (found["calibration"], found["text"]) == ("calibration.txt", "heldout.txt")
+    assert {row["dense"] for row in found["frontier"]} == {"model.gguf"}
     rows: dict[str, Any] = {row["model"]: row for row in found["frontier"]}
     assert [(name, row["side"]) for name, row in rows.items()] == [
         ("F32", "llama.cpp"),
@@ -52,6 +56,28 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
     assert rows["ours"]["perplexity"] == pytest.approx(rows["dense"]["perplexity"], rel=0.02)
     assert rows["ours"]["perplexity"] != rows["dense"]["perplexity"]
     assert len({row["n"] for row in rows.values()}) == 1 and rows["dense"]["n"] > 100
+    assert rows["ours"]["recipe"] == "int8" and rows["dense"]["rounded"] is None
+    assert rows["ours"]["rounded"] == pytest.approx(rows["ours"]["perplexity"], rel=0.02)
+    assert rows["ours"]["rounded"] != rows["ours"]["perplexity"]
     assert rows["dense"]["bits_per_weight"] == 32.0
     assert 8 < rows["ours"]["bits_per_weight"] < 9 and 8 < rows["Q8_0"]["bits_per_weight"] < 10
     assert rows["Q4_0"]["bytes"] < rows["Q8_0"]["bytes"] < rows["F32"]["bytes"] == rows["dense"]["bytes"]
+
+
+def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier import check_calibration, check_unseen, digest
+
+    stream = np.random.default_rng(0).integers(0, 500, 4000).astype(np.int32)
+    config = CalibrationConfig(tokens=512, sequence_length=64, batch=4, seed=3)
+    seen = digest_windows(draw_windows(stream, config))
+    origin = {"recipe": {"calibration": to_dict(config)}, "calibration_sha256": seen}
+    check_calibration("mine", origin, stream)
+    check_calibration("plain", {"recipe": {"calibration": None}}, stream)
+    with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
+        check_calibration("mine", origin, stream[1:])
+    pairs = [Pair(context=[1], continuation=[7] * 30), Pair(context=[1], continuation=stream[70:99].tolist())]
+    check_unseen(pairs[:1], stream)
+    with pytest.raises(ValueError, match="chunk 1 of the held-out text stands in the calibration text"):
+        check_unseen(pairs, stream)
+    assert digest(pairs) != digest(pairs[:1]) and digest(pairs) == digest(list(pairs))

@@ -90,7 +90,7 @@ def test_models_that_were_measured_on_other_texts_stand_in_no_table(monkeypatch:
     from bench.frontier import group_runs
 
     row = {"dense": "d", "model": "a", "side": "hsai", "n": 8}
-    runs = [{"calibration": "c", "text": text, "frontier": [row]} for text in ("x", "y")]
+    runs = [{"calibration": "c", "text": "t", "tokens_sha256": of, "frontier": [row]} for of in ("x", "y")]
     with pytest.raises(ValueError, match="models of d were measured on different texts"):
         group_runs(runs)
     # Those of another model may be: they stand in a table of their own.

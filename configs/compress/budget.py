@@ -16,7 +16,7 @@ from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMInt4C
 
 
 def get_config() -> RecipeConfig:
-    """From 2.25 to 8 bits a weight in the blocks; the embedding has 3 to 8, and is not pruned, as in nm24."""
+    """From 2 to 8 bits a weight in the blocks; the embedding has 2 to 8, and is not pruned, as in nm24."""
     blocks = (
         Int8Config(),
         Int4Config(group=32),
@@ -25,11 +25,13 @@ def get_config() -> RecipeConfig:
         Int3Config(group=64),
         NMInt4Config(n=2, m=4, group=64),
         Int2Config(group=64),
+        NMInt4Config(n=2, m=8, group=64),
     )
+    tables = (Int8Config(), Int4Config(group=32), Int4Config(group=64), Int3Config(group=64), Int2Config(group=64))
     return RecipeConfig(
         rules=(
             Rule(pattern="layers.*", format=blocks, solver=FeedbackConfig()),
-            Rule(pattern="*", format=(Int8Config(), Int4Config(group=32), Int4Config(group=64), Int3Config(group=64))),
+            Rule(pattern="*", format=tables),
         ),
         calibration=CalibrationConfig(),
         allocation=AllocationConfig(bits_per_weight=4.0),

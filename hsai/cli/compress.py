@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -37,9 +38,10 @@ from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.formats.kernels import Platform
-from hsai.machine import find_commit
+from hsai.machine import describe_machine, digest_sources, read_peak_memory
 from hsai.progress import ProgressBar, console, say
 from hsai.sharding import check_mesh, tree_shardings, use_mesh
+from hsai_kernels.dispatch import find_platform
 
 
 def add_arguments(parser: Parser) -> None:
@@ -85,6 +87,8 @@ def run(parser: Parser, argv: list[str]) -> None:
             match_weights(recipe, source.model, arguments.target)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
+        if arguments.target is None:
+            _tell_missing_kernels(name, recipe, source)
     windows = read_windows(recipes, source, arguments.calibration)
     made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
     for name, drawn in windows.items():
@@ -97,7 +101,10 @@ def run(parser: Parser, argv: list[str]) -> None:
                 say(f"reusing {targets[name]}")
                 continue
             extra = source.origin | made[name] | {"recipe_name": name}
-            record = made[name] | {"hsai": hsai.__version__, "commit": find_commit()}
+            machine = describe_machine()  # as it is now: files may change before the last layer
+            record = made[name] | {"hsai": hsai.__version__, "commit": machine["commit"]}
+            record |= {"sources_sha256": digest_sources()}
+            start = time.monotonic()
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
                 if workbench is not None:
@@ -108,7 +115,14 @@ def run(parser: Parser, argv: list[str]) -> None:
                         dense, recipe, calibration=windows.get(name), workbench=workbench, progress=report
                     )
                 command = shlex.join(["hsai", "compress", *argv])
-                extra |= {"ledger": ledger.to_dict(), "command": command, "commit": find_commit()}
+                made_by = {name: value for name, value in machine.items() if name not in ("command", "commit")}
+                cost = {
+                    "seconds": round(time.monotonic() - start, 1),
+                    "resumed_layers": 0 if workbench is None else workbench.layers,  # whose seconds are not among them
+                    "peak_memory_mib": read_peak_memory(),
+                    "machine": made_by,
+                }
+                extra |= {"ledger": ledger.to_dict(), "command": command, "commit": machine["commit"], "cost": cost}
                 write_bundle(
                     targets[name],
                     model,
@@ -160,6 +174,14 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
             raise InputError(f"{option} {arguments.bits_per_weight:g}: {error}") from error
         changed[name] = replace(recipe, allocation=allocation)
     return changed
+
+
+def _tell_missing_kernels(name: str, recipe: RecipeConfig, source: ModelSource) -> None:
+    """A recipe may save bytes alone; whoever did not ask for a platform hears what this one has no kernel for."""
+    try:
+        match_weights(recipe, source.model, find_platform())
+    except InputError as missing:
+        say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
 
 
 def _tell_workbench(name: str, directory: Path, workbench: Workbench, layers: int) -> None:

@@ -132,6 +132,11 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     match origin:
         case {"recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:
             facts |= {"calibration tokens": f"{tokens:,}", "calibration seed": seed}
+    match origin:
+        case {"cost": {"seconds": seconds, "resumed_layers": layers, "peak_memory_mib": memory, "machine": machine}}:
+            facts["made in"] = f"{seconds:,} s{f', without {layers} layers of an earlier run' if layers else ''}"
+            facts["peak memory"] = f"{memory:,} MiB"
+            facts["made on"] = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
     traced = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     lines = [
         [

@@ -178,7 +178,9 @@ class BlockSolver:
             except FloatingPointError as error:
                 fault, damping = str(error), 10.0 * found.damping
             else:
-                note = f"damping was raised to {found.damping:g}: {fault}" if fault else ""
+                raised = found.damping > config.damping
+                why = fault or f"there is no factor with {config.damping:g}"
+                note = f"damping was raised to {found.damping:g}: {why}" if raised else ""
                 return Packing(weight=weight, damping=found.damping, note=note)
         weight = self._plain(w, format, NearestConfig())
         check_held(f"{self._place}{name}", w, weight)
@@ -192,6 +194,7 @@ def solve_layers(
     *,
     batch: int,
     plain: Compress,
+    packed: Transformer | None = None,
     reconstructor: Reconstructor | None = None,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
@@ -205,6 +208,7 @@ def solve_layers(
       tokens: int32 (N, T).
       batch: sequences at a time.
       plain: packs a weight by itself: one that is solved so, or whose solve fails.
+      packed: the model with tables as they are packed already, whose errors the layers then make up for.
       reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
       progress: as for `stream_blocks`.
@@ -285,6 +289,7 @@ def solve_layers(
         solve=solve_block,
         recall=recall,
         finish=solve_head if heads else None,
+        packed=packed,
         follow_dense=reconstructor is not None,
         progress=progress,
     )

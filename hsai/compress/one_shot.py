@@ -24,7 +24,7 @@ from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, nam
 from hsai.compress.limits import check_held, check_range, count_lost
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
-from hsai.compress.recipe import RecipeConfig, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.transforms import transform_model
@@ -136,6 +136,12 @@ def compress(
             if isinstance(rule.solver, FeedbackConfig) and name not in kept
         }
         if asked:
+            packed = None
+            if "embed" in rules and "embed" not in asked:
+                # What an embedding that is rounded by itself gets wrong, the layers see.
+                table = to_dense(params["embed"].get_value())
+                values.setdefault("embed", pack_layers(table, formats["embed"], _plain_solver(rules["embed"])))
+                packed = replace_weights(model, {"embed": to_dense(values["embed"]).astype(table.dtype)})
             batch, seed = recipe.calibration.batch, recipe.calibration.seed
             tuner = (
                 None
@@ -148,6 +154,7 @@ def compress(
                 calibration,
                 batch=batch,
                 plain=pack_weight,
+                packed=packed,
                 reconstructor=tuner,
                 workbench=workbench,
                 progress=progress,
@@ -160,9 +167,7 @@ def compress(
         after, error = before, 0.0
         if name in rules:
             if name not in values:
-                solver = rules[name].solver
-                assert not isinstance(solver, FeedbackConfig)
-                values[name] = pack_layers(to_dense(before), formats[name], solver)
+                values[name] = pack_layers(to_dense(before), formats[name], _plain_solver(rules[name]))
             after = values[name]
             check_bytes(name, after, formats[name])
             check_held(name, to_dense(before), after)
@@ -250,6 +255,11 @@ def check_bytes(name: str, value: Weight, formats: Sequence[FormatConfig]) -> No
     if nbytes(value) != promised:
         stated = name_formats(formats)
         raise RuntimeError(f"{name} of shape {tuple(value.shape)} has {nbytes(value)} bytes, {stated} says {promised}")
+
+
+def _plain_solver(rule: Rule) -> PlainConfig:
+    assert not isinstance(rule.solver, FeedbackConfig)
+    return rule.solver
 
 
 def _is_stacked(name: str) -> bool:

@@ -1,9 +1,9 @@
 """Calibration, block by block: what each weight of a block is multiplied by, and what the block hands to the next.
 
 Only the residual stream of the calibration tokens is kept, in the host's memory, and for who wants to come close to
-the dense model a second one, of it; on the devices are one block and one batch. A block is first observed with its
-dense weights, then solved, and the next block reads what the solved one gives, so that it can make up for the errors
-before it.
+the dense model a second one, of it; on the devices are the model's weights, one batch, and what one block is solved
+with. A block is first observed with its dense weights, then solved, and the next block reads what the solved one gives,
+so that it can make up for the errors before it.
 
 On a mesh a batch is split over its sequences, and the Gram matrices over their rows: each device holds its part of what
 all of them saw.
@@ -55,6 +55,7 @@ def stream_blocks(
     solve: Callable[[int, Block, Grams, Streams], Block],
     recall: Callable[[int, Block], Block | None] | None = None,
     finish: Callable[[jax.Array], None] | None = None,
+    packed: Transformer | None = None,
     follow_dense: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
@@ -67,6 +68,7 @@ def stream_blocks(
       solve: (number of the layer, block with dense weights, grams, streams) -> the block that the next one follows.
       recall: (number, block with dense weights) -> what `solve` returned for it in an earlier run, or None.
       finish: called last with X^T X (D, D) float32 of what the head is multiplied by.
+      packed: the model whose embedding the first block reads, where that is packed already; None for `model`.
       follow_dense: computes what the dense model gives as well, for `Streams.targets`.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
@@ -76,10 +78,15 @@ def stream_blocks(
     count, length = tokens.shape
     starts = range(0, count, batch)
     embed = jax.jit(lambda model, tokens: model.embed_tokens(tokens))
-    hidden = np.empty((count, length, config.embed), jnp.dtype(config.dtype))
-    for start in starts:
-        hidden[start : start + batch] = embed(model, lay_out(tokens[start : start + batch], "batch", "seq"))
-    targets = hidden.copy() if follow_dense else None
+
+    def begin(model: Transformer) -> np.ndarray:
+        stream = np.empty((count, length, config.embed), jnp.dtype(config.dtype))
+        for start in starts:
+            stream[start : start + batch] = embed(model, lay_out(tokens[start : start + batch], "batch", "seq"))
+        return stream
+
+    hidden = begin(packed or model)
+    targets = begin(model) if follow_dense else None
 
     @jax.jit
     def observe(block: Block, layer: jax.Array, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -207,13 +207,15 @@ def test_unfinished_work_of_others_is_refused_or_told(
         (bench / "layer_0000.json").write_text("{}")
         refuse(*words, names=(".out.partial is in use by another run",))
     assert main(list(words)) == 0
-    told = "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai: "
+    told = (
+        "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai, sources_sha256: "
+    )
     assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
     assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"
 
 
-def test_a_record_names_the_commit(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another commit's solver left is not mixed into what this one makes."""
+def test_a_record_names_commit_and_sources(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another commit's solver left, or the same one's with other files, is not mixed into what this one makes."""
     (place / "mine.py").write_text(MESH_RECIPE)
     records: list[dict[str, object]] = []
 
@@ -222,11 +224,60 @@ def test_a_record_names_the_commit(workshop: Workshop, place: Path, monkeypatch:
         raise InputError("enough")
 
     monkeypatch.setattr("hsai.cli.compress.compress", keep)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]
     for commit in ("one", "two"):
-        monkeypatch.setattr("hsai.cli.compress.find_commit", lambda commit=commit: commit)
-        assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 2
-    assert [record["commit"] for record in records] == ["one", "two"]
+        monkeypatch.setattr("hsai.machine.find_commit", lambda commit=commit: commit)
+        assert main(words) == 2
+    monkeypatch.setattr("hsai.cli.compress.digest_sources", lambda: "others")
+    assert main(words) == 2
+    assert [record["commit"] for record in records] == ["one", "two", "two"]
     assert {**records[0], "commit": "two"} == records[1]
+    assert {**records[1], "sources_sha256": "others"} == records[2] != records[1]
+
+
+def test_what_it_took_is_told_of_the_commit_that_began(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout may move on while layers are solved."""
+    (place / "mine.py").write_text(MESH_RECIPE)
+    commits = iter(["began", "moved", "moved"])
+    monkeypatch.setattr("hsai.machine.find_commit", lambda: next(commits))
+    assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
+    extra = read_bundle(place / "out").manifest.extra
+    assert extra["commit"] == "began" and extra["cost"]["seconds"] > 0 and extra["cost"]["resumed_layers"] == 0
+    assert 100 < extra["cost"]["peak_memory_mib"] < 100_000 and extra["cost"]["machine"]["cores"] >= 1
+
+
+def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse) -> None:
+    (place / "mine.py").write_text(MESH_RECIPE)
+    (place / "long.py").write_text(MESH_RECIPE.replace("length=64, batch=4", "length=256, batch=2"))
+    (place / "text.txt").write_text("def main():\n    return 42\n" * 400)
+    (place / "short.txt").write_text("too short")
+    (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    words = ("compress", workshop.run, "--out", "out", "--recipe")
+    for given, told in {
+        "short.txt": ("recipe mine: calibration.tokens=512 exceeds the text", "give more text"),
+        "bytes.txt": ("cannot read --calibration bytes.txt",),
+        "nowhere.txt": ("cannot read --calibration nowhere.txt",),
+    }.items():
+        refuse(*words, "mine.py", "--calibration", given, names=told)
+    refuse(*words, recipe("int8"), "--calibration", "text.txt", names=("text.txt: no recipe here calibrates",))
+    long = ("recipe long: calibration.sequence_length=256 exceeds the model's context of ",)
+    refuse(*words, "long.py", "--calibration", "text.txt", names=long)
+    hashes = []
+    for name, more in {"own": [], "file": ["--calibration", "text.txt"]}.items():
+        assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", name, *more]) == 0
+        hashes.append(read_bundle(place / name).manifest.extra["calibration_sha256"])
+    assert hashes[0] != hashes[1]
+
+
+def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And made: who wants bytes alone may have it."""
+    assert main(["compress", str(workshop.run), "--recipe", recipe("sparse50"), "--out", "out"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "note: recipe sparse50: " in told and "no kernel for cpu multiplies by unstructured 32:64" in told
+    assert main(["compress", str(workshop.run), "--recipe", recipe("int4"), "--out", "other"]) == 0
+    assert "no kernel" not in capsys.readouterr().out
 
 
 def test_what_failed_is_told_on_the_console(

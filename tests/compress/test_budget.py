@@ -1,4 +1,4 @@
-"""A whole model under a budget: bytes are kept, the ledger is true, and the loss is at most that of one format."""
+"""A whole model under a budget: bytes are kept, the ledger is true, and the divergence is below that of one format."""
 
 import io
 import json
@@ -144,7 +144,7 @@ UNIFORM = [
 
 @pytest.mark.parametrize("solver", [NearestConfig(), FeedbackConfig()], ids=lambda solver: solver.kind)
 @pytest.mark.parametrize(("blocks", "table"), UNIFORM, ids=["int4", "nm_int4", "ternary"])
-def test_at_equal_bytes_the_loss_is_no_worse_than_that_of_one_format(blocks, table, solver) -> None:
+def test_at_equal_bytes_the_divergence_is_below_that_of_one_format(blocks, table, solver) -> None:
     """On text that neither training nor calibration saw; `-s` prints the numbers.
 
     int4 everywhere is near to the best that these candidates give for its bytes: there the divergence from the dense

@@ -1,6 +1,7 @@
 """Calibration sees what the blocks see, and weights solved over it disturb the model less than rounded ones."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import pytest
 from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, calibrated, compress
-from hsai.compress.calibrated import FeedbackConfig, NearestConfig
+from hsai.compress.calibrated import BlockSolver, FeedbackConfig, NearestConfig, check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
-from hsai.compress.stream import stream_blocks, take_block
+from hsai.compress.one_shot import pack_weight
+from hsai.compress.stream import Grams, Streams, apply_block, stream_blocks, take_block
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -25,9 +27,11 @@ from hsai.formats import (
     NMInt8Config,
     OutliersConfig,
     VNMInt4Config,
+    to_dense,
 )
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig
+from hsai.models.transformer import Block
 
 CONFIG = TransformerConfig(
     vocab=96, embed=64, layers=3, heads=2, kv_heads=1, head_dim=32, mlp=128, max_length=64, dtype="float32"
@@ -77,6 +81,56 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
     for layer in range(3):  # nothing was added to the embedding
         normed = take_block(model, layer).attention_norm(x).reshape(-1, 64)
         np.testing.assert_allclose(seen[layer]["attention.q"], normed.T @ normed, rtol=2e-4, atol=2e-3)
+
+
+def test_the_first_block_reads_the_embedding_as_it_is_packed(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what it comes close to; one that is solved as the head, after all layers, it reads as it was."""
+    seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def keep(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
+        if layer == 0:
+            assert streams.targets is not None
+            seen["dense"] = (streams.inputs.copy(), streams.targets.copy())
+        return block
+
+    coarse = {"embed": Int2Config(group=32).pack(model.embed.get_value())}
+    packed = replace_weights(model, coarse)
+    stream_blocks(model, TOKENS, batch=4, solve=keep, packed=packed, follow_dense=True)
+    inputs, targets = seen["dense"]
+    np.testing.assert_array_equal(inputs, packed.embed_tokens(jnp.asarray(TOKENS)))
+    block = take_block(model, 0)
+    wanted = apply_block(model, block, jnp.int32(0), model.embed_tokens(jnp.asarray(TOKENS)))
+    np.testing.assert_allclose(targets, wanted, rtol=1e-5, atol=1e-5)
+
+    real, given = calibrated.stream_blocks, []
+
+    def listen(*arguments: Any, **words: Any) -> None:
+        given.append(words["packed"])
+        real(*arguments, **words)
+
+    monkeypatch.setattr(calibrated, "stream_blocks", listen)
+    layers = Rule(pattern="layers.mlp.*", format=Int4Config(group=32), solver=FeedbackConfig())
+    for solver in (NearestConfig(), FeedbackConfig()):
+        table = Rule(pattern="embed", format=Int2Config(group=32), solver=solver)
+        recipe = RecipeConfig(rules=(layers, table), calibration=CALIBRATION)
+        found, _ = compress(model, recipe, calibration=TOKENS)
+        if given[-1] is not None:
+            np.testing.assert_array_equal(given[-1].embed.get_value(), to_dense(found.embed.get_value()))
+    assert [model is None for model in given] == [False, True]
+
+
+def test_raised_damping_is_told(model: Transformer) -> None:
+    """A matrix that has no factor with the damping that was asked for (tests/compress/test_factor.py)."""
+    gram = np.eye(64, dtype=np.float32)
+    gram[0, 1] = gram[1, 0] = 1.05
+    w = model.layers.mlp.up.get_value()[0]
+    solver = BlockSolver({"up": jnp.asarray(gram)}, pack_weight)
+    packing = solver.pack("up", w, Int4Config(group=32), FeedbackConfig(damping=0.001))
+    assert packing.damping == pytest.approx(0.1)
+    assert packing.note == "damping was raised to 0.1: there is no factor with 0.001"
+    assert solver.pack("up", w, Int4Config(group=32), FeedbackConfig(damping=0.1)).note == ""
 
 
 @pytest.mark.parametrize(
@@ -194,6 +248,12 @@ def test_the_head_is_solved_over_what_reaches_it(tied: bool, monkeypatch: pytest
     assert errors[1] < 0.9 * errors[0], errors
     for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2]), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_weights_that_no_product_reads_cannot_be_solved() -> None:
+    check_observed(["layers.mlp.up"], {"mlp.up": jnp.eye(4)})
+    with pytest.raises(InputError, match="layers.mlp.up cannot be calibrated: no product reads it"):
+        check_observed(["layers.mlp.up"], {})
 
 
 def test_what_cannot_be_calibrated_is_refused_before_work(model: Transformer) -> None:

@@ -43,13 +43,20 @@ MODEL = abstract_transformer(CONFIG)
 MATRICES = ["embed", *(f"layers.attention.{w}" for w in "koqv"), *(f"layers.mlp.{w}" for w in ("down", "gate", "up"))]
 
 
-BUDGET_TABLES = (Int8Config(), Int4Config(group=32), Int4Config(group=64), Int3Config(group=64))
+BUDGET_TABLES = (
+    Int8Config(),
+    Int4Config(group=32),
+    Int4Config(group=64),
+    Int3Config(group=64),
+    Int2Config(group=64),
+)
 BUDGET_BLOCKS = (
     *BUDGET_TABLES[:3],
     NMInt4Config(n=4, m=8, group=64),
     Int3Config(group=64),
     NMInt4Config(n=2, m=4, group=64),
     Int2Config(group=64),
+    NMInt4Config(n=2, m=8, group=64),
 )
 
 
@@ -145,6 +152,7 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("int2", Int4Config(group=64), Int2Config(group=64), "int4"),
         ("int4_offset", Int4OffsetConfig(group=32), Int4OffsetConfig(group=32), "int4"),
         ("gptq_int4", Int4Config(group=64), Int4Config(group=64), "int4"),
+        ("gptq_int4_g128", Int4Config(group=128), Int4Config(group=128), "gptq_int4"),
         ("gptq_int4_offset", Int4OffsetConfig(group=32), Int4OffsetConfig(group=32), "int4_offset"),
         ("gptq_int3", Int4Config(group=64), Int3Config(group=64), "int3"),
         ("gptq_int2", Int4Config(group=64), Int2Config(group=64), "int2"),
@@ -265,6 +273,7 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
     assert names == plain | {
         "budget",
         "gptq_int4",
+        "gptq_int4_g128",
         "gptq_int4_offset",
         "gptq_int3",
         "gptq_int2",

@@ -9,6 +9,7 @@ import numpy as np
 from hsai.compress.allocate import AllocationConfig, choose
 from hsai.compress.calibrated import Compress, NearestConfig, Progress
 from hsai.compress.ledger import Allocation
+from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
 from hsai.formats import FormatConfig, Weight, nbytes
 from hsai.formats.storage import named_weights
@@ -35,6 +36,7 @@ def spend_budget(
     batch: int,
     seed: int,
     plain: Compress,
+    workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
     """Chooses a format for each layer of the weights that have candidates.
@@ -45,7 +47,7 @@ def spend_budget(
       candidates: formats of weights by their names, and how they will be solved.
       fixed: the one format of each weight that is compressed without a choice.
       tokens: int32 (N, T) of calibration, of which `config.windows` are read.
-      batch, seed, plain, progress: as for `measure_sensitivities`.
+      batch, seed, plain, workbench, progress: as for `measure_sensitivities`.
     Raises:
       InputError: see `check_budget` and `measure_sensitivities`.
     """
@@ -55,7 +57,9 @@ def spend_budget(
     if config.trial == "nearest":
         candidates = {name: (formats, NearestConfig()) for name, (formats, _) in candidates.items()}
     windows = tokens[np.arange(config.windows) * len(tokens) // config.windows]
-    items = measure_sensitivities(model, candidates, windows, batch=batch, seed=seed, plain=plain, progress=progress)
+    items = measure_sensitivities(
+        model, candidates, windows, batch=batch, seed=seed, plain=plain, workbench=workbench, progress=progress
+    )
     best = [min(item.options, key=lambda option: (option.loss, option.bytes)) for item in items]
     return Allocation(
         budget=budget,

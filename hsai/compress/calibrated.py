@@ -189,7 +189,7 @@ class BlockSolver:
 
 def solve_layers(
     model: Transformer,
-    formats: Mapping[str, tuple[Sequence[FormatConfig], FeedbackConfig]],
+    formats: Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]],
     tokens: np.ndarray,
     *,
     batch: int,
@@ -203,8 +203,9 @@ def solve_layers(
 
     Args:
       model: with dense weights.
-      formats: of weights below `layers`, by their names in the model: the format of each layer, and how it is solved.
-        The head may be among them, with one format; where it is the embedding table too, it is solved as the head.
+      formats: of weights below `layers`, by their names in the model: the format of each layer, and how it is packed.
+        Those that are packed by themselves are not tuned, and the layers behind see their errors. The head may be among
+        them, with one format and to be solved; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time.
       plain: packs a weight by itself: one that is solved so, or whose solve fails.
@@ -218,6 +219,7 @@ def solve_layers(
     blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
     heads = {name: found for name, found in formats.items() if name not in blocks}
     inner = {full: full.removeprefix("layers.") for full in blocks}
+    solved = [full for full, (_, config) in blocks.items() if isinstance(config, FeedbackConfig)]
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
     tuned: list[BlockRow] = []
@@ -235,7 +237,7 @@ def solve_layers(
         )
 
     def solve_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
-        check_observed(blocks, grams)
+        check_observed(solved, grams)
         dense, solver = _read_weights(block), BlockSolver(grams, plain, layer=layer)
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
@@ -248,14 +250,18 @@ def solve_layers(
         first = len(rows)
         found: list[BlockRow] = []
         if reconstructor is not None:
-            kinds = {name: format for name, (format, _) in chosen.items() if not isinstance(format, DenseConfig)}
+            kinds = {inner[full]: chosen[inner[full]][0] for full in solved}
+            kinds = {name: format for name, format in kinds.items() if not isinstance(format, DenseConfig)}
             if kinds:
-                changed, row = reconstructor.tune(layer, block, {name: packed[name] for name in kinds}, kinds, streams)
+                others = {name: to_dense(value) for name, value in packed.items() if name not in kinds}
+                given = replace_weights(block, {name: w.astype(dense[name].dtype) for name, w in others.items()})
+                changed, row = reconstructor.tune(layer, given, {name: packed[name] for name in kinds}, kinds, streams)
                 packed |= changed
                 found = [row]
         held = {name: to_dense(value).astype(dense[name].dtype) for name, value in packed.items()}
         for full, name in inner.items():
-            note(full, layer, dense[name], held[name], grams[name], packings[name])
+            if name in grams:
+                note(full, layer, dense[name], held[name], grams[name], packings[name])
             parts[full].append(packed[name])
         tuned.extend(found)
         if workbench is not None:

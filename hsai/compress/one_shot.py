@@ -125,17 +125,19 @@ def compress(
                     batch=recipe.calibration.batch,
                     seed=recipe.calibration.seed,
                     plain=pack_weight,
+                    workbench=workbench,
                     progress=progress,
                 )
                 if workbench is not None:
                     workbench.save_allocation(allocation)
             formats |= allocation.formats
+        # Of the layers all that is packed: what is rounded by itself, the layers behind see.
         asked = {
             name: (formats[name], rule.solver)
             for name, rule in rules.items()
-            if isinstance(rule.solver, FeedbackConfig) and name not in kept
+            if (isinstance(rule.solver, FeedbackConfig) or _is_stacked(name)) and name not in kept
         }
-        if asked:
+        if solving:
             packed = None
             if "embed" in rules and "embed" not in asked:
                 # What an embedding that is rounded by itself gets wrong, the layers see.

@@ -2,6 +2,7 @@
 
 DIRECTORY/record.json           what is made of what, and by which hsai; another record is another run
 DIRECTORY/scales.safetensors, scales.json            scales of channels, once they are known, and how they were found
+DIRECTORY/trials_0007.json      what each candidate of one layer would cost
 DIRECTORY/allocation.json       how the budget was spent, once it is known
 DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
 
@@ -22,6 +23,7 @@ import jax
 from safetensors.flax import load_file, save_file
 
 from hsai import configuration
+from hsai.compress.allocate import Item
 from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, lock_directory, read_json, write_json_atomic
@@ -29,7 +31,7 @@ from hsai.formats.storage import describe, named_arrays, restore
 from hsai.models.transformer import Block
 
 RECORD, ALLOCATION, SCALES, LOCK = "record.json", "allocation.json", "scales.safetensors", ".lock"
-OWN = re.compile(r"\.?(record|allocation|scales|layer_\d+)\..*|\.lock")
+OWN = re.compile(r"\.?(record|allocation|scales|trials_\d+|layer_\d+)\..*|\.lock")
 """Names of files that a run writes, those of a write that was cut off among them."""
 
 
@@ -91,6 +93,15 @@ class Workbench:
             save_file({name: jax.device_get(factor) for name, factor in factors.items()}, temporary)
         write_json_atomic(path.with_suffix(".json"), [dataclasses.asdict(row) for row in rows])
 
+    def load_trials(self, layer: int) -> list[Item] | None:
+        """What was found of the layer's candidates, if they were tried."""
+        path = self._name_trials(layer)
+        return [configuration.from_dict(Item, item) for item in read_json(path)] if path.exists() else None
+
+    def save_trials(self, layer: int, items: Sequence[Item]) -> None:
+        """Keeps what was found."""
+        write_json_atomic(self._name_trials(layer), [configuration.to_dict(item) for item in items])
+
     def load_allocation(self) -> Allocation | None:
         """What was chosen, if that was done."""
         path = self._directory / ALLOCATION
@@ -141,6 +152,9 @@ class Workbench:
     def _name(self, layer: int) -> Path:
         return self._directory / f"layer_{layer:04}.safetensors"
 
+    def _name_trials(self, layer: int) -> Path:
+        return self._directory / f"trials_{layer:04}.json"
+
     def _list_own(self) -> Iterator[Path]:
         """The files that a run wrote, but for the lock."""
         return (path for path in list(self._directory.iterdir()) if OWN.fullmatch(path.name) and path.name != LOCK)
@@ -149,6 +163,8 @@ class Workbench:
         """What is here, for people."""
         layers = len(list(self._directory.glob("layer_*.json")))
         words = [f"{layers} solved layer{'s' * (layers > 1)}"] if layers else []
+        tried = len(list(self._directory.glob("trials_*.json")))
+        words += [f"trials of {tried} layer{'s' * (tried > 1)}"] if tried else []
         words += ["its allocation"] if (self._directory / ALLOCATION).exists() else []
         words += ["its scales"] if (self._directory / SCALES).exists() else []
         return ", ".join(words)

@@ -24,6 +24,7 @@ import numpy as np
 
 from hsai.compress.allocate import Item, Option
 from hsai.compress.calibrated import BlockSolver, Compress, Progress, SolverConfig, check_observed
+from hsai.compress.resume import Workbench
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense
@@ -52,6 +53,7 @@ def measure_sensitivities(
     batch: int,
     seed: int,
     plain: Compress,
+    workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> list[Item]:
     """What every candidate of every layer would cost: an item for each layer and weight, and for each table.
@@ -63,6 +65,7 @@ def measure_sensitivities(
       batch: B, sequences at a time; N is a multiple of it.
       seed: draws the labels.
       plain: packs a weight that is not to be solved, or whose solve fails.
+      workbench: where each layer's prices are kept as soon as they are known, and those of an earlier run are found.
       progress: called with ("measuring gradients", sequences done, in all) and ("trying formats", layers done, in all).
     Raises:
       InputError: gradients are not finite; see `stream_blocks` and `check_observed`.
@@ -77,6 +80,7 @@ def measure_sensitivities(
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
         params, solver = named_weights(block), BlockSolver(grams, plain, layer=layer)
+        first = len(items)
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
             w, options = params[name].get_value(), []
@@ -85,14 +89,21 @@ def measure_sensitivities(
                 loss = _price(w, packed, grams[name], moments[full][layer], streams.counts[name], tokens.size)
                 options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
+        if workbench is not None:
+            workbench.save_trials(layer, items[first:])
         return block
+
+    def recall(layer: int, block: Block) -> Block | None:
+        found = None if workbench is None else workbench.load_trials(layer)
+        items.extend(found or ())
+        return None if found is None else block
 
     def report(_: str, done: int, total: int) -> None:
         if progress is not None:
             progress("trying formats", done, total)
 
     if blocks:
-        stream_blocks(model, tokens, batch=batch, solve=try_block, progress=report)
+        stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, progress=report)
     return items
 
 

@@ -121,6 +121,34 @@ def test_the_first_block_reads_the_embedding_as_it_is_packed(
     assert [model is None for model in given] == [False, True]
 
 
+def test_a_block_hands_on_what_is_rounded_in_it_by_itself(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (
+        Rule(pattern="layers.attention.*", format=Int2Config(group=32)),
+        Rule(pattern="layers.mlp.*", format=Int4Config(group=32), solver=FeedbackConfig()),
+    )
+    real, handed = calibrated.stream_blocks, []
+
+    def listen(*arguments: Any, solve: Any, **words: Any) -> None:
+        def keep(*given: Any) -> Block:
+            handed.append(solve(*given))
+            return handed[-1]
+
+        real(*arguments, solve=keep, **words)
+
+    monkeypatch.setattr(calibrated, "stream_blocks", listen)
+    found, ledger = compress(model, RecipeConfig(rules=rules, calibration=CALIBRATION), calibration=TOKENS)
+    plain, _ = compress(model, RecipeConfig(rules=rules[:1]))
+    for name in "qkvo":
+        alone, mixed = (getattr(m.layers.attention, name).get_value() for m in (plain, found))
+        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(mixed), strict=True):
+            np.testing.assert_array_equal(one, other)
+        for layer, block in enumerate(handed):
+            np.testing.assert_array_equal(getattr(block.attention, name).get_value(), to_dense(mixed)[layer])
+    rows = {row.weight: row for row in ledger.layers if row.layer == 1}
+    assert len(ledger.layers) == 3 * 7 and rows["layers.attention.q"].damping is None
+    assert rows["layers.attention.q"].output_error > 3 * rows["layers.mlp.up"].output_error > 0
+
+
 def test_raised_damping_is_told(model: Transformer) -> None:
     """A matrix that has no factor with the damping that was asked for (tests/compress/test_factor.py)."""
     gram = np.eye(64, dtype=np.float32)

@@ -85,6 +85,31 @@ def test_a_killed_run_ends_in_the_same_bits(
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_run_that_was_killed_at_its_trials_repeats_none(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ledger, _ = run(model, None)
+    real, solved = calibrated.pack_solved, []
+
+    def fail_in_second_layer(*arguments):
+        solved.append(1)
+        if len(solved) == 3 * 2 + 4:  # three weights of a layer have two candidates each
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(calibrated, "pack_solved", fail_in_second_layer)
+    with pytest.raises(Killed):
+        run(model, tmp_path / "bench")
+    assert [path.name for path in (tmp_path / "bench").glob("*_*")] == ["trials_0000.json"]
+    with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
+        assert workbench._describe() == "trials of 1 layer"
+    monkeypatch.setattr(calibrated, "pack_solved", lambda *arguments: solved.append(1) or real(*arguments))
+    solved.clear()
+    _, again, told = run(model, tmp_path / "bench")
+    assert told == ["measuring gradients", "trying formats", "calibrating", "compressing"]
+    assert len(solved) == 2 * 3 * 2 + 3 * 7 and again == ledger
+
+
 def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     with Workbench(bench, {"recipe": "a", "commit": "1"}) as first:

@@ -31,11 +31,16 @@ import jax.numpy as jnp
 
 from hsai.compress.grid import Grid, grid_of
 from hsai.compress.held import find_mask, find_scale, hold, split_groups
-from hsai.formats import FormatConfig, Packed, Weight, is_packed_as, to_dense
+from hsai.formats import FormatConfig, Packed, SparseConfig, Weight, is_packed_as, to_dense
 from hsai.formats.packed import invert_scale
 
 BARELY = 1e-30
 """In the place of a kept latent value of zero, where zeros say what is pruned: it rounds to zero, and can grow."""
+
+BELOW = 0.9
+"""Of the smallest magnitude that is kept of a group, what the largest that is pruned may have at the start, where
+magnitudes then decide: below it, so that the first mask is the given one, and within reach of the first steps. Where
+a zero was kept, all begin next to zero."""
 
 SMALLEST_SCALE = 1e-30
 """Of a group of zeros: what has no scale has no exponent."""
@@ -109,18 +114,23 @@ class Parts:
     scale: jax.Array | None
 
 
-def begin_latent(value: Weight, how: Straight) -> Weight:
+def begin_latent(value: Weight, how: Straight, dense: jax.Array | None = None) -> Weight:
     """A latent weight, float32 (..., D, F) or `Latent`, from a dense or packed one.
 
     What is packed in the format already hands on its scales where they are learned, and its mask where that is fixed:
-    what is seen first is then what was packed. Otherwise they are found.
+    what is seen first is then what was packed. Otherwise they are found. Given the `dense` weight (..., D, F), a mask
+    that magnitudes choose begins as the packed one too: behind what is pruned then stand dense values, as large as that
+    allows (`_seed_pruned`), where zeros could not compete.
     """
     values = to_dense(value).astype(jnp.float32)
     solved = is_packed_as(value, how.format)
-    if how.fixed:
+    seeds = dense if isinstance(how.format, SparseConfig) and not how.fixed else None
+    if how.fixed or seeds is not None:
         mask = value.kept() if solved and isinstance(value, Packed) else find_mask(values, how.format)
         assert mask is not None, f"{how.format} prunes nothing"
         values = jnp.where(mask, jnp.where(values == 0, BARELY, values), 0.0)
+        if seeds is not None:
+            values = _seed_pruned(values, mask, seeds, how.format)
     if not how.learned:
         return values
     if solved:
@@ -148,6 +158,43 @@ def find_parts(latent: Weight, how: Straight) -> Parts:
 
 def _find_mask(values: jax.Array, how: Straight) -> jax.Array | None:
     return values != 0 if how.fixed else find_mask(values, how.format)
+
+
+def _seed_pruned(kept: jax.Array, mask: jax.Array, dense: jax.Array, format: FormatConfig) -> jax.Array:
+    """kept (..., D, F), not zero where the mask is, with dense values where it is not, of which those of a group are
+    scaled down as one, just so far that `format.mask` of the result is the mask."""
+    assert isinstance(format, SparseConfig)
+    values = _lower(jnp.where(mask, kept, dense.astype(jnp.float32)), mask, format.counts[1], 1)
+    if format.width == 1:
+        return values
+    # Before an output chooses, its block does, by sums: whatever no output of the block keeps must stay below as well.
+    *stack, size, outputs = mask.shape
+    used = jnp.any(mask.reshape(*stack, size, -1, format.width), axis=-1)
+    return _lower(values, jnp.repeat(used, format.width, axis=-1), format.counts[1], format.width)
+
+
+def _lower(values: jax.Array, firm: jax.Array, m: int, width: int) -> jax.Array:
+    """values (..., D, F), those that are not firm (of `width` outputs all or none) scaled down: of every m positions,
+    magnitudes summed over these outputs, their largest is then at most `BELOW` times the smallest of the firm ones."""
+    *stack, size, outputs = values.shape
+    blocks = (*stack, size // m, m, outputs // width, width)
+    sums, stays = jnp.sum(jnp.abs(values.reshape(blocks)), axis=-1), firm.reshape(blocks)[..., 0]
+    limit = BELOW * jnp.min(sums, axis=-2, keepdims=True, where=stays, initial=jnp.inf)
+    most = jnp.max(sums, axis=-2, keepdims=True, where=~stays, initial=0.0)
+    share = jnp.where(most > limit, limit / jnp.maximum(most, jnp.finfo(jnp.float32).tiny), 1.0)
+    return jnp.where(firm, values, (values.reshape(blocks) * share[..., None]).reshape(values.shape))
+
+
+def pull_pruned(latent: Weight, how: Straight, share: jax.Array | float) -> Weight:
+    """The latent weight with what magnitudes prune of it nearer to zero by a share of itself; of a fixed mask, and of a
+    format that keeps all, as it is."""
+    values = latent.values if isinstance(latent, Latent) else latent
+    assert isinstance(values, jax.Array)
+    mask = None if how.fixed else find_mask(values, how.format)
+    if mask is None:
+        return latent
+    pulled = jnp.where(mask, values, (1.0 - share) * values)
+    return dataclasses.replace(latent, values=pulled) if isinstance(latent, Latent) else pulled
 
 
 @functools.partial(jax.jit, static_argnames="how")

@@ -158,8 +158,8 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
 
     Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
     or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
-    format of its rule, if layers are to be tuned with outliers, or if candidates cannot meet the budget; and, of a
-    `target`, if its kernels do not multiply by a format.
+    format of its rule, if layers are to be tuned with outliers, or with learned masks where nothing is sparse, or if
+    candidates cannot meet the budget; and, of a `target`, if its kernels do not multiply by a format.
     """
     every = named_weights(outline(recipe.transforms, model))
     params = {name: param for name, param in every.items() if is_matrix(param)}
@@ -174,6 +174,7 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
     rules = {name: recipe.rules[number] for name, number in deciding.items()}
     head = "unembed" if "unembed" in params else "embed"
+    tuned_rules: list[Rule] = []
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
@@ -181,6 +182,8 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
                 _check_runs(name, tuple(params[name].get_value().shape), format, target)
         solved = isinstance(rule.solver, FeedbackConfig)
         tuned = solved and recipe.reconstruction is not None and name.startswith("layers.")
+        if tuned and rule not in tuned_rules:
+            tuned_rules.append(rule)
         if tuned and any(isinstance(format, OutliersConfig) for format in rule.formats):
             raise InputError(
                 f"{name}: reconstruction cannot tune outliers; give rule {rule.pattern!r} another format, or leave "
@@ -191,11 +194,23 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
                 f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "
                 "rule of its own with the nearest solver, before this one"
             )
+    if recipe.reconstruction is not None and recipe.reconstruction.masks == "learned":
+        _check_masks(tuned_rules)
     if recipe.allocation is not None:
         shapes = {name: param.get_value() for name, param in every.items()}
         budget = recipe.allocation.count_bytes(sum(value.size for value in shapes.values()))
         check_budget(budget, count_least(shapes, {name: rule.formats for name, rule in rules.items()}))
     return rules
+
+
+def _check_masks(tuned: list[Rule]) -> None:
+    """Raises `InputError` unless one of the rules whose weights are tuned with learned masks has any."""
+    if not any(pattern_of(format) is not None for rule in tuned for format in rule.formats):
+        found = "; ".join(f"{rule.pattern!r}: {', '.join(map(name_format, rule.formats))}" for rule in tuned)
+        raise InputError(
+            f"reconstruction.masks='learned', and what is tuned prunes nothing ({found or 'no rule of the layers'}); "
+            "leave masks 'fixed'"
+        )
 
 
 def _explain_idle(rule: Rule, earlier: tuple[Rule, ...], names: list[str]) -> str:

@@ -3,7 +3,8 @@
 A solver answers for one product at a time. Here all weights of a block answer together for its output: on what the
 packed blocks before it hand on, it shall give what the dense block gave in the dense model, so that it also makes up
 for the errors before it (BRECQ, 2102.05426; inputs and targets as in AdaQuant, 2006.10518, section 3.2). Values and
-scales are tuned behind the rounding (`hsai.compress.latent`); masks stay those of the solver.
+scales are tuned behind the rounding (`hsai.compress.latent`); masks stay those of the solver, or go on from there by
+the magnitudes of what is tuned (SR-STE, 2102.04010).
 
 The distance is |y - t|^2 / |t|^2 of a token, averaged over tokens. Without the division the few tokens on which a
 trained model parks its attention, whose activations are a hundred times the others', would be all that is fitted.
@@ -18,6 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ import numpy as np
 import optax
 
 from hsai.compress.grid import grid_of, pattern_of
-from hsai.compress.latent import Latent, Straight, begin_latent, pack_latent, see_weight
+from hsai.compress.latent import Latent, Straight, begin_latent, pack_latent, pull_pruned, see_weight
 from hsai.compress.ledger import BlockRow, keep_finite
 from hsai.compress.stream import Streams, apply_block
 from hsai.errors import InputError
@@ -55,6 +57,14 @@ class ReconstructionConfig:
     held_share: float = 0.125
     """Share of the windows that are not tuned on and decide whether a block got better; at least one batch."""
 
+    masks: Literal["fixed", "learned"] = "fixed"
+    """Of formats that prune: the solver's to the end, or chosen anew in each step by magnitudes, from the solver's
+    on (SR-STE)."""
+
+    decay: float = 0.0
+    """Pull of what learned masks prune towards zero: the share of it that the first step takes; falls as the learning
+    rate does. It is no part of the gradient, as SR-STE's is: Adam would make whole steps of it, however small it is."""
+
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"reconstruction.steps={self.steps} must be at least 1")
@@ -63,6 +73,13 @@ class ReconstructionConfig:
                 raise InputError(f"reconstruction.{name}={getattr(self, name)} must be above 0 and below 1")
         if not 0 < self.held_share < 1:
             raise InputError(f"reconstruction.held_share={self.held_share} must be above 0 and below 1")
+        if not 0 <= self.decay < 1:
+            raise InputError(f"reconstruction.decay={self.decay} must be at least 0 and below 1")
+        if self.decay > 0 and self.masks == "fixed":
+            raise InputError(
+                f"reconstruction.decay={self.decay} pulls what learned masks prune, and masks='fixed' stay as they "
+                "are; leave it 0, or set masks='learned'"
+            )
 
     def count_held(self, batches: int) -> int:
         """How many of so many batches are held out."""
@@ -82,7 +99,7 @@ class Reconstructor:
         self._config, self._batch, self._seed = config, batch, seed
         schedule = optax.cosine_decay_schedule(1.0, config.steps)
         optimizer = optax.chain(optax.scale_by_adam(b2=0.99), optax.scale_by_learning_rate(schedule))
-        self._optimizer = optimizer
+        self._optimizer, self._schedule = optimizer, schedule
 
         def measure(
             latents: dict[str, Weight], block: Block, layer: jax.Array, x: jax.Array, target: jax.Array, ways: Ways
@@ -102,11 +119,13 @@ class Reconstructor:
             layer: jax.Array,
             x: jax.Array,
             target: jax.Array,
+            pull: jax.Array,
             ways: Ways,
         ) -> tuple[dict[str, Weight], optax.OptState]:
             grads = jax.grad(measure)(latents, block, layer, x, target, ways)
             updates, state = optimizer.update(grads, state)
-            return jax.tree.map(lambda p, u, unit: p + u * unit, latents, updates, units), state
+            pulled = {name: pull_pruned(latents[name], how, pull) for name, how in ways}
+            return jax.tree.map(lambda p, u, unit: p + u * unit, pulled, updates, units), state
 
         self._measure = jax.jit(measure, static_argnames="ways")
         self._step = step
@@ -124,18 +143,10 @@ class Reconstructor:
           data: what reaches the block, and what it shall give.
         """
         assert data.targets is not None, "the dense stream was not followed"
-        ways = tuple(
-            (
-                name,
-                Straight(
-                    format=format, learned=grid_of(format) is not None, fixed=pattern_of(format) is not None, decay=0
-                ),
-            )
-            for name, format in formats.items()
-        )
-        latents = {name: begin_latent(packed[name], how) for name, how in ways}
-        dense = named_weights(block)
-        units = {name: self._find_unit(latent, dense[name].get_value()) for name, latent in latents.items()}
+        ways = tuple((name, self._find_way(format)) for name, format in formats.items())
+        dense = {name: param.get_value() for name, param in named_weights(block).items()}
+        latents = {name: begin_latent(packed[name], how, dense[name]) for name, how in ways}
+        units = {name: self._find_unit(latent, packed[name], dense[name]) for name, latent in latents.items()}
         batches = np.arange(len(data.inputs)).reshape(-1, self._batch)
         held = self._config.count_held(len(batches))
         order = np.random.default_rng((self._seed, layer)).permutation(len(batches))
@@ -154,7 +165,8 @@ class Reconstructor:
         state = self._optimizer.init(latents)
         for count in range(self._config.steps):
             x, target = take(tuned_on[count % len(tuned_on)])
-            latents, state = self._step(latents, state, units, block, number, x, target, ways=ways)
+            pull = self._config.decay * self._schedule(count)
+            latents, state = self._step(latents, state, units, block, number, x, target, pull, ways=ways)
         after = judge(latents)
         row = BlockRow(
             layer=layer,
@@ -167,9 +179,14 @@ class Reconstructor:
             return dict(packed), row
         return {name: pack_latent(latents[name], how) for name, how in ways}, row
 
-    def _find_unit(self, latent: Weight, dense: jax.Array) -> Weight:
+    def _find_way(self, format: FormatConfig) -> Straight:
+        """How a weight of this format is seen while it is tuned."""
+        fixed = pattern_of(format) is not None and self._config.masks == "fixed"
+        return Straight(format=format, learned=grid_of(format) is not None, fixed=fixed, decay=0)
+
+    def _find_unit(self, latent: Weight, packed: Weight, dense: jax.Array) -> Weight:
         """How large a step is at the start, in the tree of the latent weight."""
-        changed = jnp.square(to_dense(latent) - dense.astype(jnp.float32))
+        changed = jnp.square(to_dense(packed) - dense.astype(jnp.float32))
         size = self._config.learning_rate * jnp.sqrt(jnp.mean(changed))
         if not isinstance(latent, Latent):
             return size

@@ -189,6 +189,7 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("tuned_int4_offset", Int4OffsetConfig(group=32), Int4Config(group=64), "tuned_int4"),
         ("q4_1", Int8Config(), Int4OffsetConfig(group=32), "int4_offset"),
         ("tuned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "joint_nm24_int4"),
+        ("learned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "tuned_nm24_int4"),
         ("tuned_budget", BUDGET_TABLES, BUDGET_BLOCKS, "budget"),
     ],
 )
@@ -294,6 +295,7 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
         "tuned_int4",
         "tuned_int4_offset",
         "tuned_nm24_int4",
+        "learned_nm24_int4",
         "tuned_budget",
     }
     for name in names:

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.latent import Straight, begin_latent, pull_pruned, see_weight
 from hsai.compress.recipe import match_weights
 from hsai.compress.reconstruct import ReconstructionConfig, Reconstructor
 from hsai.compress.resume import Workbench
@@ -25,9 +27,12 @@ from hsai.formats import (
     Packed,
     TernaryConfig,
     UnstructuredInt4Config,
+    VNMConfig,
     VNMInt4Config,
+    to_dense,
 )
-from hsai.formats.storage import named_weights
+from hsai.formats.storage import named_weights, replace_weights
+from hsai.models import Transformer, TransformerConfig
 from tests.compress.trained import CALIBRATION, calibration_windows, divergence, trained_model, unseen_windows
 
 TUNING = ReconstructionConfig(steps=64)
@@ -192,6 +197,8 @@ def test_a_killed_run_finds_its_tuned_layers(tmp_path) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"scale_rate": 1.0}, "scale_rate=1.0"),
         ({"held_share": 1.0}, "held_share=1.0"),
+        ({"masks": "learned", "decay": 1.0}, "decay=1.0"),
+        ({"decay": 0.01}, "decay=0.01 pulls what learned masks prune, and masks='fixed'"),
     ],
 )
 def test_what_tunes_nothing_is_refused(change, message: str) -> None:
@@ -215,3 +222,117 @@ def test_a_recipe_that_has_nothing_to_tune_is_refused() -> None:
     single = dataclasses.replace(CALIBRATION, tokens=CALIBRATION.batch * CALIBRATION.sequence_length)
     with pytest.raises(InputError, match=f"calibration.batch={single.batch}"):
         dataclasses.replace(make_recipe(Int4Config(group=32), TUNING), calibration=single)
+
+
+def test_learned_masks_where_nothing_is_sparse_are_refused() -> None:
+    """Of the head, which is not tuned, a mask does not count; of several rules one that prunes does."""
+    dense, sparse = Int4Config(group=32), NMInt4Config(n=2, m=4, group=32)
+    learned = dataclasses.replace(TUNING, masks="learned")
+    rules = tuple(
+        Rule(pattern=name, format=format, solver=FeedbackConfig()) for name, format in (("embed", sparse), ("*", dense))
+    )
+    with pytest.raises(InputError, match=r"masks='learned', and what is tuned prunes nothing \('\*': int4 g32\)"):
+        match_weights(dataclasses.replace(make_recipe(dense, learned), rules=rules), trained_model())
+    match_weights(make_recipe(sparse, learned), trained_model())
+    one = Rule(pattern="layers.mlp.up", format=sparse, solver=FeedbackConfig())
+    match_weights(dataclasses.replace(make_recipe(dense, learned), rules=(one, rules[1])), trained_model())
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        NMConfig(n=1, m=4, dtype="float32"),
+        NMInt4Config(n=2, m=4, group=32),
+        VNMConfig(v=16, n=2, m=8, dtype="float32"),
+        VNMInt4Config(v=16, n=2, m=16, group=32),
+        UnstructuredInt4Config(block=32, group=32),
+    ],
+    ids=lambda format: f"{format.pattern_name} {format.value_name}",
+)
+def test_learned_masks_begin_as_the_solvers(format) -> None:
+    """Whatever it chose, and where it kept zeros; and the dense weights that it pruned stand right below."""
+    draw = np.random.default_rng(0)
+    w, other = (jnp.asarray(draw.standard_normal((2, 128, 64)), jnp.float32) for _ in range(2))
+    mask = format.mask(other)
+    packed = format.pack(jnp.where(jnp.abs(w) < 0.02, 0.0, w), mask)
+    learned = hasattr(packed, "scale")
+    how = Straight(format=format, learned=learned, fixed=False, decay=0)
+    latent = begin_latent(packed, how, w)
+    values = np.asarray(to_dense(latent))
+    np.testing.assert_array_equal(format.mask(jnp.asarray(values)), mask)
+    np.testing.assert_allclose(see_weight(latent, how), to_dense(packed), rtol=0, atol=1e-29)
+    assert (np.sign(values) == np.sign(w))[~np.asarray(mask)].all()
+    sizes, given, kept = (np.asarray(x).reshape(2, -1, format.counts[1], 64) for x in (np.abs(values), abs(w), mask))
+    least, found = np.where(kept, sizes, np.inf).min(-2), np.where(kept, 0, sizes).max(-2)
+    wanted = np.minimum(0.9 * least, np.where(kept, 0, given).max(-2))
+    assert (found <= 1.0001 * wanted).all()
+    # Blocks of outputs have more to keep below.
+    assert np.mean(found >= 0.9999 * wanted) > (0.9999 if format.width == 1 else 0.9)
+    pulled = np.asarray(to_dense(pull_pruned(latent, how, 0.25)))
+    np.testing.assert_allclose(pulled, np.where(mask, values, 0.75 * values), rtol=1e-6)
+    fixed = dataclasses.replace(how, fixed=True)
+    again = begin_latent(packed, fixed, w)
+    np.testing.assert_array_equal(np.asarray(to_dense(again)) != 0, mask)
+    assert pull_pruned(again, fixed, 0.25) is again
+
+
+PAIRS = TransformerConfig(
+    vocab=32, embed=64, layers=1, heads=2, kv_heads=2, head_dim=32, mlp=64, max_length=16, dtype="float32"
+)
+
+
+def tune_pairs(format, config: ReconstructionConfig):
+    """Channels come in pairs that say the same, and of every two pairs `v` has larger weights for one: by magnitude
+    both channels of that are kept and none of the other's, and one of each would do. What is packed so, what is tuned
+    (twice), its row, and the error of the packed block on what was held out."""
+    model = Transformer(PAIRS, rngs=nnx.Rngs(0))
+    draw = np.random.default_rng(0)
+    shape = (16, 2, 2, 2, 32)  # of 64 channels 16 groups of two pairs; of 64 outputs two blocks with the same choice
+    strong = (np.arange(2) == 0)[:, None, None, None] ^ (draw.random((16, 1, 1, 2, 1)) < 0.5)
+    signs = np.sign(draw.standard_normal((16, 2, 1, 2, 32)))
+    w = np.where(strong, 1.0, 0.75) * signs * (1 + 0.1 * draw.random(shape))
+    block = replace_weights(take_block(model, 0), {"attention.v": jnp.asarray(w.reshape(64, 64), jnp.float32)})
+    x = np.repeat(draw.standard_normal((64, 16, 32)), 2, axis=-1).astype(np.float32)
+    targets = np.asarray(apply_block(model, block, jnp.int32(0), jnp.asarray(x)))
+    dense = named_weights(block)["attention.v"].get_value()
+    packed = {"attention.v": format.pack(dense)}
+    tuner = Reconstructor(model, config, batch=8, seed=0)
+    streams = Streams(inputs=x, targets=targets, counts={})
+    (tuned, row), (again, _) = (tuner.tune(0, block, packed, {"attention.v": format}, streams) for _ in range(2))
+    held = np.random.default_rng((0, 0)).permutation(8)[: config.count_held(8)]
+    chosen = np.arange(64).reshape(8, 8)[held].ravel()
+    seen = replace_weights(block, {"attention.v": to_dense(tuned["attention.v"])})
+    y = np.asarray(apply_block(model, seen, jnp.int32(0), jnp.asarray(x[chosen])))
+    missed = np.square(y - targets[chosen]).sum(-1) / np.square(targets[chosen]).sum(-1)
+    return packed["attention.v"], tuned["attention.v"], again["attention.v"], row, float(np.sqrt(missed.mean()))
+
+
+@pytest.mark.parametrize(
+    ("format", "share"),
+    [
+        (NMConfig(n=2, m=4, dtype="bfloat16"), 0.5),
+        (NMInt4Config(n=2, m=4, group=32), 0.75),
+        (VNMConfig(v=32, n=2, m=8, dtype="bfloat16"), 0.8),
+    ],
+    ids=["2:4", "2:4 int4", "32:2:8"],
+)
+def test_learned_masks_leave_a_choice_that_does_harm(format, share: float) -> None:
+    fixed = ReconstructionConfig(steps=128, learning_rate=0.1, scale_rate=0.03)  # one channel shall do what two did
+    packed, tuned, _, row, least = tune_pairs(format, fixed)
+    np.testing.assert_array_equal(tuned.kept(), packed.kept())
+    packed, tuned, again, row, error = tune_pairs(format, dataclasses.replace(fixed, masks="learned", decay=0.01))
+    assert row.tuned and row.error_tuned < share * least
+    assert error == pytest.approx(row.error_tuned, rel=1e-3)  # the pattern held all of what was tuned
+    for one, other in zip(jax.tree.leaves(tuned), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    kept, (n, m) = np.asarray(tuned.kept()), format.counts
+    assert np.mean(kept != packed.kept()) > 0.1
+    assert (kept.reshape(64 // m, m, 64).sum(1) == n).all()
+    shared = kept.reshape(64 // m, m, 64 // format.width, format.width).any(-1).sum(1)
+    assert (shared <= (n if format.width == 1 else 4)).all()
+
+
+def test_learned_masks_that_make_it_worse_are_given_up() -> None:
+    wild = ReconstructionConfig(steps=4, learning_rate=0.99, scale_rate=0.99, masks="learned", decay=0.5)
+    packed, tuned, _, row, _ = tune_pairs(NMInt4Config(n=2, m=4, group=32), wild)
+    assert not row.tuned and row.error_tuned > row.error_solved and tuned is packed

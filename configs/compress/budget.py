@@ -9,9 +9,9 @@ long as that many recipes on as much text; then the chosen ones are solved over 
 """
 
 from hsai.compress.allocate import AllocationConfig
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.compress.solvers import FeedbackConfig
 from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMInt4Config
 
 

@@ -6,9 +6,9 @@ hsai compress runs/quickstart --recipe configs/compress/gptq_int3.py --out runs/
 from dataclasses import replace
 
 from configs.compress import int3
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

@@ -6,9 +6,9 @@ hsai compress runs/quickstart --recipe configs/compress/gptq_int4_offset.py --ou
 from dataclasses import replace
 
 from configs.compress import int4_offset
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

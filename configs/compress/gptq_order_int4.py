@@ -6,8 +6,8 @@ hsai compress runs/quickstart --recipe configs/compress/gptq_order_int4.py --out
 from dataclasses import replace
 
 from configs.compress import gptq_int4
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

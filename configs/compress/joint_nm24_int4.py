@@ -6,9 +6,9 @@ hsai compress runs/quickstart --recipe configs/compress/joint_nm24_int4.py --out
 from dataclasses import replace
 
 from configs.compress import nm24_int4
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

@@ -6,9 +6,9 @@ hsai compress runs/quickstart --recipe configs/compress/joint_sparse50_int4.py -
 from dataclasses import replace
 
 from configs.compress import sparse50_int4
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

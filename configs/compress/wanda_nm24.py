@@ -6,8 +6,8 @@ hsai compress runs/quickstart --recipe configs/compress/wanda_nm24.py --out runs
 from dataclasses import replace
 
 from configs.compress import joint_nm24
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.recipe import RecipeConfig
+from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:

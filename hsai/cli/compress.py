@@ -178,8 +178,9 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
 
 def _tell_missing_kernels(name: str, recipe: RecipeConfig, source: ModelSource) -> None:
     """A recipe may save bytes alone; whoever did not ask for a platform hears what this one has no kernel for."""
+    platform: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
     try:
-        match_weights(recipe, source.model, find_platform())
+        match_weights(recipe, source.model, platform)
     except InputError as missing:
         say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
 

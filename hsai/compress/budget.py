@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import AllocationConfig, choose
-from hsai.compress.calibrated import Compress, NearestConfig, Progress
+from hsai.compress.calibrated import Compress, Progress
 from hsai.compress.ledger import Allocation
 from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
+from hsai.compress.solvers import NearestConfig
 from hsai.formats import FormatConfig, Weight, nbytes
 from hsai.formats.storage import named_weights
 from hsai.models import Transformer

@@ -9,7 +9,7 @@ row says so, and the run goes on. Where a recipe reconstructs, the packed weight
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ import numpy as np
 
 from hsai.compress.factor import factorize
 from hsai.compress.grid import Pattern, grid_of, pattern_of
-from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import BlockRow, LayerRow, keep_finite, name_format
 from hsai.compress.limits import check_held, sum_lost
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solver import order_positions, solve
+from hsai.compress.solvers import FeedbackConfig, MaskName, NearestConfig, PlainConfig, SolverConfig
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import (
@@ -42,45 +42,7 @@ from hsai.models.transformer import Block
 COLUMNS = 16384
 """Outputs that are solved at a time, or the next fewer that those with a choice in common divide."""
 
-MaskName = Literal["joint", "wanda", "magnitude"]
-
 Progress = Callable[[str, int, int], None]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NearestConfig:
-    """Each weight by itself: rounded to the nearest value under searched scales, pruned by magnitude."""
-
-    kind: Literal["nearest"] = "nearest"
-    """Names this solver in files."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedbackConfig:
-    """With error feedback over calibration's activations: GPTQ for a dense format, SparseGPT for a sparse one."""
-
-    kind: Literal["feedback"] = "feedback"
-    """Names this solver in files."""
-
-    mask: MaskName = "joint"
-    """Of a sparse format: chosen with the values, or beforehand by |w| ||x|| (2306.11695) or by |w|."""
-
-    damping: float = 0.01
-    """Share of the mean of H's diagonal that is added to it; raised where that does not do."""
-
-    order: Literal["natural", "activations"] = "natural"
-    """In which positions are solved: as they stand, or those with the largest activations first (GPTQ's act-order), so
-    that the others make up for them. The second takes scales that were searched beforehand."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise InputError(f"solver damping={self.damping} must be above 0 and at most 1")
-
-
-PlainConfig = NearestConfig | HalfQuadraticConfig
-"""Solvers that look at nothing but the weight."""
-
-SolverConfig = PlainConfig | FeedbackConfig
 Compress = Callable[[jax.Array, FormatConfig, PlainConfig], Weight]
 
 

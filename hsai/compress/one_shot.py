@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.budget import spend_budget
-from hsai.compress.calibrated import FeedbackConfig, NearestConfig, PlainConfig, SolvedLayers, solve_layers
+from hsai.compress.calibrated import SolvedLayers, solve_layers
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
@@ -27,6 +27,7 @@ from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
+from hsai.compress.solvers import FeedbackConfig, NearestConfig, PlainConfig
 from hsai.compress.transforms import transform_model
 from hsai.errors import InputError
 from hsai.formats import (

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from hsai.compress.allocate import AllocationConfig, check_budget
 from hsai.compress.budget import count_least
-from hsai.compress.calibrated import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.compress.scaling import ScalingConfig
+from hsai.compress.solvers import FeedbackConfig, NearestConfig, SolverConfig
 from hsai.compress.transforms import TransformConfig, check_order, outline
 from hsai.errors import InputError
 from hsai.formats import NM, VNM, DenseConfig, FormatConfig, OutliersConfig, Packed, Unstructured, is_packed_as

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.calibrated import Compress, NearestConfig, Progress, check_observed, measure_output
+from hsai.compress.calibrated import Compress, Progress, check_observed, measure_output
 from hsai.compress.folds import (
     Fold,
     channel_folds,
@@ -32,6 +32,7 @@ from hsai.compress.folds import (
     store_gain,
 )
 from hsai.compress.ledger import ScaleRow, keep_finite
+from hsai.compress.solvers import NearestConfig
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig, to_dense

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import Item, Option
-from hsai.compress.calibrated import BlockSolver, Compress, Progress, SolverConfig, check_observed
+from hsai.compress.calibrated import BlockSolver, Compress, Progress, check_observed
 from hsai.compress.resume import Workbench
+from hsai.compress.solvers import SolverConfig
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense

@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_nothing(
 
 BUDGET_RECIPE = """
 from hsai.compress.allocate import AllocationConfig
-from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.formats import Int4Config, Int8Config, TernaryConfig
@@ -180,7 +180,7 @@ def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
 
 
 MESH_RECIPE = """
-from hsai.compress.calibrated import FeedbackConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.formats import Int4Config

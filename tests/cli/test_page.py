@@ -11,9 +11,9 @@ from flax import nnx
 from hsai.cli.figures import draw_layers
 from hsai.cli.page import make_page
 from hsai.compress import RecipeConfig, Rule, compress
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.scaling import ScalingConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.configuration import to_dict
 from hsai.formats import Int4Config
 from hsai.models import Transformer, TransformerConfig

@@ -10,11 +10,11 @@ from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.allocate import AllocationConfig
-from hsai.compress.calibrated import FeedbackConfig, NearestConfig
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.sensitivity import draw_labels, measure_sensitivities, sum_gradients
+from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.compress.stream import stream_blocks, take_block
 from hsai.formats import Int4, Int4Config, Int8Config, OutliersConfig, to_dense
 from hsai.formats.storage import replace_weights

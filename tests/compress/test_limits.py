@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, compress
-from hsai.compress.calibrated import BlockSolver, FeedbackConfig
+from hsai.compress.calibrated import BlockSolver
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.ledger import BlockRow, LayerRow
 from hsai.compress.limits import check_held, check_range, count_lost
 from hsai.compress.one_shot import pack_weight
+from hsai.compress.solvers import FeedbackConfig
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, Int4Config, Int4OffsetConfig, NMConfig, OutliersConfig, stack_layers
 from hsai.formats.storage import replace_weights

@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress.calibrated import Factor, FeedbackConfig, find_factor, find_outliers, pack_solved
+from hsai.compress.calibrated import Factor, find_factor, find_outliers, pack_solved
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.solver import solve
+from hsai.compress.solvers import FeedbackConfig
 from hsai.formats import (
     Int2Config,
     Int4Config,

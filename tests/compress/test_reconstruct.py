@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, compress
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.latent import Straight, begin_latent, pull_pruned, see_weight
 from hsai.compress.recipe import match_weights
 from hsai.compress.reconstruct import ReconstructionConfig, Reconstructor
 from hsai.compress.resume import Workbench
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import Streams, apply_block, stream_blocks, take_block
 from hsai.errors import InputError
 from hsai.formats import (

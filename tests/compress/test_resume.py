@@ -11,9 +11,9 @@ from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, calibrated, compress
 from hsai.compress.allocate import AllocationConfig
-from hsai.compress.calibrated import FeedbackConfig
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.resume import Workbench
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import take_block
 from hsai.errors import InputError
 from hsai.formats import Int4Config, Int8Config, NMInt4Config

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from hsai.compress.allocate import Item
-from hsai.compress.calibrated import FeedbackConfig, NearestConfig
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.sensitivity import INPUTS, LABELS, draw_labels, measure_sensitivities, sum_gradients
+from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.compress.stream import take_block
 from hsai.errors import InputError
 from hsai.formats import Int4Config, Int8Config, NMInt4Config, TernaryConfig, nbytes, to_dense

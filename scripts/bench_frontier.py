@@ -6,11 +6,11 @@
 
 MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
 matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
-chunks of the held-out text. Without texts they are those of the corpus that MODEL was trained on, as for `hsai
-compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with float32 ones and,
-where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on other tokens is
-refused, and so is a held-out text that stands in the calibration. Bytes are those of all weights, norm gains
-included; --quick takes 4 chunks and one kind.
+chunks of the held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained
+on, as for `hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with
+float32 ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on
+other tokens is refused, and chunks that stand in the calibration text are left out. Bytes are those of all weights,
+norm gains included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.frontier import check_calibration, check_unseen, digest
+from bench.frontier import check_calibration, choose_chunks, digest
 from bench.llama_quantize import KINDS, measure_importance, quantize
 from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 
@@ -70,8 +70,10 @@ def main() -> None:
         export_gguf(dense, source, dtype="f32")
         llama = open_llama(dense, arguments.window)
         pairs = cut_text(llama, source.tokenizer, texts.heldout, arguments.window)
-        pairs = pairs[: 4 if arguments.quick else arguments.chunks]
-        check_unseen(pairs, texts.calibration)
+        most = 4 if arguments.quick else arguments.chunks
+        pairs = choose_chunks(pairs, most, texts.calibration)
+        if len(pairs) < most:
+            say(f"{len(pairs)} chunks are left of the {most} that were asked for: others stand in the calibration text")
 
         def note(
             name: str, side: str, held: int, found: Metric, rounded: Metric | None = None, recipe: str | None = None

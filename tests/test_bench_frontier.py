@@ -66,7 +66,7 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
 
 def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench.frontier import check_calibration, check_unseen, digest
+    from bench.frontier import check_calibration, choose_chunks, digest
 
     stream = np.random.default_rng(0).integers(0, 500, 4000).astype(np.int32)
     config = CalibrationConfig(tokens=512, sequence_length=64, batch=4, seed=3)
@@ -77,7 +77,8 @@ def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
         check_calibration("mine", origin, stream[1:])
     pairs = [Pair(context=[1], continuation=[7] * 30), Pair(context=[1], continuation=stream[70:99].tolist())]
-    check_unseen(pairs[:1], stream)
-    with pytest.raises(ValueError, match="chunk 1 of the held-out text stands in the calibration text"):
-        check_unseen(pairs, stream)
+    assert choose_chunks(pairs, 2, stream) == pairs[:1]
+    many = [Pair(context=[1], continuation=[500 + i] * 30) for i in range(10)]
+    assert choose_chunks(many, 3, stream) == [many[0], many[3], many[6]]
+    assert choose_chunks(many, 20, stream) == many
     assert digest(pairs) != digest(pairs[:1]) and digest(pairs) == digest(list(pairs))

@@ -50,12 +50,12 @@ def check_calibration(name: str, origin: Mapping[str, Any], stream: np.ndarray) 
         raise ValueError(f"{name} was calibrated on other tokens than those that llama.cpp gets")
 
 
-def check_unseen(pairs: Sequence[Pair], stream: np.ndarray) -> None:
-    """Raises ValueError if what is scored of a chunk stands in the stream that is calibrated on."""
+def choose_chunks(pairs: Sequence[Pair], most: int, stream: np.ndarray) -> list[Pair]:
+    """At most `most` chunks, spread evenly over the text, but for those whose scored half stands in the stream that is
+    calibrated on: texts repeat themselves."""
     seen = np.asarray(stream, "<i4").tobytes()
-    for number, pair in enumerate(pairs):
-        if np.asarray(pair.continuation, "<i4").tobytes() in seen:
-            raise ValueError(f"chunk {number} of the held-out text stands in the calibration text")
+    spread = [pairs[index * len(pairs) // most] for index in range(most)] if len(pairs) > most else pairs
+    return [pair for pair in spread if np.asarray(pair.continuation, "<i4").tobytes() not in seen]
 
 
 def digest(pairs: Sequence[Pair]) -> str:

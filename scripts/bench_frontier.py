@@ -8,8 +8,8 @@ MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, wri
 matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
 chunks of the held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained
 on, as for `hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with
-float32 ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on
-other tokens is refused, and chunks that stand in the calibration text are left out. Bytes are those of all weights,
+float32 ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated
+on other tokens is refused, and chunks that stand in the calibration text are left out. Bytes are those of all weights,
 norm gains included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """

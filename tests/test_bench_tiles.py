@@ -41,12 +41,12 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The script, with few and small products, each of one weight; tiles go to a folder of the test's."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import bench_kernels
-    from bench import products
+    from bench import products, programs
 
     formats = [row for row in products.FORMATS if row[0] in ("int4", "int8 x int4")]
     monkeypatch.setattr(products, "FORMATS", formats)
     monkeypatch.setattr(products, "SHAPES", ((256, 128),))
-    monkeypatch.setattr(products, "find_cache_size", lambda: 1)
+    monkeypatch.setattr(programs, "find_cache_size", lambda: 1)
     monkeypatch.setattr(tuning, "FOLDER", tmp_path / "tuned")
     return bench_kernels
 

@@ -35,7 +35,7 @@ from hsai.errors import InputError
 from hsai.evaluate.metrics import Metric
 from hsai.evaluate.perplexity import read_text
 from hsai.export.gguf import export_gguf
-from hsai.export.source import ModelSource, open_model
+from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.files import write_json_atomic
 from hsai.formats import nbytes
 from hsai.formats.activations import take_activations
@@ -60,9 +60,8 @@ def main() -> None:
     kinds = arguments.kinds[:1] if arguments.quick else arguments.kinds
     source = open_model(arguments.model)
     texts = _read_texts(source, arguments)
-    bundles = {path.name: open_model(path) for path in arguments.bundles}
-    for name, bundle in bundles.items():
-        check_calibration(name, bundle.origin, texts.calibration)
+    for path in arguments.bundles:
+        check_calibration(path.name, inspect_model(path).origin, texts.calibration)
     size = sum(param.get_value().size for param in named_weights(source.model).values())
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar() as progress:
@@ -97,11 +96,13 @@ def main() -> None:
         note("F32", "llama.cpp", _count_bytes(dense), measure_llama(llama, pairs, progress, "llama.cpp F32"))
         del llama
         note("dense", "hsai", _count_weights(source), measure_ours(source.model, pairs, progress, "dense"))
-        for name, bundle in bundles.items():
+        for path in arguments.bundles:
+            bundle, name = open_model(path), path.name
             found = measure_ours(bundle.model, pairs, progress, name)
-            rounded = None
+            inexact = rounded = None
             with contextlib.suppress(InputError):  # no weight of integers
                 inexact = take_activations(bundle.model, "int8")
+            if inexact is not None:
                 rounded = measure_ours(inexact, pairs, progress, f"{name}, activations of 8 bits")
             note(name, "hsai", _count_weights(bundle), found, rounded, bundle.origin.get("recipe_name"))
         for kind, path in _quantize_all(source, dense, kinds, texts.calibration, Path(scratch)):

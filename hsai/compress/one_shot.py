@@ -140,10 +140,10 @@ def compress(
         }
         if solving:
             packed = None
-            if "embed" in rules and "embed" not in asked:
+            if "embed" in rules and "embed" not in asked and "embed" not in kept:
                 # What an embedding that is rounded by itself gets wrong, the layers see.
                 table = to_dense(params["embed"].get_value())
-                values.setdefault("embed", pack_layers(table, formats["embed"], _plain_solver(rules["embed"])))
+                values["embed"] = pack_layers(table, formats["embed"], _plain_solver(rules["embed"]))
                 packed = replace_weights(model, {"embed": to_dense(values["embed"]).astype(table.dtype)})
             batch, seed = recipe.calibration.batch, recipe.calibration.seed
             tuner = (

@@ -19,6 +19,7 @@ from hsai.models.mlp import Activation, Mlp
 from hsai.models.moe import MoE, MoEConfig
 from hsai.models.rope import RopeConfig, Rotation, make_rotation
 from hsai.sharding import constrain
+from hsai_kernels.options import LARGEST, SMALLEST
 
 Remat = Literal["none", "dots", "full"]
 C = TypeVar("C", bound=Cache)
@@ -118,8 +119,7 @@ class TransformerConfig:
             raise InputError("model.local_rope is for layers beside global ones: it needs model.global_every")
         if self.query_scalar is not None and self.query_scalar < 1:
             raise InputError(f"model.query_scalar={self.query_scalar} must be at least 1, or none")
-        smallest, largest = (float(getattr(jnp.finfo(jnp.float32), name)) for name in ("tiny", "max"))
-        if not smallest <= self.norm_eps <= largest:
+        if not SMALLEST <= self.norm_eps <= LARGEST:
             raise InputError(f"model.norm_eps={self.norm_eps} must be positive, and in float32 neither 0 nor infinite")
 
     @property

@@ -122,6 +122,20 @@ def test_the_first_block_reads_the_embedding_as_it_is_packed(
     assert [model is None for model in given] == [False, True]
 
 
+def test_an_embedding_that_is_packed_already_stays_beside_solved_layers(model: Transformer) -> None:
+    """It is in the format of its rule, whatever solver that names; what the layers read is what it holds."""
+    table = Int8Config().pack(model.embed.get_value())
+    half = replace_weights(model, {"embed": table})
+    rules = (
+        Rule(pattern="layers.mlp.*", format=Int4Config(group=32), solver=FeedbackConfig()),
+        Rule(pattern="embed", format=Int8Config(), solver=FeedbackConfig()),
+    )
+    found, _ = compress(half, RecipeConfig(rules=rules, calibration=CALIBRATION), calibration=TOKENS)
+    for one, other in zip(jax.tree.leaves(found.embed.get_value()), jax.tree.leaves(table), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert isinstance(found.layers.mlp.up.get_value(), Int4)
+
+
 def test_a_block_hands_on_what_is_rounded_in_it_by_itself(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     rules = (
         Rule(pattern="layers.attention.*", format=Int2Config(group=32)),

@@ -10,6 +10,9 @@ import numpy as np
 from bench.ceilings import find_cache_size
 from bench.timing import Runner
 
+MOST_READ = 64
+"""Operands of one program that reads copies: XLA's compiler takes long for thousands, or ends the process."""
+
 
 def make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any], *, disturbs: bool = False) -> Runner:
     def build() -> Callable[[], object]:
@@ -24,22 +27,31 @@ def make_reader(
 ) -> Runner:
     """function(x, operands), where reading `operands` takes the time: in copies that no cache holds, `most` at most.
 
-    All copies are read in turn by one program, and each x waits for the result before it.
+    They are read in turn, by programs of MOST_READ at most, and each x waits for the result before it.
     """
     copies = most or count_copies(sum(leaf.nbytes for leaf in jax.tree.leaves(operands)))
+    programs = -(-copies // MOST_READ)
+    each = -(-copies // programs)
 
-    def program(x: jax.Array, copied: Sequence[Any]) -> jax.Array:
-        total = jnp.zeros((), jnp.float32)
+    def program(total: jax.Array, x: jax.Array, copied: Sequence[Any]) -> jax.Array:
         for operands in copied:
             total += 1e-30 * jnp.sum(function(x + total.astype(x.dtype), operands), dtype=jnp.float32)
         return total
 
     def build() -> Callable[[], object]:
-        copied = [jax.tree.map(lambda leaf: leaf.copy(), operands) for _ in range(copies)]
-        compiled = jax.jit(program).lower(x, copied).compile()
-        return lambda: compiled(x, copied).block_until_ready()
+        copied = [[jax.tree.map(lambda leaf: leaf.copy(), operands) for _ in range(each)] for _ in range(programs)]
+        nothing = jnp.zeros((), jnp.float32)
+        compiled = jax.jit(program).lower(nothing, x, copied[0]).compile()
 
-    return Runner(name=name, build=build, times=copies, disturbs=disturbs)
+        def run() -> jax.Array:
+            total = nothing
+            for held in copied:
+                total = compiled(total, x, held)
+            return total.block_until_ready()
+
+        return run
+
+    return Runner(name=name, build=build, times=programs * each, disturbs=disturbs)
 
 
 def count_copies(size: int) -> int:

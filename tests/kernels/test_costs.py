@@ -16,15 +16,22 @@ from hsai_kernels.tuning import record_tiles
 from tests.kernels.programs import find_equations
 
 ROOT = Path(hsai_kernels.__file__).parent
-NARROW = " cache"
-"""At the end of the names of cases that decode over a cache of fewer bits than the queries have."""
+
+
+def _name_cache(case: Case) -> str:
+    """Of attention over a cache of fewer bits than the queries have: who reads it."""
+    if not case.name.endswith(" cache"):
+        return ""
+    return "token, narrow cache" if "decoding" in case.name else "prompt, narrow cache"
+
+
 CASES = {
-    (platform, case.kernel, case.name.endswith(NARROW)): case
+    (platform, case.kernel, _name_cache(case)): case
     for platform, target in TARGETS.items()
     for case in target.list_cases(target.kernels, quick=False)
-    if "decoding" not in case.name or case.name.endswith(NARROW)
+    if "decoding" not in case.name or _name_cache(case)
 }
-"""The last, and so a large, case of every kernel; and of attention one over a narrow cache."""
+"""The last, and so a large, case of every kernel; and of attention over a narrow cache one for a token and a prompt."""
 
 ATTENTION_PRODUCTS = {
     "attention_forward": 2,  # scores, output
@@ -94,9 +101,9 @@ def count_chosen(platform: str, case: Case, depth: int) -> tuple[float, float]:
     return held * 4 / m, math.ceil(x[-1] * 4 / m / depth) * depth / (x[-1] * 4 / m)
 
 
-@pytest.mark.parametrize(("platform", "kernel", "narrow"), list(CASES), ids=str)
-def test_estimates_are_of_the_work_there_is(platform: str, kernel: str, narrow: bool) -> None:
-    case: Case = CASES[platform, kernel, narrow]
+@pytest.mark.parametrize(("platform", "kernel", "cache"), list(CASES), ids=str)
+def test_estimates_are_of_the_work_there_is(platform: str, kernel: str, cache: str) -> None:
+    case: Case = CASES[platform, kernel, cache]
     with compile_for(platform), record_tiles() as used:
         # By a function of its own: what jax has traced before would record nothing.
         program = jax.make_jaxpr(functools.partial(case.function))(*case.operands)
@@ -111,7 +118,7 @@ def test_estimates_are_of_the_work_there_is(platform: str, kernel: str, narrow: 
         rows = math.prod(jax.tree.leaves(case.operands)[0].shape[:-1])
         exact: float = count_operations(name, case)
         # A TPU's blocks have 16 rows at least: here of 3 rows, and of 4 heads of one query.
-        fill = max(1, 16 / (4 if narrow else rows)) if platform == "tpu" else 1
+        fill = max(1, 16 / (4 if "token" in cache else rows)) if platform == "tpu" else 1
         if platform == "tpu" and "sparse" in kernel and jax.tree.leaves(case.operands)[0].shape[-1] == 1280:
             fill *= 2048 / 1280  # a contraction over 1280 takes two blocks of 1024
         if "V:" in kernel:

@@ -9,6 +9,7 @@ How tokens are chosen is as in `hsai generate`.
 """
 
 import contextlib
+import io
 import sys
 
 from hsai.cli.answers import (
@@ -43,6 +44,8 @@ def run(parser: Parser, argv: list[str]) -> None:
     tell_ignored(answering)
     conversation = Conversation(answering.engine, system=arguments.system)
     at_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused, as that of arguments is
     if at_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() a history, and keys to edit a line
@@ -60,7 +63,7 @@ def run(parser: Parser, argv: list[str]) -> None:
             print()
             if not at_terminal:
                 raise
-        except InputError as error:
+        except (InputError, RuntimeError) as error:  # of the engine's defects the log says more
             if not at_terminal:
                 raise
             print(f"error: {error}", file=sys.stderr)

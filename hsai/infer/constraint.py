@@ -115,6 +115,10 @@ def _describe(constraint: Constraint) -> str:
     text = constraint.schema if isinstance(constraint, JsonSchema) else constraint.pattern
     if len(text) > LONGEST:
         raise InputError(f"constraint: {_name(constraint)} has {len(text)} characters; at most {LONGEST} are valid")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"constraint: {_name(constraint)} is not valid UTF-8 at character {error.start}") from error
     if not isinstance(constraint, JsonSchema):
         grammar: str = llguidance.LLMatcher.grammar_from_regex(text)
         return grammar

@@ -27,6 +27,7 @@ from hsai.infer.sampling import SamplingConfig
 from hsai.infer.service import Service
 from hsai.infer.speculator import DRAFTS, Drafting, Speculator, TracedSpeculator, open_drafting
 from hsai.models import CacheFormat, Transformer
+from hsai.signals import held
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Options(TypedDict, total=False):
     sampling: SamplingConfig
     """How they are chosen; greedy by default."""
 
-    stop: tuple[str, ...]
+    stop: Sequence[str]
     """The text ends before the first of these that it would hold."""
 
     logprobs: int
@@ -216,15 +217,18 @@ class Engine:
         """
         self.check_prompt(ids)
         on_text = options.pop("on_text", None)
-        ticket = self.service.submit(Request(tokens=tuple(map(int, ids)), **options))  # type: ignore[misc]
-        events = []
+        request = Request(tokens=tuple(map(int, ids)), **options)  # type: ignore[misc]
+        ticket, events = None, []
         try:
+            with held():  # an interrupt in the middle would leave a thread that never starts
+                ticket = self.service.submit(request)
             for event in ticket:
                 events.append(event)
                 if event.text and on_text is not None:
                     on_text(event.text)
         finally:
-            ticket.cancel()
+            if ticket is not None:
+                ticket.cancel()
         usage, reason = events[-1].usage, events[-1].finish_reason
         assert usage is not None and reason is not None, "the last event has both"
         if reason == "failed":

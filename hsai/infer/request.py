@@ -59,7 +59,7 @@ class Request:
     sampling: SamplingConfig = SamplingConfig()
     """How tokens are chosen."""
 
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     """The text ends before the first of these that it would hold."""
 
     logprobs: int | None = None
@@ -73,6 +73,8 @@ class Request:
             raise InputError("the prompt has no tokens")
         if self.max_tokens < 1:
             raise InputError(f"max_tokens={self.max_tokens} must be at least 1")
+        if isinstance(self.stop, str):
+            raise InputError(f"stop is the string {self.stop[:50]!r}; valid is a sequence of strings")
         if len(self.stop) > MOST_STOPS:
             raise InputError(f"stop has {len(self.stop)} strings; at most {MOST_STOPS} are valid")
         for text in self.stop:

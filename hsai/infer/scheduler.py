@@ -148,12 +148,13 @@ class Scheduler:
             self.waiting.popleft()
             row.pages, row.named = found + own, len(found)
             row.read = row.followed = len(found) * size
+            # Before anything may fail: a row that is in no list would never be ended.
+            self.running.append(row)
             self._prepare(row)
             if row.begin():
                 row.cached = row.read
                 self.counts["prompt_tokens"] += len(row.tokens)
                 self.counts["cached_tokens"] += row.cached
-            self.running.append(row)
             if row.unread:
                 self._reading.append(row)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from hsai.allocator import return_freed_memory
 from hsai.errors import InputError
 from hsai.infer.constraint import Guide
 from hsai.infer.programs import Vocabulary
@@ -114,7 +115,7 @@ class Ticket:
         """For the service: hands on an event. Who cannot take it is a defect of theirs, and gets no more."""
         try:
             self._take(event)
-        except Exception:
+        except BaseException:
             logger.exception("an event could not be delivered")
             self._cancelled = True
 
@@ -169,6 +170,7 @@ class Service:
           Busy: the queue is full.
           Closed: no more requests are taken.
         """
+        self.check_room()
         check_prompt(request.tokens, self._tokenizer, self._runtime.slots)
         follower = None if request.constraint is None else self._guide.follow(request.constraint)
         ticket = Ticket(request, on_event)
@@ -181,17 +183,30 @@ class Service:
             is_cancelled=lambda: ticket.cancelled or self._abandoned,
         )
         with self._changed:
-            if self._closed:
-                raise Closed("the service is closing")
-            queued = len(self._scheduler.waiting)
-            if queued >= self._queue:
-                self._rejected += 1
-                raise Busy(queued, min(max(self._interval, 1.0), 60.0))
+            self._check_room()
             self._scheduler.waiting.append(row)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="hsai-service")
                 self._thread.start()
         return ticket
+
+    def check_room(self) -> None:
+        """Whether a request would be taken now: what it takes to make one need not be done for one that would not.
+
+        Raises:
+          Busy: the queue is full.
+          Closed: no more requests are taken.
+        """
+        with self._changed:
+            self._check_room()
+
+    def _check_room(self) -> None:
+        if self._closed:
+            raise Closed("the service is closing")
+        queued = len(self._scheduler.waiting)
+        if queued >= self._queue:
+            self._rejected += 1
+            raise Busy(queued, min(max(self._interval, 1.0), 60.0))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Takes no more requests, and waits until those that it has are answered.
@@ -226,8 +241,9 @@ class Service:
 
     def _work(self) -> None:
         """Turns the scheduler until nobody is there."""
-        ended, since = 0, time.perf_counter()
+        ended, since = sum(self._scheduler.finished.values()), time.perf_counter()
         while True:
+            return_freed_memory()
             with self._changed:
                 if self._scheduler.idle:
                     self._thread = None
@@ -236,7 +252,7 @@ class Service:
             try:
                 self._scheduler.turn()
                 self._failed = False
-            except Exception:
+            except BaseException:  # the panics of libraries in Rust are no Exception
                 logger.exception("the engine failed")
                 self._start_again()
             total = sum(self._scheduler.finished.values())
@@ -255,7 +271,7 @@ class Service:
                 self._scheduler = self._make_scheduler()
                 self._scheduler.waiting.extend(broken.waiting)
                 broken.waiting.clear()
-            except Exception:
+            except BaseException:
                 logger.exception("the engine cannot start again")
                 self._scheduler = broken
                 self._closed = True

@@ -4,6 +4,7 @@ An object of either form is written from events alone: the chunks of a stream, a
 """
 
 import abc
+import codecs
 import time
 import uuid
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ class CompletionAnswer(Answer):
         """As `Answer`."""
         super().__init__(model, tokenizer, logprobs=logprobs, include_usage=include_usage)
         self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def _message(self, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -141,18 +143,28 @@ class CompletionAnswer(Answer):
 
     def _describe_logprobs(self, logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:
         """In parallel lists; where each token's text begins, too."""
-        texts = [self._text(found.token) for found in logprobs]
-        offsets = []
-        for text in texts:
+        offsets, tops = [], []
+        for found in logprobs:
             offsets.append(self._offset)
-            self._offset += len(text)
-        tops = [{self._text(token): max(value, LOWEST_LOGPROB) for token, value in found.top} for found in logprobs]
+            self._offset += len(self._decoder.decode(self._tokenizer.decode_bytes([found.token])))
+            top: dict[str, float] = {}
+            for token, value in found.top:  # the likeliest first, which stays where another has its name
+                top.setdefault(self._name(token), max(value, LOWEST_LOGPROB))
+            tops.append(top)
         return {
-            "tokens": texts,
+            "tokens": [self._name(found.token) for found in logprobs],
             "token_logprobs": [max(found.logprob, LOWEST_LOGPROB) for found in logprobs],
             "top_logprobs": tops if any(tops) else None,
             "text_offset": offsets,
         }
+
+    def _name(self, token: int) -> str:
+        """As `_text`; what is no text alone, a part of a character, as OpenAI names it: `bytes:\\xe2\\x82`."""
+        data = self._tokenizer.decode_bytes([token])
+        try:
+            return data.decode() or self._text(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def describe_usage(usage: Usage) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -100,21 +100,14 @@ class Generate:
 
     def _submit(self, body: bytes, exchange: Exchange) -> Wanted:
         """Hands what is wanted to the service."""
-        engine = self._served.engine
-        context = engine.runtime.slots
         wanted = self._read(read_object(body), self._served.defaults)
         if wanted.model != self._served.name:
             raise refuse_model(wanted.model, self._served.name)
+        context = self._served.engine.runtime.slots
         try:
-            tokens = wanted.encode(engine)
-            if len(tokens) > context:
-                raise refuse_length(len(tokens), context, param=wanted.prompt_field)
-            engine.check_prompt(tokens)
-        except InputError as error:
-            raise refuse_input(error, param=wanted.prompt_field) from error
-        try:
+            self._served.service.check_room()  # whom there is no room for costs no more
             request = Request(
-                tokens=tuple(tokens),
+                tokens=tuple(self._encode(wanted)),
                 max_tokens=min(wanted.max_tokens or context, context),
                 sampling=wanted.options.sampling,
                 stop=wanted.options.stop,
@@ -129,6 +122,18 @@ class Generate:
         except Closed:
             raise refuse_closing() from None
         return wanted
+
+    def _encode(self, wanted: Wanted) -> Sequence[int]:
+        """The tokens of the prompt."""
+        engine = self._served.engine
+        try:
+            tokens = wanted.encode(engine)
+            if len(tokens) > engine.runtime.slots:
+                raise refuse_length(len(tokens), engine.runtime.slots, param=wanted.prompt_field)
+            engine.check_prompt(tokens)
+        except InputError as error:
+            raise refuse_input(error, param=wanted.prompt_field) from error
+        return tokens
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:

@@ -6,7 +6,11 @@ uvicorn waits for ever for the head of a request, and for a client to read. Bodi
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hsai.serve.errors import ApiError
+from hsai.serve.respond import ErrorResponse
 
 CONNECTIONS = 512
 """At a time; further ones are dropped at once. Each may hold a body, an answer, and 64 KiB of a head."""
@@ -56,8 +60,14 @@ class PatientProtocol(H11Protocol):
         """What came is no HTTP; whoever got an answer already, and lingers (`linger.py`), gets no other."""
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()
-        else:
-            super().send_400_response(msg)
+            return
+        message = f"this is not valid HTTP/1.1: {' '.join(msg.split())}"
+        error = ApiError(400, message, code="invalid_http")
+        response = ErrorResponse(error)
+        head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         """The client does not read."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from hsai.allocator import return_freed_memory
 from hsai.errors import InputError
 from hsai.infer.service import Service
 from hsai.serve.protocol import PatientProtocol
@@ -122,6 +123,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         gc.collect()
         gc.freeze()
+        return_freed_memory()
         self._on_ready()
 
     @contextlib.contextmanager

@@ -87,7 +87,9 @@ void attend(Attention a, std::int64_t threads, const Schedule& schedule) {
   a.width = (a.head_dim + kHeadStep - 1) / kHeadStep * kHeadStep;
   if (a.table != nullptr) {  // the longest row: what lies behind it costs nothing, and changes no bit
     a.keys = 1;
-    for (std::int64_t i = 0; i < a.batch * a.queries; ++i) a.keys = std::max<std::int64_t>(a.keys, a.q_positions[i] + 1);
+    for (std::int64_t i = 0; i < a.batch * a.queries; ++i) {
+      a.keys = std::max(a.keys, std::int64_t{a.q_positions[i]} + 1);
+    }
   }
   const Plan plan = plan_tiles(a);
   if (a.batch * a.heads * a.queries * a.keys * a.head_dim < kAlone || threads < 1) threads = 1;

@@ -1,7 +1,6 @@
 // The XLA FFI handlers of attention, over rows and over pages; see ffi.cc. Dimensions as in attention_tile.h.
 
 #include <algorithm>
-#include <exception>
 #include <limits>
 #include <string>
 #include <utility>
@@ -118,11 +117,7 @@ ffi::Error run(hsai::Attention& a, ffi::ThreadPool& pool, std::int64_t window, f
   a.softcap = softcap;
   a.scale = scale;
   const hsai::Stopwatch stopwatch;
-  try {
-    hsai::attend(a, pool.num_threads(), [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
-  } catch (const std::exception& failure) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("hsai_kernels: ") + failure.what());
-  }
+  hsai::attend(a, pool.num_threads(), [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -207,7 +202,7 @@ ffi::Error attend_pages(ffi::ThreadPool pool, AnyBuffer q, AnyBuffer k, AnyBuffe
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* HsaiAttention(XLA_FFI_CallFrame* call_frame);
 extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* HsaiPagedAttention(XLA_FFI_CallFrame* call_frame);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiAttention, attend,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiAttention, hsai::Guarded<attend>(),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<AnyBuffer>()
@@ -224,7 +219,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiAttention, attend,
                                   .Attr<float>("softcap")
                                   .Attr<float>("scale"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiPagedAttention, attend_pages,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiPagedAttention, hsai::Guarded<attend_pages>(),
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<AnyBuffer>()

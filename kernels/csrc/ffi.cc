@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <exception>
 #include <string>
 #include <vector>
 
@@ -114,12 +113,8 @@ ffi::Error multiply(ffi::ThreadPool& pool, const Stack& stack, const AnyBuffer& 
   products.erase(std::remove_if(products.begin(), products.end(), is_empty), products.end());
   if (products.empty()) return ffi::Error::Success();
   const hsai::Stopwatch stopwatch;
-  try {
-    hsai::multiply_packed(first, products, activations, pool.num_threads(),
-                          [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
-  } catch (const std::exception& error) {
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("hsai_kernels: ") + error.what());
-  }
+  hsai::multiply_packed(first, products, activations, pool.num_threads(),
+                        [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
 }
 
@@ -163,15 +158,15 @@ HSAI_EXPORT XLA_FFI_Error* HsaiSparseMatmulOfLayer(XLA_FFI_CallFrame* call_frame
 #define HSAI_QUANTIZED Attr<std::int64_t>("bits").Attr<bool>("centered").Attr<std::int64_t>("activation_bits")
 #define HSAI_SPARSE Attr<std::int64_t>("n").Attr<std::int64_t>("m").Attr<std::int64_t>("activation_bits")
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiQuantizedMatmul, quantized_matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiQuantizedMatmul, hsai::Guarded<quantized_matmul>(),
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().HSAI_WEIGHTS.HSAI_QUANTIZED);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    HsaiQuantizedMatmulOfLayer, quantized_matmul_of_layer,
+    HsaiQuantizedMatmulOfLayer, hsai::Guarded<quantized_matmul_of_layer>(),
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().HSAI_WEIGHTS.HSAI_QUANTIZED);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, sparse_matmul,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(HsaiSparseMatmul, hsai::Guarded<sparse_matmul>(),
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().HSAI_WEIGHTS.HSAI_SPARSE);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    HsaiSparseMatmulOfLayer, sparse_matmul_of_layer,
+    HsaiSparseMatmulOfLayer, hsai::Guarded<sparse_matmul_of_layer>(),
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<AnyBuffer>().Arg<AnyBuffer>().HSAI_WEIGHTS.HSAI_SPARSE);
 
 // Nanoseconds in which kernels have run.

@@ -3,7 +3,10 @@
 #define HSAI_KERNELS_FFI_CHECKS_H_
 
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -26,6 +29,26 @@ inline std::string describe(const std::vector<std::int64_t>& sizes) {
 }
 
 inline std::string describe(const xla::ffi::AnyBuffer& buffer) { return describe(list_sizes(buffer)); }
+
+// A handler whose exceptions are errors by their own names, wherever they are thrown: what a handler lists, and the words
+// of an error that it found, want memory too. XLA catches what gets past here (jaxlib 0.10.2), and calls it unknown.
+template <auto kHandler>
+struct Guarded;
+
+template <class... Args, xla::ffi::Error (*kHandler)(Args...)>
+struct Guarded<kHandler> {
+  xla::ffi::Error operator()(Args... args) const {
+    using xla::ffi::Error;
+    using xla::ffi::ErrorCode;
+    try {
+      return kHandler(std::move(args)...);
+    } catch (const std::bad_alloc&) {
+      return Error(ErrorCode::kResourceExhausted, "out of memory");  // so short that it takes none
+    } catch (const std::exception& error) {
+      return Error(ErrorCode::kInternal, std::string("hsai_kernels: ") + error.what());
+    }
+  }
+};
 
 }  // namespace hsai
 

@@ -151,7 +151,7 @@ def run_kernel(
             valid = ", ".join(sorted(backends))
             raise ValueError(f"unknown implementation {implementation!r} of {kernel}: valid are {valid}")
         return backends[implementation](*operands, **options)
-    for name in _list_candidates():
+    for name in list_candidates():
         if name == REFERENCE or name not in backends:
             continue
         try:
@@ -161,7 +161,7 @@ def run_kernel(
     return backends[REFERENCE](*operands, **options)
 
 
-def _list_candidates() -> tuple[str, ...]:
+def list_candidates() -> tuple[str, ...]:
     """Names that the automatic choice tries, in order."""
     preferred: str | None = _preferred.value
     if preferred is not None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai_kernels import native
-from hsai_kernels.dispatch import BackendMissing, find_platform
+from hsai_kernels.dispatch import BackendMissing, list_candidates
 
 
 def allocate(shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -14,7 +14,7 @@ def allocate(shape: jax.ShapeDtypeStruct) -> jax.Array:
     context holds what is in it. Elsewhere, and without the native library, it is zeros.
     """
     try:
-        if find_platform() == "cpu":
+        if list_candidates()[0] == "cpu":
             native.load_library()
             array: jax.Array = jax.ffi.ffi_call(native.ALLOCATE, shape, has_side_effect=True)()
             return array

@@ -52,6 +52,15 @@ def test_every_allowed_text_fits_the_schema(guide: Guide, tokenizer: Tokenizer) 
     assert {value["b"] for value in found} == {"x", "yy", "数"}
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [(("ba",), "a", "stop"), (("abx", "ababx"), "ababab", "end_of_text"), (("bab", "aba"), "", "stop")],
+)
+def test_a_stop_string_ends_a_text_that_follows(stop: tuple[str, ...], text: str, reason: str, engine: Engine) -> None:
+    done = engine.generate("def", max_tokens=30, constraint=Regex("ababab"), stop=stop, logprobs=0)
+    assert (done.text, done.finish_reason) == (text, reason)
+
+
 def test_an_engine_follows(engine: Engine) -> None:
     """Greedy and drawn, in one place with what else the full program does; the text ends where it must."""
     sampling = SamplingConfig(temperature=1.5, seed=2, repetition_penalty=1.2)

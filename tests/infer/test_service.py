@@ -186,9 +186,33 @@ def test_a_full_queue_takes_nobody(paged: Engine) -> None:
     with pytest.raises(Busy, match="2 requests are waiting, as many as may") as caught:
         service.submit(request)
     assert 1 <= caught.value.retry_after <= 60
+    with pytest.raises(Busy):
+        service.check_room()
     gate.set()
     assert [gather(ticket)[0].finish_reason for ticket in tickets[1:]] == ["max_tokens"] * 2
-    assert service.stats().rejected == 1 and service.stats().queued == 0
+    assert service.stats().rejected == 2 and service.stats().queued == 0
+    service.check_room()
+    assert service.drain(60)
+    with pytest.raises(Closed):
+        service.check_room()
+
+
+def test_idleness_does_not_make_requests_shorter(paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When to come again is said by what requests take, however many there were before a service was idle."""
+    service = serve(paged, rows=1, queue=1)
+    request = Request(tokens=(5, 6), max_tokens=2)
+    for _ in range(4):
+        gather(service.submit(request))
+        assert service.drain(0) or True
+        service._closed = False
+    now = [0.0]
+    monkeypatch.setattr("hsai.infer.service.time.perf_counter", lambda: now[0])
+    service._interval = 40.0
+    for _ in range(3):
+        service.submit(request, on_event=lambda event: now.__setitem__(0, now[0] + 20.0))
+        with service._changed:
+            assert service._changed.wait_for(lambda: service._thread is None, 60)
+    assert 20 <= service._interval <= 40
 
 
 def test_draining_answers_all_and_takes_nobody(paged: Engine) -> None:
@@ -208,19 +232,28 @@ def test_draining_ends_in_time(paged: Engine) -> None:
     assert [gather(ticket)[0].finish_reason for ticket in tickets].count("cancelled") >= 2
 
 
-def test_a_defect_ends_those_that_run_and_nobody_else(paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+class Panic(BaseException):
+    """What a library in Rust raises of itself."""
+
+
+@pytest.mark.parametrize("defect", [RuntimeError, Panic])
+@pytest.mark.parametrize("step", ["prepare_read", "prepare_write", "read", "write"])
+def test_a_defect_ends_those_that_run_and_nobody_else(
+    step: str, defect: type[BaseException], paged: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = serve(paged, rows=1)
-    request = make_requests(1)[0]
+    # Different prompts, whose beginnings lie in no page of the other's.
+    request, other = (dataclasses.replace(make_requests(1)[0], tokens=tuple(range(at, at + 20))) for at in (5, 50))
     wanted = gather(service.submit(request))[1]
-    write, fails = paged.runtime.write, [True]
+    works, fails = getattr(paged.runtime, step), [True]
 
     def fail_once(*arguments: object) -> object:
         if fails.pop() if fails else False:
-            raise RuntimeError("broken on purpose")
-        return write(*arguments)  # type: ignore[arg-type]
+            raise defect("broken on purpose")
+        return works(*arguments)
 
-    monkeypatch.setattr(paged.runtime, "write", fail_once)
-    tickets = [service.submit(request) for _ in range(2)]
+    monkeypatch.setattr(paged.runtime, step, fail_once)
+    tickets = [service.submit(asked) for asked in (other, request)]
     first, second = (gather(ticket) for ticket in tickets)
     assert first[0].finish_reason == "failed" and first[1] == ()
     assert second[0].finish_reason == "max_tokens" and second[1] == wanted

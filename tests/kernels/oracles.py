@@ -1,5 +1,7 @@
 """The meaning of every kernel once more, in numpy float64 and Python loops, sharing no code with the sources."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -92,6 +94,44 @@ def spread(compact: np.ndarray, choices: np.ndarray, m: int) -> np.ndarray:
     return dense
 
 
+def find_rows(indices: np.ndarray, n: int, m: int, choices: np.ndarray | None = None) -> np.ndarray:
+    """int64 (C, F): the row of the dense weight where each kept element stands, from packed indices of 2 bits, and
+    choices as `pack_choices` gives them."""
+    positions = unpack(indices, 2).astype(np.int64)
+    rows = (4 if choices is not None else m) * (np.arange(len(positions)) // n)[:, None] + positions
+    if choices is None:
+        return rows
+    bits = choices.T[:, :, None] >> np.arange(32, dtype=np.uint32) & 1
+    chosen = np.nonzero(bits.reshape(choices.shape[1], -1))[1].reshape(choices.shape[1], -1).T
+    return np.take_along_axis(np.repeat(chosen, indices.shape[1] // choices.shape[1], axis=1), rows, axis=0)
+
+
+def pull_product(
+    x: np.ndarray,
+    weight: np.ndarray,
+    largest: np.ndarray,
+    pull: np.ndarray,
+    *,
+    scale: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The gradients of x (R, D) @ weight (D, F) for `pull` (R, F), each with the magnitudes of its terms.
+
+    Of x, whose terms hold weights of up to `largest` (D, F); then of scale (G, F), or of elements that stand at `rows`
+    (C, F) of the weight.
+    """
+    found = [(pull @ weight.T, np.abs(pull) @ largest.T)]
+    to_weight, terms = x.T @ pull, np.abs(x).T @ np.abs(pull)
+    if scale is not None:
+        # A scale multiplies the levels of its group: its gradient is that of the weight, summed with them.
+        steps, groups = scale_rows(np.ones(weight.shape), scale), (scale.shape[0], -1, scale.shape[1])
+        value, magnitude = ((a / steps).reshape(groups).sum(axis=1) for a in (to_weight * weight, terms * largest))
+        found.append((value, magnitude))
+    if rows is not None:
+        found.append((np.take_along_axis(to_weight, rows, axis=0), np.take_along_axis(terms, rows, axis=0)))
+    return found
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -124,6 +164,53 @@ def attend(
         weights = np.exp(scores - scores.max())
         out[b, t, head] = weights @ v[b, seen, kv_head] / weights.sum()
     return out
+
+
+def pull_attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_positions: np.ndarray,
+    kv_positions: np.ndarray,
+    q_segments: np.ndarray | None,
+    kv_segments: np.ndarray | None,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    pull: np.ndarray,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The gradients of `attend` to q, k and v for `pull` (B, T, N, H), each with the magnitudes of its terms, where a
+    score is off by what its own terms allow."""
+    found = [(np.zeros(a.shape), np.zeros(a.shape)) for a in (q, k, v)]
+    for b, t, head in np.ndindex(*q.shape[:3]):
+        kv_head = head // (q.shape[2] // k.shape[2])
+        distance = q_positions[b, t].astype(np.int64) - kv_positions[b]
+        visible = (distance >= 0) & (distance < (2**32 if window is None else window))
+        if q_segments is not None and kv_segments is not None:
+            visible &= q_segments[b, t] == kv_segments[b]
+        seen = np.flatnonzero(visible)
+        if not seen.size:
+            continue
+        keys, values, row, grad = k[b, seen, kv_head], v[b, seen, kv_head], q[b, t, head], pull[b, t, head]
+        scores, slope = scale * (keys @ row), np.ones(seen.size)
+        if softcap is not None:
+            slope = 1.0 - np.tanh(scores / softcap) ** 2
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        to_scores = scale * slope * weights * (values @ grad - weights @ values @ grad)
+        # A weight is off by what its score is, and the mean of all; a slope by what its score is.
+        terms = abs(scale) * (np.abs(keys) @ np.abs(row))
+        near = weights * (1.0 + terms + weights @ terms)
+        sizes = np.abs(values) @ np.abs(grad)
+        near_scores = abs(scale) * (near * (sizes + weights @ sizes) + weights * (near @ sizes))
+        for into, (by_score, by_weight, others) in enumerate(
+            ((to_scores, weights, (keys, row, grad)), (near_scores, near, [np.abs(a) for a in (keys, row, grad)]))
+        ):
+            found[0][into][b, t, head] = by_score @ others[0]
+            found[1][into][b, seen, kv_head] += np.outer(by_score, others[1])
+            found[2][into][b, seen, kv_head] += np.outer(by_weight, others[2])
+    return found
 
 
 def lose(
@@ -180,3 +267,43 @@ def feed_forward(
     # Neither activation exceeds its argument, nor is it steeper than 1.13: what gate and up may be off by reaches on.
     terms = np.abs(x) @ np.abs(gate) * (np.abs(x) @ np.abs(up))
     return hidden @ down, 2.0 * terms @ np.abs(down)
+
+
+def pull_normalize_and_multiply(
+    x: np.ndarray, gain: np.ndarray, w: np.ndarray, eps: float, pull: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The gradients of `normalize_and_multiply` to x, gain and w for `pull` (R, F), with the magnitudes of terms."""
+    size = np.sqrt(np.mean(x**2, axis=1, keepdims=True) + eps)
+
+    def pull_back(rows: np.ndarray, gain: np.ndarray, w: np.ndarray, pull: np.ndarray, sign: float) -> list[np.ndarray]:
+        back = pull @ w.T
+        shared = rows * np.mean(gain * back * rows, axis=1, keepdims=True)
+        return [(gain * back + sign * shared) / size, np.sum(rows * back, axis=0), (rows * gain).T @ pull]
+
+    operands = (x / size, gain, w, pull)
+    return list(zip(pull_back(*operands, -1.0), pull_back(*map(np.abs, operands), 1.0), strict=True))
+
+
+def pull_feed_forward(
+    x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray, pull: np.ndarray, activation: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The gradients of `feed_forward` to x, gate, up and down for `pull` (R, D), with the magnitudes of their terms."""
+
+    def pull_back(size: Callable[[np.ndarray], np.ndarray], active: np.ndarray, slope: np.ndarray) -> list[np.ndarray]:
+        rows, by_gate, by_up, by_down, grad = map(size, (x, gate, up, down, pull))
+        back, ups = grad @ by_down.T, rows @ by_up
+        to_gates, to_ups = back * ups * slope, back * active
+        return [to_gates @ by_gate.T + to_ups @ by_up.T, rows.T @ to_gates, rows.T @ to_ups, (active * ups).T @ grad]
+
+    a, terms = x @ gate, np.abs(x) @ np.abs(gate)
+    if activation == "silu":
+        chance = 1.0 / (1.0 + np.exp(-a))
+        active, slope = a * chance, chance * (1.0 + a * (1.0 - chance))
+    else:
+        inner, inner_slope = a + 0.044715 * a**3, 1.0 + 3 * 0.044715 * a**2
+        bent = np.tanh(np.sqrt(2.0 / np.pi) * inner)
+        active = 0.5 * a * (1.0 + bent)
+        slope = 0.5 * (1.0 + bent) + 0.5 * a * (1.0 - bent**2) * np.sqrt(2.0 / np.pi) * inner_slope
+    # An activation is no steeper than 1.13, and its slope no steeper than 1: by so much they are off with the gate.
+    near = pull_back(np.abs, np.abs(active) + 1.13 * terms, np.abs(slope) + terms)
+    return list(zip(pull_back(lambda operand: operand, active, slope), near, strict=True))

@@ -78,6 +78,28 @@ def test_pages_match_the_oracle(
     assert_close(out, paged.ask_oracle(arrays, exact, **options), float(np.abs(exact[1]).max()), dtype)
 
 
+LOW, HIGH = -(2**31), 2**31 - 1
+
+
+@pytest.mark.parametrize("platform", INTERPRETERS)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ([LOW, LOW + 1, 0, HIGH - 1, HIGH], [LOW, LOW + 1, -1, 0, HIGH - 1, HIGH]),
+        ([-2, 0, 1, 2, 3], [0, 1, 2, 3, HIGH, HIGH]),  # a query of no key, in front of empty slots
+    ],
+)
+def test_positions_at_the_ends_of_int32(platform: str, window: int | None, queries: list[int], keys: list[int]) -> None:
+    """Differences that leave int32 are not the distances of positions."""
+    shape = AttentionShape(batch=1, queries=5, keys=6, heads=1, kv_heads=1, head_dim=8)
+    arrays, k, v = draw(shape, "float32", "float32")
+    arrays |= {"q_positions": jnp.asarray([queries], jnp.int32), "kv_positions": jnp.asarray([keys], jnp.int32)}
+    with INTERPRETERS[platform]():
+        out = jax.jit(functools.partial(attention, window=window, implementation=platform))(**arrays)
+    assert_close(out, ask_oracle(arrays, k, v, window=window), float(np.abs(v).max()), "float32")
+
+
 @pytest.mark.parametrize("platform", INTERPRETERS)
 @pytest.mark.parametrize(("cache", "name"), [("int8", "k_scale"), ("int4", "v_scale")])
 def test_a_scale_that_is_no_number_spoils_its_row_only(platform: str, cache: str, name: str) -> None:

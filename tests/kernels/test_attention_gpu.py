@@ -18,7 +18,7 @@ from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.gpu_blocks import Tile
 from hsai_kernels.ops.attention.reference import attention_reference
 from hsai_kernels.ops.attention.shapes import SHAPES, AttentionShape
-from tests.kernels.test_attention import _ask_oracle, _draw
+from tests.kernels.test_attention import _ask_oracle, _draw, check_gradients
 from tests.kernels.tolerances import assert_close
 
 TILE = Tile(rows=16, keys=16)
@@ -56,17 +56,7 @@ def test_gradients_match_finite_differences(options: dict[str, Any]) -> None:
 
     with interpret_gpu():
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands)
-    exact = [np.asarray(a, np.float64) for a in operands]
-    step = 1e-5
-    for index, gradient in enumerate(gradients):
-        direction = rng.standard_normal(exact[index].shape)
-        moved = [
-            [a + sign * step * direction if i == index else a for i, a in enumerate(exact)] for sign in (1.0, -1.0)
-        ]
-        high, low = (np.sum(_ask_oracle(*m, arrays, **options) * weights) for m in moved)
-        terms = np.asarray(gradient, np.float64) * direction
-        # The float64 oracle's own error is about step**2; the gradient's is float32 rounding over its terms.
-        assert_close(np.sum(terms), np.asarray((high - low) / (2 * step)), np.sum(np.abs(terms)) + 10.0, "float32")
+    check_gradients(gradients, operands, arrays, options, weights)
 
 
 def draw_blocks(dtype: str, head_dim: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:
@@ -146,7 +136,7 @@ def test_decoding_splits_the_keys() -> None:
     options = {"window": None, "softcap": None, "scale": 24**-0.5, "tiles": {"forward": TILE}}
     with interpret_gpu():
         out = jax.jit(lambda q, k, v: attention_gpu(q, k, v, *arrays.values(), None, None, **options))(q, k, v)
-    assert_close(out, _ask_oracle(q, k, v, arrays), 4.0, "float32")
+    assert_close(out, _ask_oracle(q, k, v, arrays), float(np.abs(v).max()), "float32")
     assert np.all(np.asarray(out[2]) == 0)
 
 

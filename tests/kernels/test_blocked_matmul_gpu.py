@@ -17,6 +17,7 @@ from hsai_kernels.gpu_product import ProductTile
 from hsai_kernels.interpret import interpret_gpu
 from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
 from hsai_kernels.ops.sparse_matmul.shapes import BLOCKED_SHAPES, SparseShape
+from tests.kernels import oracles
 from tests.kernels.test_sparse_matmul import _draw as draw
 from tests.kernels.tolerances import assert_close
 
@@ -86,23 +87,24 @@ def test_choices_of_too_few_or_too_many_are_read_within_their_bounds() -> None:
 
 
 @pytest.mark.parametrize("kind", ["float32", "int4"])
-def test_gradients_are_the_references(kind: str) -> None:
-    (x, *weight), *_ = draw(BLOCKED_SHAPES[1], kind, "float32")
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((3, 48)), jnp.float32)
-    multiply = functools.partial(sparse_matmul, n=1, m=8)
+def test_gradients_match_the_oracle(kind: str) -> None:
+    (x, *weight), exact, dense = draw(BLOCKED_SHAPES[1], kind, "float32")
+    _, indices, scale, choices = weight
+    cotangent = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
 
-    def pull(x: jax.Array, *weight: jax.Array, implementation: str) -> Any:
-        return jax.vjp(functools.partial(multiply, implementation=implementation), x, *weight)[1](cotangent)
+    def pull(x: jax.Array, *weight: jax.Array) -> Any:
+        return jax.vjp(functools.partial(sparse_matmul, n=1, m=8, implementation="gpu"), x, *weight)[1](cotangent)
 
-    found = run(pull, x, *weight, implementation="gpu")
-    wanted = jax.jit(functools.partial(pull, implementation="reference"))(x, *weight)
-    assert len(jax.tree.leaves(found)) == (5 if kind == "int4" else 4)
-    for gradient, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert gradient.dtype == expected.dtype
-        if gradient.dtype != jax.dtypes.float0:
-            exact = np.asarray(expected, np.float64)
-            assert np.any(exact != 0)
-            assert_close(gradient, exact, np.abs(exact).max() + 1.0, "float32")
+    leaves = jax.tree.leaves(run(pull, x, *weight))
+    assert len(leaves) == (5 if kind == "int4" else 4)
+    found = [a for a in leaves if a.dtype != jax.dtypes.float0]
+    where: dict[str, Any] = {"scale": np.asarray(scale, np.float64)}
+    if kind == "float32":
+        where = {"rows": oracles.find_rows(np.asarray(indices), 1, 8, np.asarray(choices))}
+    wanted = oracles.pull_product(exact, dense, np.abs(dense), cotangent.astype(np.float64), **where)
+    for gradient, (expected, magnitude) in zip(found, wanted, strict=True):
+        assert np.any(expected != 0)
+        assert_close(gradient, expected, magnitude, "float32")
 
 
 def test_the_automatic_choice_takes_it_and_falls_back() -> None:

@@ -77,14 +77,18 @@ def test_gradients_match_finite_differences() -> None:
     def oracle(*operands: np.ndarray) -> np.ndarray:
         return oracles.normalize_and_multiply(*operands, EPS)[0]
 
+    def pull(x: np.ndarray, gain: np.ndarray, w: np.ndarray, pull: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return oracles.pull_normalize_and_multiply(x, gain, w, EPS, pull)
+
     check_slopes(
         functools.partial(norm_matmul, eps=EPS, implementation="reference"),
         oracle,
+        pull,
         draw(NormShape(lead=(3,), contraction=16, columns=5), "float32"),
     )
     with interpret_tpu():
         kernel = functools.partial(multiply_in_blocks, eps=EPS, blocks=(16, 128))
-        check_slopes(kernel, oracle, draw(NormShape(lead=(3,), contraction=128, columns=5), "float32"))
+        check_slopes(kernel, oracle, pull, draw(NormShape(lead=(3,), contraction=128, columns=5), "float32"))
 
 
 def test_a_row_of_zeros_gives_zeros() -> None:

@@ -22,6 +22,7 @@ from hsai_kernels.ops.quantized_matmul.shapes import QuantizedShape
 from hsai_kernels.ops.sparse_matmul.gpu import sparse_matmul_gpu
 from hsai_kernels.ops.sparse_matmul.shapes import EIGHTHS, SparseShape
 from hsai_kernels.ops.sparse_matmul.shapes import SHAPES as SPARSE_SHAPES
+from tests.kernels import oracles
 from tests.kernels.test_quantized_matmul import _draw as draw_quantized
 from tests.kernels.test_quantized_matmul import _draw_minima as draw_minima
 from tests.kernels.test_sparse_matmul import _draw as draw_sparse
@@ -107,25 +108,27 @@ def test_a_contraction_that_is_split(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "2:4", "2:4 int4"])
-def test_gradients_are_the_references(kind: str) -> None:
+def test_gradients_match_the_oracle(kind: str) -> None:
+    rows = None
     if kind.startswith("2:4"):
-        (x, *weight), *_ = draw_sparse(SPARSE_SHAPES[3], "int4" if "int4" in kind else "float32", "float32")
+        (x, *weight), exact, dense = draw_sparse(SPARSE_SHAPES[3], "int4" if "int4" in kind else "float32", "float32")
         function: Callable[..., jax.Array] = functools.partial(sparse_matmul, n=2, m=4)
+        largest, scale = np.abs(dense), weight[2]
+        if scale is None:
+            rows = oracles.find_rows(np.asarray(weight[1]), 2, 4)
     else:
-        (x, *weight), *_ = draw_quantized(QUANTIZED_SHAPES[3], kind, "float32")
-        function = quantized_matmul
-    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16)), jnp.float32)
+        (x, *weight), exact, dense, largest = draw_quantized(QUANTIZED_SHAPES[3], kind, "float32")
+        function, scale = quantized_matmul, weight[1]
+    cotangent = np.random.default_rng(1).standard_normal((2, 16)).astype(np.float32)
 
-    def pull(x: jax.Array, *weight: jax.Array, implementation: str) -> Any:
-        return jax.vjp(functools.partial(function, implementation=implementation), x, *weight)[1](cotangent)
+    def pull(x: jax.Array, *weight: jax.Array) -> Any:
+        return jax.vjp(functools.partial(function, implementation="gpu"), x, *weight)[1](cotangent)
 
-    found = run(pull, x, *weight, implementation="gpu")
-    wanted = jax.jit(functools.partial(pull, implementation="reference"))(x, *weight)
-    for gradient, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert gradient.dtype == expected.dtype
-        if gradient.dtype != jax.dtypes.float0:
-            exact = np.asarray(expected, np.float64)
-            assert_close(gradient, exact, np.abs(exact).max() + 1.0, "float32")
+    found = [a for a in jax.tree.leaves(run(pull, x, *weight)) if a.dtype != jax.dtypes.float0]
+    scales = None if scale is None else np.asarray(scale, np.float64)
+    wanted = oracles.pull_product(exact, dense, largest, cotangent.astype(np.float64), scale=scales, rows=rows)
+    for gradient, (expected, magnitude) in zip(found, wanted, strict=True):
+        assert_close(gradient, expected, magnitude, "float32")
 
 
 def test_vmap_and_scan() -> None:

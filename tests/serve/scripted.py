@@ -85,6 +85,10 @@ class ScriptedService:
         self.ended: dict[str, int] = {}
         self.drained: list[float | None] = []
 
+    def check_room(self) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
     def submit(self, request: Request, *, on_event: OnEvent | None = None) -> Ticket:
         if self.refusal is not None:
             raise self.refusal

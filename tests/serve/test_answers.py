@@ -150,7 +150,7 @@ def test_logprobs_of_a_chat(top: int | None, server: RunningServer, service: Scr
 
 
 def test_logprobs_of_a_completion(server: RunningServer) -> None:
-    texts = [server.engine.tokenizer.decode_bytes([token]).decode(errors="replace") for token in (10, 11, 12)]
+    texts = [server.engine.tokenizer.decode_bytes([token]).decode() for token in (10, 11, 12)]
     offsets = [0, len(texts[0]), len(texts[0] + texts[1])]
     wanted = {
         "tokens": texts,
@@ -175,4 +175,22 @@ def test_what_json_cannot_hold(form: Any, engine: Engine) -> None:
     found = tuple(TokenLogprob(token, float("-inf"), ((token, float("-inf")),)) for token in (half, special))
     event = Event(logprobs=found, finish_reason="stop", usage=make_usage(request))
     text = json.dumps(form(MODEL, tokenizer, logprobs=True).whole(event), allow_nan=False)
-    assert "-9999.0" in text and "\\ufffd" in text and tokenizer.name(special) in text
+    name = "\\ufffd" if form is ChatAnswer else json.dumps("bytes:\\x")[1:-1]
+    assert "-9999.0" in text and name in text and tokenizer.name(special) in text
+
+
+def test_parts_of_characters_have_names_of_their_own(engine: Engine) -> None:
+    """Alternatives that are no text alone are as many as there are, and the texts' places are those of the whole."""
+    tokenizer = engine.tokenizer
+    tokens = tokenizer.encode("數x")
+    parts, last = tokens[:-1], tokens[-1]
+    assert len(parts) > 1
+    top = tuple((token, -0.5 - rank) for rank, token in enumerate(parts))
+    found = tuple(TokenLogprob(token, -0.25, top) for token in tokens)
+    request = type("Asked", (), {"tokens": (1,)})()
+    event = Event(text="數x", logprobs=found, finish_reason="stop", usage=make_usage(request))
+    logprobs = CompletionAnswer(MODEL, tokenizer, logprobs=True).whole(event)["choices"][0]["logprobs"]
+    names = ["bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.decode_bytes([token])) for token in parts]
+    assert logprobs["tokens"] == [*names, tokenizer.decode([last])]
+    assert logprobs["top_logprobs"] == [{name: -0.5 - rank for rank, name in enumerate(names)}] * len(tokens)
+    assert logprobs["text_offset"] == [0] * len(parts) + [1]

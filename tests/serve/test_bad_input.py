@@ -1,6 +1,7 @@
 """Whatever comes over the wire: an error object or a dropped connection, and the server goes on."""
 
 import concurrent.futures
+import json
 import random
 import re
 import socket
@@ -186,8 +187,17 @@ def test_sizes(engine: Engine) -> None:
     ],
 )
 def test_what_is_hardly_http(data: bytes, server: RunningServer) -> None:
-    answer = exchange(server, data)
-    assert not answer or re.match(rb"HTTP/1.1 [124]\d\d ", answer)
+    check_answer(exchange(server, data))
+
+
+def check_answer(answer: bytes) -> None:
+    """Nothing, an answer (of a request that is one after all), or OpenAI's object of an error."""
+    if not answer or (status := re.match(rb"HTTP/1.1 ([124]\d\d) ", answer)) is None or status[1][:1] != b"4":
+        assert not answer or status is not None
+        return
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head.lower(), answer
+    assert json.loads(body)["error"]["message"], answer
 
 
 def test_noise(server: RunningServer) -> None:
@@ -200,8 +210,7 @@ def test_noise(server: RunningServer) -> None:
         for _ in range(draw.randint(1, 4)):
             place = draw.randrange(len(data))
             data[place : place + draw.randint(0, 3)] = draw.randbytes(draw.randint(0, 3))
-        answer = exchange(server, bytes(data))
-        assert not answer or re.match(rb"HTTP/1.1 [124]\d\d ", answer), bytes(data)
+        check_answer(exchange(server, bytes(data)))
 
 
 def test_requests_are_not_confused(server: RunningServer, service: ScriptedService) -> None:

@@ -142,7 +142,8 @@ def test_a_second_signal_ends_it_at_once(engine: Engine, caplog: pytest.LogCaptu
 
     def script(ticket: Ticket) -> Iterator[Event]:
         yield Event(text="a", tokens=(1,))
-        busy.wait(30)
+        busy.wait(60)
+        busy.set()
         yield Event(finish_reason="cancelled", usage=make_usage(ticket.request))
 
     service.script = script
@@ -154,11 +155,12 @@ def test_a_second_signal_ends_it_at_once(engine: Engine, caplog: pytest.LogCaptu
             eventually(lambda: service.drained)
             os.kill(os.getpid(), signal.SIGTERM)
             found.append(last_event(response))
+            assert not busy.is_set()
         threading.Timer(0.5, busy.set).start()
 
     _, lasted = serve(engine, service, 600.0, act)
     assert found[0]["error"]["code"] == "shutting_down" and lasted < 60
-    assert 0.0 in service.drained
+    assert service.drained[:2] == [600.0, 0.0]
     assert caplog.records == []  # the last event came when nobody was there any more
 
 

@@ -170,6 +170,8 @@ def choose_tiles(rows: int, keys: int, head_dim: int, dtype: Any, *, narrow: boo
     shape = f"head dim {width}{', few rows' if rows <= FEW_ROWS else ''}"
     if narrow and (name, width) in NARROW_TILES:
         own, shape = own | {"forward": NARROW_TILES[name, width]}, f"{shape}, narrow cache"
+    if narrow:  # gradients are not this backend's
+        own = {"forward": own["forward"]}
 
     def fit(sides: Sides) -> Sides:
         return {**sides, "rows": fit_block(sides["rows"], rows), "keys": fit_block(sides["keys"], keys)}

@@ -192,10 +192,11 @@ def specify_key_scales(plan: Plan, tile: Tile) -> pl.BlockSpec:
 
 def find_visible(plan: Plan, at_q: Marks, at_k: Marks, real: jax.Array | None) -> jax.Array:
     """bool: who sees whom, where rows and keys lie on different axes; `real` masks keys or rows that are none."""
-    distance = at_q[0] - at_k[0]
-    visible = distance >= 0
+    visible = at_k[0] <= at_q[0]
     if plan.window is not None:
-        visible &= distance < plan.window
+        # Positions further apart than int32 reaches have a negative distance.
+        distance = at_q[0] - at_k[0]
+        visible &= (distance >= 0) & (distance < plan.window)
     if len(at_q) > 1:
         visible &= at_q[1] == at_k[1]
     return visible if real is None else visible & real
@@ -230,7 +231,8 @@ def find_reach(plan: Plan, rows: int, keys: int, at_q: Marks, at_k: Marks) -> ja
     )
     reach = low_k <= high_q
     if plan.window is not None:
-        reach &= low_q - high_k < plan.window
+        # Where a query is before all keys the difference may leave int32; where none is, it is then negative.
+        reach &= (low_q < high_k) | (low_q - high_k < plan.window)
     if len(at_q) > 1:
         (low_q, high_q), (low_k, high_k) = (
             tuple(x[:, :, None] for x in bounds_q[1]),

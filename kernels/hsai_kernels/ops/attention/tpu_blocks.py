@@ -151,7 +151,8 @@ def _may_see(window: int | None, rows: list[tuple[Any, Any]], keys: list[tuple[A
     (low_row, high_row), (low_key, high_key) = rows[0], keys[0]
     met = low_key <= high_row
     if window is not None:
-        met &= low_row - high_key < window
+        # Where a row is before the last key the difference may leave int32; where none is, it is then negative.
+        met &= (low_row < high_key) | (low_row - high_key < window)
     if len(rows) > 1:
         met &= (rows[1][0] <= keys[1][1]) & (keys[1][0] <= rows[1][1])
     return met
@@ -170,7 +171,9 @@ def find_visible(options: Options, at_rows: list[jax.Array], at_keys: list[jax.A
     """bool: which keys a row sees. Marks of rows broadcast against marks of keys and `keys`, the index of each key."""
     visible = at_keys[0] <= at_rows[0]
     if options.window is not None:
-        visible &= at_rows[0] - at_keys[0] < options.window
+        # Positions further apart than int32 reaches have a negative distance.
+        distance = at_rows[0] - at_keys[0]
+        visible &= (distance >= 0) & (distance < options.window)
     if len(at_rows) > 1:
         visible &= at_rows[1] == at_keys[1]
     return visible & (keys < options.keys)

@@ -119,3 +119,16 @@ def test_it_answers_and_drains(bundle: Path) -> None:
         output, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (0, "")
     assert output == "stopping: running requests get their answers first\n"
+
+
+def test_without_time_to_drain_what_runs_ends_with_an_error(bundle: Path) -> None:
+    """A request that still waits for its programs; the end is a good one all the same."""
+    body = {"model": "served", "prompt": "def", "max_tokens": 40, "temperature": 0, "stream": True}
+    with serving(bundle, "--name", "served", "--drain-seconds", "0") as (process, url):
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
+            assert response.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            events = response.read().decode().removesuffix("\n\n").split("\n\n")
+        assert json.loads(events[-1][6:])["error"]["code"] == "shutting_down"
+        output, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")

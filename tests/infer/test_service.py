@@ -46,9 +46,9 @@ def stored(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Engine:
     return make_engine(tokenizer, request.param)
 
 
-def serve(engine: Engine, **options: int) -> Service:
+def serve(engine: Engine, *, tokens: int = 4 * 48, **options: int) -> Service:
     """A service with as much cache as all others here, so that they share programs."""
-    return Service(engine, tokens=4 * 48, **options)
+    return Service(engine, tokens=tokens, **options)
 
 
 @pytest.fixture
@@ -106,10 +106,18 @@ def test_with_rounded_activations_too(name: str, tokenizer: Tokenizer, monkeypat
     check_company(make_engine(tokenizer, name=name, activations="int8"), "full", monkeypatch)
 
 
-def check_company(paged: Engine, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """18 requests on eight rows, some coming while others are written: each as it was alone."""
-    requests = make_requests(18, kind)
-    alone = [gather(serve(paged, rows=1).submit(request)) for request in requests]
+def test_among_sixteen_rows_too(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where activations have 8 bits, products are of integers for any number of rows, on every processor."""
+    check_company(make_engine(tokenizer, activations="int8"), "drawn", monkeypatch, rows=16, cached=16 * 48)
+
+
+def check_company(
+    paged: Engine, kind: Kind, monkeypatch: pytest.MonkeyPatch, *, rows: int = 8, cached: int = 4 * 48
+) -> None:
+    """More than twice as many requests as rows, some coming while others are written: each as it was alone."""
+    count = 2 * rows + 2
+    requests = make_requests(count, kind)
+    alone = [gather(serve(paged, rows=1, tokens=cached).submit(request)) for request in requests]
     write, blocks = paged.runtime.write, set()
 
     def watch(rows: Rows, extras: Extras | None, steps: int, kind: Kind, *others: Any) -> Any:
@@ -117,20 +125,20 @@ def check_company(paged: Engine, kind: Kind, monkeypatch: pytest.MonkeyPatch) ->
         return write(rows, extras, steps, kind, *others)
 
     monkeypatch.setattr(paged.runtime, "write", watch)
-    service = serve(paged, rows=8, queue=18)
-    tickets = [service.submit(request) for request in requests[:14]]
+    service = serve(paged, rows=rows, tokens=cached, queue=count)
+    tickets = [service.submit(request) for request in requests[:-4]]
     while service.stats().queued > 2:
         time.sleep(0.01)
-    tickets += [service.submit(request) for request in requests[14:]]
+    tickets += [service.submit(request) for request in requests[-4:]]
     together = [gather(ticket) for ticket in tickets]
-    assert (8, kind) in blocks and service.drain(60)
+    assert (rows, kind) in blocks and service.drain(60)
     for request, (last, tokens, text), (ended, found, found_text) in zip(requests, alone, together, strict=True):
         assert (found, found_text, ended.finish_reason) == (tokens, text, last.finish_reason)
         assert last.finish_reason in ("max_tokens", "end_of_text") and len(tokens) <= request.max_tokens
         assert last.usage is not None and last.usage.new_tokens == len(tokens)
         assert text == paged.tokenizer.decode(tokens)
     stats = service.stats()
-    assert sum(stats.finished.values()) == 18 and stats.finished["failed"] == 0
+    assert sum(stats.finished.values()) == count and stats.finished["failed"] == 0
     assert stats.prompt_tokens == sum(len(request.tokens) for request in requests)
     assert stats.new_tokens == sum(len(tokens) for _, tokens, _ in together)
     assert 0 < stats.cached_tokens < stats.prompt_tokens and stats.pages_reusable > 0

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
+from hsai.allocator import share_heaps
 from hsai.cli.answers import add_activations_argument, trace_engine
 from hsai.cli.drafting import add_drafting_arguments, check_drafting_arguments
 from hsai.cli.parser import Parser
@@ -93,6 +94,7 @@ def run(parser: Parser, argv: list[str]) -> None:
         from hsai.serve.server import listen, name_address, run_server
     except ModuleNotFoundError as error:
         raise InputError(f"hsai serve needs {error.name}: pip install 'hsai[serve]'") from error
+    share_heaps()
     limits = Limits(body_bytes=arguments.max_body_bytes, seconds=arguments.request_seconds)
     with listen(arguments.host, arguments.port) as listener:  # first: nothing is loaded in vain
         engine = trace_engine(arguments, context=arguments.context)

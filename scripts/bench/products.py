@@ -83,7 +83,7 @@ FORMATS: list[tuple[str, Any, Callable[..., jax.Array]]] = [
 ]
 """Each weight format as it is by default, and what else the kernels multiply by."""
 
-SHAPES = ((2048, 5632), (4096, 4096), (4096, 14336))
+SHAPES = ((2048, 5632), (4096, 14336))
 """(D, F)."""
 
 DECODE_ROWS = 8

@@ -30,7 +30,7 @@ def _find_library() -> ctypes.CDLL | None:
 
 _library = _find_library()
 _lock = threading.Lock()
-_last = float("-inf")
+_last = time.monotonic()
 
 
 def share_heaps() -> None:
@@ -40,15 +40,16 @@ def share_heaps() -> None:
         _library.mallopt(_M_ARENA_MAX, HEAPS)
 
 
-def return_freed_memory() -> bool:
-    """Returns to the system what is free in all heaps, if the last time was long ago; from any thread.
+def return_freed_memory(*, every: float = EVERY_SECONDS) -> bool:
+    """Returns to the system what is free in all heaps, if the last time, or the begin, was `every` seconds ago; from any
+    thread.
 
     Returns: whether it was done; never where the C library is not glibc.
     """
     global _last
     with _lock:
         now = time.monotonic()
-        if _library is None or now - _last < EVERY_SECONDS:
+        if _library is None or now - _last < every:
             return False
         _last = now
     _library.malloc_trim(0)

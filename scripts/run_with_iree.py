@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 KINDS = {"float32": "FLOAT_32", "bfloat16": "BFLOAT_16", "int8": "SINT_8", "int32": "SINT_32", "uint8": "UINT_8"}
 KINDS |= {"uint16": "UINT_16", "uint32": "UINT_32"}
-TARGET = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
+CPU = "--iree-hal-local-target-device-backends=llvm-cpu", "--iree-llvmcpu-target-cpu=host"
+FLAGS = ["--iree-hal-target-device=local", *CPU]
 CONFIG = rt.Config("local-task")
 
 
@@ -34,8 +35,7 @@ def place(array: np.ndarray) -> rt.HalBufferView:
 
 def compile_graph(path: Path) -> rt.FunctionInvoker:
     """The function of a StableHLO module, compiled for this machine's CPU."""
-    flags = [*TARGET, "--iree-llvmcpu-target-cpu=host"]
-    code = iree.compiler.compile_file(str(path), input_type="stablehlo", extra_args=flags)
+    code = iree.compiler.compile_file(str(path), input_type="stablehlo", extra_args=FLAGS)
     module = rt.VmModule.copy_buffer(CONFIG.vm_instance, code)
     context = rt.VmContext(CONFIG.vm_instance, [*CONFIG.default_vm_modules, module])
     return rt.FunctionInvoker(context, CONFIG.device, module.lookup_function("main"))
@@ -50,8 +50,7 @@ def main(directory: Path, prompt: str, count: int) -> None:
     prefill = max((g for g in manifest["graphs"] if g["step"] == "prefill"), key=lambda graph: graph["tokens"])
     decode = next(g for g in manifest["graphs"] if g["step"] == "decode")
     if len(ids) + count - 1 > decode["slots"]:  # the last new token is not read
-        what = f"{len(ids)} tokens of the prompt and {count} new ones"
-        print(f"run_with_iree.py: {what} do not fit a context of {decode['slots']}", file=sys.stderr)
+        print(f"run_with_iree.py: {len(ids)} + {count} tokens exceed a context of {decode['slots']}", file=sys.stderr)
         sys.exit(2)
     programs = {graph["name"]: compile_graph(directory / graph["stablehlo_file"]) for graph in (prefill, decode)}
     state = {array["name"]: place(np.zeros(array["shape"], array["dtype"])) for array in decode["inputs"]}
@@ -69,8 +68,7 @@ def main(directory: Path, prompt: str, count: int) -> None:
     made = [step(prefill, ids[at : at + prefill["tokens"]]) for at in range(0, len(ids), prefill["tokens"])][-1:]
     while len(made) < count:
         made.append(step(decode, made[-1:]))
-    print(prompt + tokenizer.decode(made))
-    print(*made)
+    print(prompt + tokenizer.decode(made), " ".join(map(str, made)), sep="\n")
 
 
 if __name__ == "__main__":

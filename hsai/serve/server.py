@@ -123,7 +123,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         gc.collect()
         gc.freeze()
-        return_freed_memory()
+        return_freed_memory(every=0)
         self._on_ready()
 
     @contextlib.contextmanager

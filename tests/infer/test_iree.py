@@ -78,5 +78,5 @@ def test_a_context_that_is_too_short_is_said_at_once(bundles: dict[str, Path]) -
     """With the prefix there are 40 tokens; of 48 slots none is for the last new one."""
     done = run_script(bundles["dense"], "\x01" * 39, 10)
     assert (done.returncode, done.stdout) == (2, "")
-    message = "run_with_iree.py: 40 tokens of the prompt and 10 new ones do not fit a context of 48\n"
+    message = "run_with_iree.py: 40 + 10 tokens exceed a context of 48\n"
     assert done.stderr == message

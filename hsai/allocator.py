@@ -41,8 +41,9 @@ def share_heaps() -> None:
 
 
 def return_freed_memory(*, every: float = EVERY_SECONDS) -> bool:
-    """Returns to the system what is free in all heaps, if the last time, or the begin, was `every` seconds ago; from any
-    thread.
+    """Returns to the system what is free in all heaps, if the last time, or the begin, was `every` seconds ago.
+
+    From any thread.
 
     Returns: whether it was done; never where the C library is not glibc.
     """

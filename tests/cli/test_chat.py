@@ -75,12 +75,15 @@ def test_at_a_terminal_nothing_but_the_user_ends_it(
     talk: Callable[[str, Answers], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C ends the answer, or begins the line anew; a message that cannot be answered is told."""
-    answers = Answers(None, KeyboardInterrupt(), InputError("the prompt is too long"), None)
-    assert talk("one\ntwo\n^C\nthree\nfour\n", answers) == 0
+    answers = Answers(
+        None, KeyboardInterrupt(), InputError("the prompt is too long"), RuntimeError("the engine failed"), None
+    )
+    assert talk("one\ntwo\n^C\nthree\nfour\nfive\n", answers) == 0
     printed = capsys.readouterr()
-    assert answers.messages == ["one", "two", "three", "four"]
-    assert printed.out == "> An answer.\n> An ans\n> > An ans> An answer.\n> \n"
+    assert answers.messages == ["one", "two", "three", "four", "five"]
+    assert printed.out == "> An answer.\n> An ans\n> > An ans> An ans> An answer.\n> \n"
     assert "[it took long]" in printed.err and "error: the prompt is too long\n" in printed.err
+    assert "error: the engine failed\n" in printed.err
     assert "/quit or Ctrl-D ends the conversation" in printed.err
 
 
@@ -93,6 +96,16 @@ def test_without_a_terminal_everything_ends_it(
         monkeypatch.setattr(chat, "Conversation", lambda *arguments, answers=answers, **options: answers)
         assert main(["chat", str(talking)]) == status
         assert answers.messages == ["one"]
+
+
+def test_lines_that_are_no_text_are_refused(
+    talking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where Python's own input is strict about it."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8", errors="strict"))
+    assert main(["chat", str(talking)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "\\udce9" in error and "Traceback" not in error
 
 
 def test_chats_that_cannot_be(workshop: Workshop, talking: Path, refuse: Refuse) -> None:

@@ -115,6 +115,7 @@ def test_who_cannot_draft(workshop: Workshop, tmp_path: Path, refuse: Refuse) ->
         (["x", "--repetition-penalty", "0"], ("repetition_penalty=0.0", "positive")),
         (["x", "--stop", ""], ("stop", "0 characters")),
         (["x", "--regex", "("], ("regular expression", "unclosed group")),
+        (["x", "--regex", "caf\udce9"], ("regular expression", "not valid UTF-8 at character 3")),
         (["x", "--regex", "a", "--json-schema", "s"], ("--json-schema", "--regex")),
         (["x", "--json-schema", "missing.json"], ("missing.json",)),
         (["x", "--seed", "-1"], ("--seed -1", "4294967295")),

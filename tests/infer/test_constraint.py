@@ -83,6 +83,8 @@ def test_an_engine_follows(engine: Engine) -> None:
         (JsonSchema('{"not": {"type": "string"}}'), "the JSON schema cannot be used: Unimplemented keys"),
         (JsonSchema("{"), "the JSON schema is not JSON"),
         (JsonSchema("[" * 30000), "the JSON schema is not JSON"),
+        (JsonSchema('{"const": "\udce9"}'), "the JSON schema is not valid UTF-8 at character 11"),
+        (Regex("a\udce9"), "the regular expression is not valid UTF-8 at character 1"),
         (JsonSchema("3"), "the JSON schema is int, not an object"),
     ],
 )

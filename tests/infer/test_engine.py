@@ -141,6 +141,11 @@ def test_speed_that_cannot_be_measured_is_refused(options: dict[str, int], messa
         engine.decode_speeds(**options)
 
 
+def test_a_string_is_not_its_characters(engine: Engine) -> None:
+    with pytest.raises(InputError, match="stop is the string 'END'; valid is a sequence of strings"):
+        engine.generate("def", stop="END")
+
+
 def test_a_text_ends_before_a_stop_string(engine: Engine) -> None:
     """Also where it begins in one token and ends in another; nothing of it is shown."""
     whole = engine.generate("def", max_tokens=30, sampling=SamplingConfig(temperature=1.5, seed=1))

@@ -9,7 +9,8 @@ matrix of the calibration text, and measures its own files; hsai measures MODEL 
 chunks of the held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained
 on, as for `hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with
 float32 ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated
-on other tokens is refused, and chunks that stand in the calibration text are left out. Bytes are those of all weights,
+on other tokens is refused, and chunks that stand in the calibration text are left out. Ratios to the dense model are
+of each side's own, with the standard error of the differences, token by token. Bytes are those of all weights,
 norm gains included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
@@ -32,7 +33,7 @@ from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 from hsai.cli.corpora import open_own_corpus
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.errors import InputError
-from hsai.evaluate.metrics import Metric
+from hsai.evaluate.metrics import Metric, compare
 from hsai.evaluate.perplexity import read_text
 from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelSource, inspect_model, open_model
@@ -74,9 +75,13 @@ def main() -> None:
         if len(pairs) < most:
             say(f"{len(pairs)} chunks are left of the {most} that were asked for: others stand in the calibration text")
 
+        dense_of: dict[str, Metric] = {}
+
         def note(
             name: str, side: str, held: int, found: Metric, rounded: Metric | None = None, recipe: str | None = None
         ) -> None:
+            # Of the same tokens, one by one: that some of them are hard is no error of the ratio.
+            ratio = compare(dense_of.setdefault(side, found), found)
             rows.append(
                 {
                     "dense": arguments.model.name,
@@ -87,6 +92,8 @@ def main() -> None:
                     "bits_per_weight": 8 * held / size,
                     "perplexity": found.value,
                     "standard_error": found.standard_error,
+                    "ratio": ratio.value,
+                    "ratio_standard_error": ratio.standard_error,
                     "rounded": None if rounded is None else rounded.value,
                     "n": found.n,
                 }

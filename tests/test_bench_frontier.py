@@ -60,6 +60,12 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
     assert rows["ours"]["rounded"] == pytest.approx(rows["ours"]["perplexity"], rel=0.02)
     assert rows["ours"]["rounded"] != rows["ours"]["perplexity"]
     assert rows["dense"]["bits_per_weight"] == 32.0
+    for row in rows.values():
+        own = rows["dense" if row["side"] == "hsai" else "F32"]
+        assert row["ratio"] == pytest.approx(row["perplexity"] / own["perplexity"], rel=1e-9)
+    # Token by token: far less than by the errors of both.
+    assert 0 < rows["ours"]["ratio_standard_error"] < 0.2 * rows["ours"]["standard_error"] / rows["ours"]["perplexity"]
+    assert rows["dense"]["ratio"] == 1 and rows["F32"]["ratio_standard_error"] == 0
     assert 8 < rows["ours"]["bits_per_weight"] < 9 and 8 < rows["Q8_0"]["bits_per_weight"] < 10
     assert rows["Q4_0"]["bytes"] < rows["Q8_0"]["bytes"] < rows["F32"]["bytes"] == rows["dense"]["bytes"]
 

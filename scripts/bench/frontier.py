@@ -80,13 +80,14 @@ def _write_table(name: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run])
         lines.append(
             f"| {row['model']} | {row['side']} | {row['recipe'] or ''} | {row['bytes'] / 1e6:.2f} MB "
             f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.3f} ± {row['standard_error']:.3f} "
-            f"| {row['perplexity'] / dense[row['side']]:.3f} "
+            f"| {_write_ratio(row, dense[row['side']])} "
             f"| {'' if row['rounded'] is None else format(row['rounded'], '.3f')} |"
         )
     lines.append(
         f"\nPerplexity of {rows[0]['text']}, {rows[0]['n']} tokens that calibration ({rows[0]['calibration']}) did not"
         " see;\nllama.cpp quantizes with an importance matrix of the same calibration, and measures its own files,\n"
         "with activations of 8 bits where weights are quantized. Ours are float32, in the last column of 8 bits too.\n"
+        "Errors are standard ones; those of a ratio are of the differences to the dense model's losses, token by token.\n"
     )
     for run in runs:
         if any(row["dense"] == name for row in run["frontier"]):
@@ -96,6 +97,11 @@ def _write_table(name: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run])
             )
             lines.append(f"- `{machine['command']}`: {where}, {machine['date']}.")
     return "\n".join(lines) + "\n"
+
+
+def _write_ratio(row: dict[str, Any], dense: float) -> str:
+    error = row.get("ratio_standard_error")
+    return f"{row['perplexity'] / dense:.3f}" + (f" ± {error:.3f}" if error else "")
 
 
 def plot_frontier(runs: Sequence[Run], path: Path) -> None:

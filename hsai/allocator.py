@@ -25,7 +25,10 @@ def _find_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(None)
     except (OSError, TypeError):  # Windows has none of that name
         return None
-    return library if hasattr(library, "gnu_get_libc_version") else None
+    if not hasattr(library, "gnu_get_libc_version"):
+        return None
+    library.malloc_trim.argtypes = [ctypes.c_size_t]
+    return library
 
 
 _library = _find_library()

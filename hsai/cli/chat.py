@@ -23,6 +23,7 @@ from hsai.cli.parser import Parser
 from hsai.data.chat import ChatTemplate
 from hsai.errors import InputError
 from hsai.infer.conversation import Conversation
+from hsai.infer.service import Closed
 
 MAX_TOKENS = 512
 QUIT = "/quit"
@@ -63,7 +64,12 @@ def run(parser: Parser, argv: list[str]) -> None:
             print()
             if not at_terminal:
                 raise
-        except (InputError, RuntimeError) as error:  # of the engine's defects the log says more
+        except InputError as error:
+            if not at_terminal:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+        except (RuntimeError, Closed) as error:  # a defect, of which the log says more
+            print()
             if not at_terminal:
                 raise
             print(f"error: {error}", file=sys.stderr)

@@ -214,13 +214,14 @@ class Engine:
         Raises:
           InputError: no tokens, more than the context holds, one out of range; an option that cannot be.
           RuntimeError: the engine failed, which is a defect and stands in the log.
+          Closed: after a defect the engine could not start again, or its service was drained.
         """
         self.check_prompt(ids)
         on_text = options.pop("on_text", None)
         request = Request(tokens=tuple(map(int, ids)), **options)  # type: ignore[misc]
         ticket, events = None, []
         try:
-            with held():  # an interrupt in the middle would leave a thread that never starts
+            with held():  # of our commands' interrupts none comes between the request and its ticket
                 ticket = self.service.submit(request)
             for event in ticket:
                 events.append(event)

@@ -36,6 +36,7 @@ class Row:
       follower: of the request's constraint.
       kind: what a program must have to write this row's tokens.
       finished: why it ended, once it has.
+      told: whether whoever asked was told so.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Row:
         self.names: list[Name] = []
         self.named = 0
         self.finished: FinishReason | None = None
+        self.told = False
         self.cached = 0
         self.follower = follower
         self.is_cancelled = is_cancelled
@@ -199,6 +201,7 @@ class Row:
                 usage=usage,
             )
         )
+        self.told = True
 
 
 def _read_logprob(made: Made, step: int, index: int, token: int, count: int) -> TokenLogprob:

@@ -16,6 +16,7 @@ Plain Python in one thread; what runs on the device is a `hsai.infer.runtime.Run
 """
 
 import collections
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,11 +33,17 @@ from hsai.infer.row import Row
 from hsai.infer.runtime import Runtime, make_extras, make_rows, make_table, plan_buckets
 from hsai.infer.speculator import DraftPages, Speculator
 
+logger = logging.getLogger(__name__)
+
 PATIENCE = 0.1
 """Seconds that reading, and a block, may take where others wait."""
 
 KINDS: tuple[Kind, ...] = ("greedy", "drawn", "full")
 """From what a program has the least in, to the most."""
+
+
+class Unprepared(Exception):
+    """A row has ended as "failed", as its programs could not be made; nobody else has lost anything."""
 
 
 class Scheduler:
@@ -99,7 +106,12 @@ class Scheduler:
         return not self.running and not self.waiting
 
     def turn(self) -> None:
-        """One turn of the loop; does nothing if nobody is there."""
+        """One turn of the loop; does nothing if nobody is there.
+
+        Raises:
+          Unprepared: as it says; the next turn goes on.
+          BaseException: whatever a runtime raises; `fail` ends those that run.
+        """
         for row in (*self.running, *self.waiting):
             if row.is_cancelled():
                 row.finish("cancelled")
@@ -109,10 +121,15 @@ class Scheduler:
         self._write()
 
     def fail(self) -> None:
-        """Ends all rows that run, when a defect left them without their cache."""
+        """Ends all rows that run, when a defect left them without their cache. Each is told, whatever comes of the
+        others."""
         for row in list(self.running):
-            if row.finished is None:
-                row.finish("failed")
+            if not row.told:
+                try:
+                    row.finish(row.finished or "failed")
+                except BaseException:
+                    logger.exception("a request could not be ended")
+                    row.finished = "failed"
             self._leave(row)
 
     def _leave(self, row: Row) -> None:
@@ -135,7 +152,8 @@ class Scheduler:
     def _take_up(self) -> None:
         """Begins waiting rows, in order, as long as there are pages for them, and one more for each of the others."""
         size = self._runtime.page
-        while self.waiting and len(self.running) < self._rows:
+        # Who leaves is dropped by the next turn, and has nothing compiled for it.
+        while self.waiting and len(self.running) < self._rows and not self.waiting[0].is_cancelled():
             row = self.waiting[0]
             row.names = name_pages(row.tokens, size, row.names)
             # The last token is read by the block that makes the next, even where its page is there.
@@ -150,7 +168,12 @@ class Scheduler:
             row.read = row.followed = len(found) * size
             # Before anything may fail: a row that is in no list would never be ended.
             self.running.append(row)
-            self._prepare(row)
+            try:
+                self._prepare(row)
+            except BaseException as error:  # the panics of libraries in Rust are no Exception
+                row.finish("failed")
+                self._leave(row)
+                raise Unprepared from error
             if row.begin():
                 row.cached = row.read
                 self.counts["prompt_tokens"] += len(row.tokens)

@@ -19,7 +19,7 @@ from hsai.infer.constraint import Guide
 from hsai.infer.programs import Vocabulary
 from hsai.infer.request import Event, FinishReason, Request, check_prompt
 from hsai.infer.row import Row
-from hsai.infer.scheduler import Scheduler
+from hsai.infer.scheduler import Scheduler, Unprepared
 
 if TYPE_CHECKING:
     from hsai.infer.engine import Engine
@@ -155,7 +155,7 @@ class Service:
 
     @property
     def healthy(self) -> bool:
-        """Whether requests can be answered: the last one met no defect."""
+        """Whether requests can be answered: since the last defect tokens were made."""
         return not self._failed
 
     def submit(self, request: Request, *, on_event: OnEvent | None = None) -> Ticket:
@@ -186,12 +186,19 @@ class Service:
             self._check_room()
             self._scheduler.waiting.append(row)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="hsai-service")
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="hsai-service")
+                try:
+                    thread.start()
+                except BaseException:  # there may be no more threads; whoever comes next tries again
+                    self._scheduler.waiting.remove(row)
+                    raise
+                self._thread = thread
         return ticket
 
     def check_room(self) -> None:
         """Whether a request would be taken now: what it takes to make one need not be done for one that would not.
+
+        One that would not counts as rejected.
 
         Raises:
           Busy: the queue is full.
@@ -243,18 +250,23 @@ class Service:
         """Turns the scheduler until nobody is there."""
         ended, since = sum(self._scheduler.finished.values()), time.perf_counter()
         while True:
-            return_freed_memory()
             with self._changed:
                 if self._scheduler.idle:
                     self._thread = None
                     self._changed.notify_all()
                     return
+            made = self._scheduler.counts["new_tokens"]
             try:
                 self._scheduler.turn()
-                self._failed = False
+                if self._scheduler.counts["new_tokens"] > made:
+                    self._failed = False
+            except Unprepared:
+                logger.exception("a request ends, as its programs cannot be made")
+                self._failed = True
             except BaseException:  # the panics of libraries in Rust are no Exception
                 logger.exception("the engine failed")
                 self._start_again()
+            return_freed_memory()
             total = sum(self._scheduler.finished.values())
             if total > ended:
                 now = time.perf_counter()

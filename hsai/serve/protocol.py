@@ -4,6 +4,7 @@ uvicorn waits for ever for the head of a request, and for a client to read. Bodi
 """
 
 import asyncio
+import contextlib
 from typing import Any
 
 import h11
@@ -61,12 +62,16 @@ class PatientProtocol(H11Protocol):
         if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
             self.transport.close()
             return
+        if self.cycle is not None:  # who answers it says nothing any more
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         message = f"this is not valid HTTP/1.1: {' '.join(msg.split())}"
         error = ApiError(400, message, code="invalid_http")
         response = ErrorResponse(error)
         head = h11.Response(status_code=400, headers=response.raw_headers, reason=b"Bad Request")
-        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
+        with contextlib.suppress(h11.LocalProtocolError):  # an answer to HEAD has no body; or one was whole already
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
         self.transport.close()
 
     def pause_writing(self) -> None:

@@ -87,8 +87,9 @@ def _write_table(name: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run])
         f"\nPerplexity of {rows[0]['text']}, {rows[0]['n']} tokens that calibration ({rows[0]['calibration']}) did not"
         " see;\nllama.cpp quantizes with an importance matrix of the same calibration, and measures its own files,\n"
         "with activations of 8 bits where weights are quantized. Ours are float32, in the last column of 8 bits too.\n"
-        "Errors are standard ones; a ratio's are of the differences to the dense model's losses, token by token.\n"
     )
+    if any(row.get("ratio_standard_error") for row in rows):
+        lines.append("A ratio's standard error is of the differences to the dense model's losses, token by token.\n")
     for run in runs:
         if any(row["dense"] == name for row in run["frontier"]):
             machine = run["machine"]

@@ -25,13 +25,13 @@ def make_runner(name: str, function: Callable[..., Any], arguments: Sequence[Any
 def make_reader(
     name: str, function: Callable[..., jax.Array], x: jax.Array, operands: Any, *, most: int = 0, disturbs: bool = False
 ) -> Runner:
-    """function(x, operands), where reading `operands` takes the time: in copies that no cache holds, `most` at most.
+    """function(x, operands), where reading `operands` takes the time: in copies that no cache holds, or in `most`.
 
     They are read in turn, by programs of MOST_READ at most, and each x waits for the result before it.
     """
     copies = most or count_copies(sum(leaf.nbytes for leaf in jax.tree.leaves(operands)))
     programs = -(-copies // MOST_READ)
-    each = -(-copies // programs)
+    each = -(-copies // programs)  # of each program as many, so that there may be a few more
 
     def program(total: jax.Array, x: jax.Array, copied: Sequence[Any]) -> jax.Array:
         for operands in copied:

@@ -81,7 +81,7 @@ def test_at_a_terminal_nothing_but_the_user_ends_it(
     assert talk("one\ntwo\n^C\nthree\nfour\nfive\n", answers) == 0
     printed = capsys.readouterr()
     assert answers.messages == ["one", "two", "three", "four", "five"]
-    assert printed.out == "> An answer.\n> An ans\n> > An ans> An ans> An answer.\n> \n"
+    assert printed.out == "> An answer.\n> An ans\n> > An ans> An ans\n> An answer.\n> \n"
     assert "[it took long]" in printed.err and "error: the prompt is too long\n" in printed.err
     assert "error: the engine failed\n" in printed.err
     assert "/quit or Ctrl-D ends the conversation" in printed.err

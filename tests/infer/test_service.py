@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -209,17 +210,22 @@ def test_idleness_does_not_make_requests_shorter(paged: Engine, monkeypatch: pyt
     """When to come again is said by what requests take, however many there were before a service was idle."""
     service = serve(paged, rows=1, queue=1)
     request = Request(tokens=(5, 6), max_tokens=2)
+
+    def rest() -> None:
+        with service._changed:
+            assert service._changed.wait_for(lambda: service._thread is None, 60)
+
     for _ in range(4):
         gather(service.submit(request))
-        assert service.drain(0) or True
-        service._closed = False
+        rest()
     now = [0.0]
-    monkeypatch.setattr("hsai.infer.service.time.perf_counter", lambda: now[0])
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("hsai.infer.service.time", clock)
     service._interval = 40.0
     for _ in range(3):
         service.submit(request, on_event=lambda event: now.__setitem__(0, now[0] + 20.0))
-        with service._changed:
-            assert service._changed.wait_for(lambda: service._thread is None, 60)
+        rest()
+    assert service.stats().finished["max_tokens"] == 7
     assert 20 <= service._interval <= 40
 
 
@@ -265,8 +271,56 @@ def test_a_defect_ends_those_that_run_and_nobody_else(
     first, second = (gather(ticket) for ticket in tickets)
     assert first[0].finish_reason == "failed" and first[1] == ()
     assert second[0].finish_reason == "max_tokens" and second[1] == wanted
+    assert service.drain(60)
     stats = service.stats()
     assert service.healthy and stats.finished["failed"] == 1 and stats.finished["max_tokens"] == 2
+
+
+def test_what_cannot_be_compiled_ends_its_own_request(paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is being answered meanwhile goes on, and whoever asks is told of the defect until tokens are made."""
+    service = serve(paged, rows=2)
+    request = dataclasses.replace(make_requests(1)[0], max_tokens=20)
+    wanted = gather(service.submit(request))[1]
+    prepare, failed, healthy = paged.runtime.prepare_read, threading.Event(), []
+
+    def fail_for_one(*arguments: Any) -> object:
+        if threading.current_thread().name == "hsai-service" and begun.is_set() and not failed.is_set():
+            failed.set()
+            raise RuntimeError("broken on purpose")
+        return prepare(*arguments)
+
+    begun = threading.Event()
+
+    def watch(event: Event) -> None:
+        if event.finish_reason is None and not begun.is_set():
+            begun.set()
+            tickets.append(service.submit(dataclasses.replace(request, tokens=tuple(range(60, 80)))))
+        found.extend(event.tokens)
+        healthy.append(service.healthy)
+
+    tickets: list[Ticket] = []
+    found: list[int] = []
+    monkeypatch.setattr(paged.runtime, "prepare_read", fail_for_one)
+    service.submit(request, on_event=watch)
+    assert begun.wait(60)
+    assert gather(tickets[0])[0].finish_reason == "failed"
+    assert service.drain(60) and tuple(found) == wanted
+    assert failed.is_set() and service.healthy and service.stats().finished["failed"] == 1
+
+
+def test_a_thread_that_cannot_start_loses_nobody_else(paged: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = serve(paged, rows=1)
+    request = make_requests(1)[0]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            service.submit(request)
+    assert gather(service.submit(request))[0].finish_reason == "max_tokens"
+    assert service.drain(60) and sum(service.stats().finished.values()) == 1
 
 
 def test_a_client_that_breaks_harms_nobody(service: Service) -> None:

@@ -1,7 +1,5 @@
 """The meaning of every kernel once more, in numpy float64 and Python loops, sharing no code with the sources."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 
@@ -289,12 +287,6 @@ def pull_feed_forward(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The gradients of `feed_forward` to x, gate, up and down for `pull` (R, D), with the magnitudes of their terms."""
 
-    def pull_back(size: Callable[[np.ndarray], np.ndarray], active: np.ndarray, slope: np.ndarray) -> list[np.ndarray]:
-        rows, by_gate, by_up, by_down, grad = map(size, (x, gate, up, down, pull))
-        back, ups = grad @ by_down.T, rows @ by_up
-        to_gates, to_ups = back * ups * slope, back * active
-        return [to_gates @ by_gate.T + to_ups @ by_up.T, rows.T @ to_gates, rows.T @ to_ups, (active * ups).T @ grad]
-
     a, terms = x @ gate, np.abs(x) @ np.abs(gate)
     if activation == "silu":
         chance = 1.0 / (1.0 + np.exp(-a))
@@ -304,6 +296,17 @@ def pull_feed_forward(
         bent = np.tanh(np.sqrt(2.0 / np.pi) * inner)
         active = 0.5 * a * (1.0 + bent)
         slope = 0.5 * (1.0 + bent) + 0.5 * a * (1.0 - bent**2) * np.sqrt(2.0 / np.pi) * inner_slope
-    # An activation is no steeper than 1.13, and its slope no steeper than 1: by so much they are off with the gate.
-    near = pull_back(np.abs, np.abs(active) + 1.13 * terms, np.abs(slope) + terms)
-    return list(zip(pull_back(lambda operand: operand, active, slope), near, strict=True))
+    back, back_terms = pull @ down.T, np.abs(pull) @ np.abs(down).T
+    ups, ups_terms = x @ up, np.abs(x) @ np.abs(up)
+    # Each factor is off by as much of its own terms. An activation is no steeper than 1.13, and its slope no steeper
+    # than 1: by so much they are off with the gate.
+    to_gates = back * ups * slope
+    gates_terms = np.abs(slope) * (back_terms * np.abs(ups) + np.abs(back) * ups_terms) + np.abs(back * ups) * terms
+    to_ups, to_ups_terms = back * active, back_terms * np.abs(active) + np.abs(back) * 1.13 * terms
+    hidden, hidden_terms = active * ups, 1.13 * terms * np.abs(ups) + np.abs(active) * ups_terms
+    return [
+        (to_gates @ gate.T + to_ups @ up.T, gates_terms @ np.abs(gate).T + to_ups_terms @ np.abs(up).T),
+        (x.T @ to_gates, np.abs(x).T @ gates_terms),
+        (x.T @ to_ups, np.abs(x).T @ to_ups_terms),
+        (hidden.T @ pull, hidden_terms.T @ np.abs(pull)),
+    ]

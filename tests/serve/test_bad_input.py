@@ -6,6 +6,7 @@ import random
 import re
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -141,6 +142,17 @@ def test_what_the_service_refuses(server: RunningServer, service: ScriptedServic
             assert response.headers[header[0]] == header[1]
 
 
+def test_who_is_turned_away_costs_no_tokenizing(
+    server: RunningServer, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*arguments: Any, **options: Any) -> list[int]:
+        raise AssertionError("its prompt was encoded")
+
+    service.refusal = Busy(64, 2.5)
+    monkeypatch.setattr(type(server.engine.tokenizer), "encode", encode)
+    assert refusal(server.complete())["status"] == refusal(server.chat())["status"] == 429
+
+
 def test_a_defect_says_nothing_of_itself(
     server: RunningServer, service: ScriptedService, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,13 +193,19 @@ def test_sizes(engine: Engine) -> None:
         HEAD + b"Content-Length: 500\r\n\r\n{}",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{}",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"HEAD /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET /health HTTP/1.1\r\nHost: elsewhere\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
         HEAD + b"Transfer-Encoding: gzip\r\n\r\n{}",
         HEAD + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n{}",
         HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\nContent-Length: 2\r\n\r\n{}",
     ],
 )
-def test_what_is_hardly_http(data: bytes, server: RunningServer) -> None:
+def test_what_is_hardly_http(data: bytes, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor does it fill the log."""
     check_answer(exchange(server, data))
+    assert server.complete().is_success
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def check_answer(answer: bytes) -> None:

@@ -209,7 +209,7 @@ def test_what_is_hardly_http(data: bytes, server: RunningServer, caplog: pytest.
 
 
 def check_answer(answer: bytes, *, of_head: bool = False) -> None:
-    """Nothing, an answer (of a request that is one after all), or OpenAI's object of an error, which HEAD leaves out."""
+    """Nothing, an answer (of a request that is one after all), or OpenAI's object of an error; HEAD leaves that out."""
     if not answer or (status := re.match(rb"HTTP/1.1 ([124]\d\d) ", answer)) is None or status[1][:1] != b"4":
         assert not answer or status is not None
         return

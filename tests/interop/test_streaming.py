@@ -111,7 +111,8 @@ def test_a_streamed_import_holds_about_one_tensor(tmp_path: Path) -> None:
     """340 MB on two devices of one process, whose memory is the host's: all of the model, and little else."""
     sizes = finish(start(READ, tmp_path))
     assert sizes["split"] >= 7
-    assert sizes["arrays"] < 4 * sizes["largest"]  # of numpy: the tensor, the devices' parts of it
+    # Of numpy: the tensor, the devices' parts of it and, until the runtime lets go of them, those of the one before.
+    assert sizes["arrays"] < 5 * sizes["largest"]
     assert sizes["model"] < sizes["streamed"] < 1.3 * sizes["model"], sizes
     assert sizes["hoarded"] > 1.9 * sizes["model"], sizes  # which this test would notice
 

@@ -130,6 +130,25 @@ def pull_product(
     return found
 
 
+def _list_seen(
+    b: int,
+    t: int,
+    q_positions: np.ndarray,
+    kv_positions: np.ndarray,
+    q_segments: np.ndarray | None,
+    kv_segments: np.ndarray | None,
+    window: int | None,
+) -> np.ndarray:
+    """The keys that query t of batch row b sees."""
+    distance = int(q_positions[b, t]) - np.asarray(kv_positions[b], np.int64)
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    if q_segments is not None and kv_segments is not None:
+        seen &= np.asarray(q_segments[b, t] == kv_segments[b])
+    return np.flatnonzero(seen)
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -147,14 +166,8 @@ def attend(
     batch, queries, heads, _ = q.shape
     for b, t, head in np.ndindex(batch, queries, heads):
         kv_head = head // (heads // k.shape[2])
-        seen = [
-            s
-            for s in range(k.shape[1])
-            if kv_positions[b, s] <= q_positions[b, t]
-            and (window is None or q_positions[b, t] - kv_positions[b, s] < window)
-            and (q_segments is None or kv_segments is None or q_segments[b, t] == kv_segments[b, s])
-        ]
-        if not seen:
+        seen = _list_seen(b, t, q_positions, kv_positions, q_segments, kv_segments, window)
+        if not seen.size:
             continue
         scores = scale * (k[b, seen, kv_head] @ q[b, t, head])
         if softcap is not None:
@@ -182,11 +195,7 @@ def pull_attend(
     found = [(np.zeros(a.shape), np.zeros(a.shape)) for a in (q, k, v)]
     for b, t, head in np.ndindex(*q.shape[:3]):
         kv_head = head // (q.shape[2] // k.shape[2])
-        distance = q_positions[b, t].astype(np.int64) - kv_positions[b]
-        visible = (distance >= 0) & (distance < (2**32 if window is None else window))
-        if q_segments is not None and kv_segments is not None:
-            visible &= q_segments[b, t] == kv_segments[b]
-        seen = np.flatnonzero(visible)
+        seen = _list_seen(b, t, q_positions, kv_positions, q_segments, kv_segments, window)
         if not seen.size:
             continue
         keys, values, row, grad = k[b, seen, kv_head], v[b, seen, kv_head], q[b, t, head], pull[b, t, head]

@@ -12,6 +12,7 @@ from hsai_kernels.ops.attention.api import BACKENDS
 from hsai_kernels.ops.attention.shapes import SHAPES, AttentionShape
 from tests.kernels import oracles
 from tests.kernels.refusals import list_wrong_caps, list_wrong_counts, list_wrong_factors
+from tests.kernels.slopes import check_gradients
 from tests.kernels.tolerances import assert_close
 
 # Those of accelerators have tests of their own, in their interpreters.
@@ -60,20 +61,10 @@ def _ask_oracle(q, k, v, arrays, window=None, softcap=None, scale=None, pull=Non
     )
 
 
-def check_gradients(gradients, operands, arrays, options, weights):
-    """Fails unless they are the oracle's, for `weights` of the output; and these are how the oracle changes."""
-    exact = [np.asarray(a, np.float64) for a in operands]
-    pulled = _ask_oracle(*exact, arrays, **options, pull=weights)
-    for gradient, pair in zip(gradients, pulled, strict=True):
-        assert_close(gradient, *pair, "float32")
-    rng, step = np.random.default_rng(7), 1e-5
-    for index, (value, magnitude) in enumerate(pulled):
-        direction = rng.standard_normal(value.shape)
-        moved = [[a + sign * step * direction if i == index else a for i, a in enumerate(exact)] for sign in (1, -1)]
-        high, low = (np.sum(_ask_oracle(*m, arrays, **options) * weights) for m in moved)
-        # A central difference of float64 is off by about step**2 of the terms.
-        terms = np.sum(magnitude * np.abs(direction))
-        assert abs(np.sum(value * direction) - (high - low) / (2 * step)) <= step**2 * terms
+def check_attention_gradients(gradients, operands, arrays, options, weights):
+    """`check_gradients` of those to q, k and v."""
+    oracle = functools.partial(_ask_oracle, arrays=arrays, **options)
+    check_gradients(gradients, oracle, lambda *a: oracle(*a[:-1], pull=a[-1]), operands, weights)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -156,7 +147,7 @@ def test_gradients_match_finite_differences(options, implementation):
     def loss(q, k, v):
         return jnp.sum(attention(q, k, v, **arrays, **options, implementation=implementation) * weights)
 
-    check_gradients(jax.grad(loss, argnums=(0, 1, 2))(q, k, v), (q, k, v), arrays, options, weights)
+    check_attention_gradients(jax.grad(loss, argnums=(0, 1, 2))(q, k, v), (q, k, v), arrays, options, weights)
 
 
 def test_keys_and_values_are_not_repeated_over_query_heads():

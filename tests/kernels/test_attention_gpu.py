@@ -18,7 +18,7 @@ from hsai_kernels.ops.attention.gpu import attention_gpu
 from hsai_kernels.ops.attention.gpu_blocks import Tile
 from hsai_kernels.ops.attention.reference import attention_reference
 from hsai_kernels.ops.attention.shapes import SHAPES, AttentionShape
-from tests.kernels.test_attention import _ask_oracle, _draw, check_gradients
+from tests.kernels.test_attention import _ask_oracle, _draw, check_attention_gradients
 from tests.kernels.tolerances import assert_close
 
 TILE = Tile(rows=16, keys=16)
@@ -56,7 +56,7 @@ def test_gradients_match_finite_differences(options: dict[str, Any]) -> None:
 
     with interpret_gpu():
         gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*operands)
-    check_gradients(gradients, operands, arrays, options, weights)
+    check_attention_gradients(gradients, operands, arrays, options, weights)
 
 
 def draw_blocks(dtype: str, head_dim: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...], jax.Array]:

@@ -1,4 +1,4 @@
-"""As int3, with the blocks solved over calibration (GPTQ): 3.25 bits a weight there.
+"""As int3, solved over calibration (GPTQ): 3.25 bits a weight in the blocks.
 
 hsai compress runs/quickstart --recipe configs/compress/gptq_int3.py --out runs/quickstart/gptq_int3
 """
@@ -12,7 +12,7 @@ from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:
-    """The parent with a solver for the blocks."""
+    """The parent with a solver."""
     parent = int3.get_config()
-    blocks, *others = parent.rules
-    return replace(parent, rules=(replace(blocks, solver=FeedbackConfig()), *others), calibration=CalibrationConfig())
+    rules = tuple(replace(rule, solver=FeedbackConfig()) for rule in parent.rules)
+    return replace(parent, rules=rules, calibration=CalibrationConfig())

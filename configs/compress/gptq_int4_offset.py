@@ -1,4 +1,4 @@
-"""As int4_offset, with the blocks solved over calibration (GPTQ): 5 bits a weight, the embedding's too.
+"""As int4_offset, solved over calibration (GPTQ), a table that is the head too: 5 bits a weight.
 
 hsai compress runs/quickstart --recipe configs/compress/gptq_int4_offset.py --out runs/quickstart/gptq_int4_offset
 """
@@ -12,8 +12,7 @@ from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:
-    """The parent's format for the blocks by a solver; the embedding, which no block multiplies by, stays as it was."""
+    """The parent with a solver."""
     parent = int4_offset.get_config()
-    (everything,) = parent.rules
-    blocks = replace(everything, pattern="layers.*", solver=FeedbackConfig())
-    return replace(parent, rules=(blocks, everything), calibration=CalibrationConfig())
+    rules = tuple(replace(rule, solver=FeedbackConfig()) for rule in parent.rules)
+    return replace(parent, rules=rules, calibration=CalibrationConfig())

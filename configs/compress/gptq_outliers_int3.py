@@ -1,4 +1,4 @@
-"""As outliers_int3, with the blocks solved over calibration, which also says what is kept apart (GPTQ, SpQR).
+"""As outliers_int3, solved over calibration, which also says what is kept apart (GPTQ, SpQR).
 
 hsai compress runs/quickstart --recipe configs/compress/gptq_outliers_int3.py --out runs/quickstart/gptq_outliers_int3
 """
@@ -12,7 +12,7 @@ from hsai.compress.solvers import FeedbackConfig
 
 
 def get_config() -> RecipeConfig:
-    """The parent with a solver for the blocks."""
+    """The parent with a solver."""
     parent = outliers_int3.get_config()
-    blocks, *others = parent.rules
-    return replace(parent, rules=(replace(blocks, solver=FeedbackConfig()), *others), calibration=CalibrationConfig())
+    rules = tuple(replace(rule, solver=FeedbackConfig()) for rule in parent.rules)
+    return replace(parent, rules=rules, calibration=CalibrationConfig())

@@ -16,9 +16,10 @@ from hsai.formats import Int4OffsetConfig
 def get_config() -> RecipeConfig:
     """The parent's blocks; windows as short as what the model is measured on, and more of them."""
     parent = tuned_int4.get_config()
-    blocks, tables = parent.rules
+    (everything,) = parent.rules
+    blocks, tables = replace(everything, pattern="layers.*"), replace(everything, format=Int4OffsetConfig(group=32))
     return replace(
         parent,
-        rules=(blocks, replace(tables, format=Int4OffsetConfig(group=32))),
+        rules=(blocks, tables),
         calibration=CalibrationConfig(tokens=65_536, sequence_length=512, batch=2),
     )

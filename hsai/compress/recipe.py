@@ -154,7 +154,8 @@ class RecipeConfig:
 
 def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = None) -> dict[str, Rule]:
     """The rule of each weight that the recipe changes, in the order of the model, weights that its transforms add among
-    them. Arrays are not touched.
+    them. A table that is only looked up, under a rule that solves over calibration what others are multiplied by, has
+    nothing to be solved for: its rule has the nearest solver. Arrays are not touched.
 
     Raises `InputError` if a transform is not for this model, if a rule decides for no weight (naming the nearest names,
     or the rule that was first), if a format does not divide a weight, if a weight is quantized already, and not in the
@@ -174,6 +175,8 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
     rules = {name: recipe.rules[number] for name, number in deciding.items()}
     head = "unembed" if "unembed" in params else "embed"
+    looked_up = {name for name in rules if not name.startswith("layers.") and name != head}
+    plain: dict[str, Rule] = {}
     tuned_rules: list[Rule] = []
     for name, rule in rules.items():
         for format in rule.formats:
@@ -189,18 +192,20 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
                 f"{name}: reconstruction cannot tune outliers; give rule {rule.pattern!r} another format, or leave "
                 "reconstruction=None"
             )
-        if solved and not name.startswith("layers.") and name != head:
-            raise InputError(
-                f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it a "
-                "rule of its own with the nearest solver, before this one"
-            )
+        if solved and name in looked_up:
+            if all(other in looked_up for other, deciding in rules.items() if deciding is rule):
+                raise InputError(
+                    f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it "
+                    "a rule of its own with the nearest solver, before this one"
+                )
+            plain[name] = dataclasses.replace(rule, solver=NearestConfig())
     if recipe.reconstruction is not None and recipe.reconstruction.masks == "learned":
         _check_masks(tuned_rules)
     if recipe.allocation is not None:
         shapes = {name: param.get_value() for name, param in every.items()}
         budget = recipe.allocation.count_bytes(sum(value.size for value in shapes.values()))
         check_budget(budget, count_least(shapes, {name: rule.formats for name, rule in rules.items()}))
-    return rules
+    return rules | plain
 
 
 def _check_masks(tuned: list[Rule]) -> None:

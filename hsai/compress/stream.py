@@ -21,7 +21,7 @@ import numpy as np
 
 from hsai.errors import InputError
 from hsai.formats import take_layer, to_dense
-from hsai.formats.observed import Notes, Observed, sum_squares
+from hsai.formats.observed import Notes, Observed, level_rows, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.layers import is_matrix
@@ -30,7 +30,7 @@ from hsai.sharding import lay_out
 
 Grams = Mapping[str, jax.Array]
 """X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block; of experts
-(E, D, D), of the tokens that went to each."""
+(E, D, D), of the tokens that went to each. Each token's row of X is scaled to the same norm (`level_rows`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ def stream_blocks(
     finish: Callable[[jax.Array], None] | None = None,
     packed: Transformer | None = None,
     follow_dense: bool = False,
+    level: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Calls `solve` with each block in turn, on what the blocks that it returned before make of `tokens`.
@@ -70,6 +71,7 @@ def stream_blocks(
       finish: called last with X^T X (D, D) float32 of what the head is multiplied by.
       packed: the model whose embedding the first block reads, where that is packed already; None for `model`.
       follow_dense: computes what the dense model gives as well, for `Streams.targets`.
+      level: False leaves the rows of X as they are, each counting by the square of its norm.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
       InputError: activations are not finite, naming the layer.
@@ -90,7 +92,7 @@ def stream_blocks(
 
     @jax.jit
     def observe(block: Block, layer: jax.Array, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        notes = Notes()
+        notes = Notes(level=level)
         weights = {
             name: Observed(param.get_value(), name, notes)
             for name, param in named_weights(block).items()
@@ -135,7 +137,7 @@ def stream_blocks(
         if progress is not None:
             progress("calibrating", layer + 1, config.layers)
     if finish is not None:
-        measure = jax.jit(lambda norm, x: sum_squares(norm(x)))
+        measure = jax.jit(lambda norm, x: sum_squares(level_rows(norm(x)) if level else norm(x)))
         finish(sum((measure(model.final_norm, read(hidden, start)) for start in starts), start=jnp.float32(0)))
 
 

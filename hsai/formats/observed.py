@@ -23,7 +23,11 @@ ROWS = 128
 class Notes:
     """Gram matrices of the inputs of observed weights; weights with the same input share one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, level: bool) -> None:
+        """Args:
+        level: every row counts the same (`level_rows`), where it would count by the square of its norm.
+        """
+        self._level = level
         self._inputs: list[jax.Array] = []
         self._grams: list[jax.Array] = []
         self._counts: list[jax.Array] = []
@@ -35,7 +39,8 @@ class Notes:
         index = next((i for i, seen in enumerate(self._inputs) if seen is x), len(self._inputs))
         if index == len(self._inputs):
             self._inputs.append(x)
-            self._grams.append(sum_squares(x) if sizes is None else sum_squares_sorted(x, sizes))
+            rows = level_rows(x) if self._level else x
+            self._grams.append(sum_squares(rows) if sizes is None else sum_squares_sorted(rows, sizes))
             self._counts.append(jnp.asarray(x.size // x.shape[-1] if sizes is None else sizes, jnp.float32))
         if name in self._owner:
             raise ValueError(f"{name} was multiplied by twice in one pass; its inputs would be mixed up")
@@ -55,6 +60,20 @@ class Notes:
     def owner(self) -> Mapping[str, int]:
         """Which of `grams` belongs to a weight."""
         return self._owner
+
+
+def level_rows(x: jax.Array) -> jax.Array:
+    """x (..., D), float32, with each row scaled to the geometric mean of all rows' norms; rows of zeros stay.
+
+    The few tokens on which a trained model parks its attention reach a block's inner products with activations that are
+    a thousand times the others' (2402.17762). Summed as they are, they are nearly all of X^T X, though predictions hardly
+    depend on them to the last percent.
+    """
+    wide = x.astype(jnp.float32)
+    squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    there = squares != 0  # true of NaN, which has to be seen behind this
+    middle = jnp.sum(jnp.where(there, jnp.log(squares), 0.0)) / jnp.maximum(jnp.sum(there), 1)
+    return wide * jnp.where(there, jnp.exp(0.5 * middle) * jax.lax.rsqrt(squares), 0.0)
 
 
 def sum_squares(x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """llama.cpp's own quantization through llama-cpp-python, with an importance matrix of our calibration text.
 
-llama-imatrix gathers, for every product of a block, the mean square of each input over a text. The same numbers are the
-diagonals of the Gram matrices that our solvers see, so both sides calibrate on the same tokens; the embedding and the
-head have none on either side.
+llama-imatrix gathers, for every product of a block, the mean square of each input over a text: the diagonals of the
+Gram matrices that our solvers see, but for those counting every token the same. So both sides calibrate on the same
+text. The embedding and the head have no importance there.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) ->
             found[f"layers.{name}", layer] = np.asarray(jnp.diagonal(gram) / tokens.size, np.float32)
         return block
 
-    stream_blocks(model, tokens, batch=batch, solve=keep)
+    stream_blocks(model, tokens, batch=batch, solve=keep, level=False)
     entries = list_entries(ARCHITECTURES["llama"], model.config)
     return {
         entry.name: found[entry.leaf, entry.index[0]]

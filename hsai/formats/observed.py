@@ -65,9 +65,9 @@ class Notes:
 def level_rows(x: jax.Array) -> jax.Array:
     """x (..., D), float32, with each row scaled to the geometric mean of all rows' norms; rows of zeros stay.
 
-    The few tokens on which a trained model parks its attention reach a block's inner products with activations that are
-    a thousand times the others' (2402.17762). Summed as they are, they are nearly all of X^T X, though predictions hardly
-    depend on them to the last percent.
+    The few tokens on which a trained model parks its attention reach a block's inner products with activations that
+    are a thousand times the others' (2402.17762). Summed as they are they would be nearly all of X^T X, and what is
+    solved for it good for them alone.
     """
     wide = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)

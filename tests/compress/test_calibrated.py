@@ -54,7 +54,7 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
         seen[layer] = grams
         return block
 
-    stream_blocks(model, TOKENS, batch=4, solve=keep)
+    stream_blocks(model, TOKENS, batch=4, solve=keep, level=False)
     positions = jnp.broadcast_to(jnp.arange(32), TOKENS.shape)
     x = model.embed_tokens(jnp.asarray(TOKENS))
     for layer in range(2):
@@ -77,7 +77,7 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
         }
         return replace_weights(block, zero)
 
-    stream_blocks(model, TOKENS, batch=4, solve=silence)
+    stream_blocks(model, TOKENS, batch=4, solve=silence, level=False)
     x = model.embed_tokens(jnp.asarray(TOKENS))
     for layer in range(3):  # nothing was added to the embedding
         normed = take_block(model, layer).attention_norm(x).reshape(-1, 64)
@@ -293,6 +293,22 @@ def test_the_head_is_solved_over_what_reaches_it(tied: bool, monkeypatch: pytest
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_table_that_is_looked_up_is_rounded_where_a_rule_solves_the_others() -> None:
+    model = Transformer(dataclasses.replace(CONFIG, tie_embeddings=False), rngs=nnx.Rngs(1))
+    recipe = RecipeConfig(
+        rules=(Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig()),), calibration=CALIBRATION
+    )
+    assert {name: rule.solver.kind for name, rule in match_weights(recipe, model).items() if "embed" in name} == {
+        "embed": "nearest",
+        "unembed": "feedback",
+    }
+    packed, ledger = compress(model, recipe, calibration=TOKENS)
+    plain = pack_weight(model.embed.get_value(), Int4Config(group=32))
+    for one, other in zip(jax.tree.leaves(packed.embed.get_value()), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert {row.weight for row in ledger.layers} == {name for name in match_weights(recipe, model) if name != "embed"}
+
+
 def test_weights_that_no_product_reads_cannot_be_solved() -> None:
     check_observed(["layers.mlp.up"], {"mlp.up": jnp.eye(4)})
     with pytest.raises(InputError, match="layers.mlp.up cannot be calibrated: no product reads it"):
@@ -302,8 +318,9 @@ def test_weights_that_no_product_reads_cannot_be_solved() -> None:
 def test_what_cannot_be_calibrated_is_refused_before_work(model: Transformer) -> None:
     rule = Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig())
     untied = Transformer(dataclasses.replace(CONFIG, tie_embeddings=False), rngs=nnx.Rngs(0))
+    table = Rule(pattern="embed", format=Int4Config(group=32), solver=FeedbackConfig())
     with pytest.raises(InputError, match="embed: a solver with feedback calibrates what is multiplied by"):
-        compress(untied, RecipeConfig(rules=(rule,), calibration=CALIBRATION), calibration=TOKENS)
+        compress(untied, RecipeConfig(rules=(table, rule), calibration=CALIBRATION), calibration=TOKENS)
     with pytest.raises(InputError, match="needs a calibration"):
         RecipeConfig(rules=(rule,))
     with pytest.raises(InputError, match="no rule has a solver that reads it"):

@@ -63,7 +63,7 @@ def test_each_expert_is_observed_on_its_own_tokens(model: Transformer) -> None:
         seen[layer] = grams, streams.counts
         return block
 
-    stream_blocks(model, TOKENS, batch=4, solve=keep)
+    stream_blocks(model, TOKENS, batch=4, solve=keep, level=False)
     grams, counts = seen[0]
     normed, chosen, _ = read_first_layer(model)
     mlp = take_block(model, 0).mlp

@@ -49,7 +49,7 @@ def test_those_that_look_on_note_inputs_and_gradients() -> None:
     x[9:] = 0
     rows, groups = jnp.asarray(x), jnp.asarray(sizes)
     plain = project_sorted(rows, jnp.asarray(w), groups)
-    notes = Notes()
+    notes = Notes(level=False)
     for name in ("gate", "up"):
         y = project_sorted(rows, Observed(jnp.asarray(w), name, notes), groups)
         np.testing.assert_array_equal(y, plain)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python
 """Perplexity against bytes: bundles that `hsai compress` made beside llama.cpp's quantizations of the same model.
 
-    python scripts/bench_frontier.py MODEL BUNDLE ... [--calibration TEXT --text HELDOUT] [--kinds Q4_K_M IQ2_XS ...]
-        [--chunks 32] [--window 512] [--json FILE] [--quick]
+    python scripts/bench_frontier.py MODEL BUNDLE ... [--calibration TEXT --text HELDOUT]
+        [--kinds Q4_K_M IQ2_XS/IQ4_NL ...] [--chunks 32] [--window 512] [--json FILE] [--quick]
 
 MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
-matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. All read the same
-chunks of the held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained
-on, as for `hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with
-float32 ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated
-on other tokens is refused, and chunks that stand in the calibration text are left out. Ratios to the dense model are
-of each side's own, with the standard error of the differences, token by token. Bytes are those of all weights,
-norm gains included; --quick takes 4 chunks and one kind.
+matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. A kind is what
+llama-quantize calls so, by itself or with the kind of its table behind a slash. All read the same chunks of the
+held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained on, as for
+`hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with float32
+ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on other
+tokens is refused, and chunks that stand in the calibration text are left out. Ratios to the dense model are of each
+side's own, with the standard error of the differences, token by token. Bytes are those of all weights, norm gains
+included; --quick takes 4 chunks and one kind.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from bench.frontier import check_calibration, choose_chunks, digest
-from bench.llama_quantize import KINDS, measure_importance, quantize
+from bench.llama_quantize import KINDS, measure_importance, quantize, read_kind
 from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 
 from hsai.cli.corpora import open_own_corpus
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("bundles", type=Path, nargs="*")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="*", type=_read_kind, default=KINDS)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--json", type=Path)
@@ -134,6 +135,14 @@ class Texts:
     heldout_name: str
 
 
+def _read_kind(text: str) -> str:
+    """For argparse, which shows only errors of its own."""
+    try:
+        return read_kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _read_texts(source: ModelSource, arguments: argparse.Namespace) -> Texts:
     """The files that are named, else the splits of the model's own corpus."""
     own = None
@@ -160,7 +169,7 @@ def _quantize_all(
     config = CalibrationConfig()
     importance = measure_importance(source.model, draw_windows(calibration, config), batch=config.batch)
     for kind in kinds:
-        path = scratch / f"{kind}.gguf"
+        path = scratch / f"{kind.replace('/', '-')}.gguf"
         quantize(dense, path, kind, importance)
         yield kind, path
 

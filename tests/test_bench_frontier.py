@@ -39,7 +39,7 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
         return subprocess.run([*command, *texts, *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
     out = tmp_path / "frontier.json"
-    done = measure("--kinds", "Q8_0", "Q4_0", "--window", "128", "--chunks", "3", "--json", str(out))
+    done = measure("--kinds", "Q8_0", "Q8_0/Q4_0", "Q4_0", "--window", "128", "--chunks", "3", "--json", str(out))
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert (found["calibration"], found["text"]) == ("calibration.txt", "heldout.txt")
@@ -50,6 +50,7 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
         ("dense", "hsai"),
         ("ours", "hsai"),
         ("Q8_0", "llama.cpp"),
+        ("Q8_0/Q4_0", "llama.cpp"),
         ("Q4_0", "llama.cpp"),
     ]
     assert rows["dense"]["perplexity"] == pytest.approx(rows["F32"]["perplexity"], rel=1e-3)
@@ -67,7 +68,23 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
     assert 0 < rows["ours"]["ratio_standard_error"] < 0.2 * rows["ours"]["standard_error"] / rows["ours"]["perplexity"]
     assert rows["dense"]["ratio"] == 1 and rows["F32"]["ratio_standard_error"] == 0
     assert 8 < rows["ours"]["bits_per_weight"] < 9 and 8 < rows["Q8_0"]["bits_per_weight"] < 10
-    assert rows["Q4_0"]["bytes"] < rows["Q8_0"]["bytes"] < rows["F32"]["bytes"] == rows["dense"]["bytes"]
+    assert (
+        rows["Q4_0"]["bytes"]
+        <= rows["Q8_0/Q4_0"]["bytes"]
+        < rows["Q8_0"]["bytes"]
+        < rows["F32"]["bytes"]
+        == rows["dense"]["bytes"]
+    )
+
+
+def test_kinds_are_those_of_llama_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.llama_quantize import read_kind
+
+    assert [read_kind(text) for text in ("Q4_K_M", "IQ2_XS/IQ4_NL")] == ["Q4_K_M", "IQ2_XS/IQ4_NL"]
+    for text in ("Q4_9", "Q4_K_M/", "Q4_K_M/Q2_K", "/Q4_0"):
+        with pytest.raises(ValueError, match=f"{text!r} is none of Q8_0, .* /IQ4_NL"):
+            read_kind(text)
 
 
 def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

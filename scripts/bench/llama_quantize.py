@@ -19,6 +19,21 @@ from hsai.models.transformer import Block
 
 KINDS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS")
 
+TABLES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+"""What a table of any width may be told to be; by itself llama.cpp gives one that is the head as well 6 or 8 bits."""
+
+
+def read_kind(text: str) -> str:
+    """`text`, a KIND or KIND/TABLE.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    kind, slash, table = text.partition("/")
+    if kind not in KINDS or (slash and table not in TABLES):
+        raise ValueError(f"{text!r} is none of {', '.join(KINDS)}, nor one of them with /{', /'.join(TABLES)}")
+    return text
+
 
 def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) -> dict[str, np.ndarray]:
     """The mean square of each input of each block's products, float32 (D,) by the tensor's name in GGUF.
@@ -45,7 +60,8 @@ def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) ->
 
 
 def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, np.ndarray]) -> None:
-    """Writes `target`, the GGUF file `source` in one of KINDS, as `llama-quantize --imatrix` does.
+    """Writes `target`, the GGUF file `source` as `read_kind` has it, as `llama-quantize --imatrix` does; a TABLE is
+    what it calls `--token-embedding-type` and `--output-tensor-type`.
 
     Raises:
       RuntimeError: llama.cpp does not do it.
@@ -57,7 +73,10 @@ def quantize(source: Path, target: Path, kind: str, importance: Mapping[str, np.
         row.name, row.size = name.encode(), values.size
         row.data = np.ascontiguousarray(values, np.float32).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    blocks, _, table = read_kind(kind).partition("/")
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{blocks}")
+    if table:
+        params.token_embedding_type = params.output_tensor_type = getattr(llama_cpp, f"GGML_TYPE_{table}")
     params.imatrix = ctypes.cast(rows, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
     if status:

@@ -13,6 +13,7 @@ from hsai.compress import RecipeConfig, Rule, calibrated, compress
 from hsai.compress.calibrated import BlockSolver, check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.one_shot import pack_weight
+from hsai.compress.recipe import match_weights
 from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.compress.stream import Grams, Streams, apply_block, stream_blocks, take_block
 from hsai.errors import InputError

@@ -1,10 +1,11 @@
 """What a format cannot hold: numbers too large for its scales, or for the arithmetic that looks for them.
 
-Where a weight alone tells it, it is found before any work (`check_range`). What a solver makes of a weight is seen only
+Where a weight alone tells it, it is found before any work (`check_finite`, `check_range`). What a solver makes of a weight is seen only
 afterwards, and so is what a program packed, in which the formats' own checks see no numbers (`check_held`).
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,24 +51,42 @@ def check_range(name: str, w: Weight, formats: Sequence[FormatConfig]) -> None:
                 )
 
 
+def check_finite(name: str, value: Weight) -> None:
+    """Raises `InputError` if a weight of a model holds a NaN or an infinity, naming the first of its layers that does."""
+    bad = count_lost(value)
+    if bad:
+        layer = _find_layer(name, value)
+        raise InputError(
+            f"{name}{'' if layer is None else f', layer {layer},'} holds {bad} values that are NaN or infinite, of "
+            f"{math.prod(value.shape)}; compress an earlier checkpoint"
+        )
+
+
 def check_held(name: str, w: jax.Array, packed: Weight) -> None:
     """Raises `InputError` if a packed weight holds a NaN or an infinity; w (..., D, F) is what it was packed from,
     below `layers` with an axis of them."""
     lost = count_lost(packed)
     if not lost:
         return
-    if name.startswith("layers."):
-        runs = zip(packed.starts, packed.parts, strict=True) if isinstance(packed, Runs) else [(0, packed)]
-        layers = [
-            first + layer
-            for first, part in runs
-            for layer in range(part.shape[0])
-            if count_lost(jax.tree.map(lambda leaf, at=layer: leaf[at], part))
-        ]
-        name, w = f"{name}, layer {layers[0]}", w[layers[0]]
+    layer = _find_layer(name, packed)
+    if layer is not None:
+        name, w = f"{name}, layer {layer}", w[layer]
     raise InputError(
         f"{name}: packing gave {lost} scales or values that are NaN or infinite, of a weight whose largest number is "
         f"{_find_largest(w):g}; give it another format"
+    )
+
+
+def _find_layer(name: str, value: Weight) -> int | None:
+    """The first layer of a stack (L, ...) with a number that is NaN or infinite; None of what is no stack."""
+    if not name.startswith("layers."):
+        return None
+    runs = zip(value.starts, value.parts, strict=True) if isinstance(value, Runs) else [(0, value)]
+    return next(
+        first + layer
+        for first, part in runs
+        for layer in range(part.shape[0])
+        if count_lost(jax.tree.map(lambda leaf, at=layer: leaf[at], part))
     )
 
 

@@ -21,7 +21,7 @@ from hsai.compress.calibrated import SolvedLayers, solve_layers
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
-from hsai.compress.limits import check_held, check_range, count_lost
+from hsai.compress.limits import check_finite, check_held, check_range
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
@@ -29,7 +29,6 @@ from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import FeedbackConfig, NearestConfig, PlainConfig
 from hsai.compress.transforms import transform_model
-from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
     FormatConfig,
@@ -82,7 +81,9 @@ def compress(
     rules = match_weights(recipe, model)
     params = named_weights(model)
     for name, param in params.items():
-        _check_finite(name, param.get_value())
+        check_finite(name, param.get_value())
+        if name in rules:
+            check_range(name, param.get_value(), rules[name].formats)
     model, scales = transform_model(
         model,
         recipe.transforms,
@@ -94,8 +95,9 @@ def compress(
         progress=progress,
     )
     params = named_weights(model)
-    for name, rule in rules.items():
-        check_range(name, params[name].get_value(), rule.formats)
+    if recipe.transforms:
+        for name, rule in rules.items():
+            check_range(name, params[name].get_value(), rule.formats)
     # What is in the format that is asked for, as training leaves it, stays as it is.
     values: dict[str, Weight] = {
         name: params[name].get_value()
@@ -267,12 +269,3 @@ def _plain_solver(rule: Rule) -> PlainConfig:
 
 def _is_stacked(name: str) -> bool:
     return name.startswith("layers.")
-
-
-def _check_finite(name: str, value: Weight) -> None:
-    bad = count_lost(value)
-    if bad:
-        raise InputError(
-            f"{name} holds {bad} values that are NaN or infinite, of {math.prod(value.shape)}; "
-            "compress an earlier checkpoint"
-        )

@@ -150,6 +150,8 @@ def sum_gradients(
             progress("measuring gradients", start + batch, len(tokens))
     for name, moment in sums.items():
         if not bool(jnp.all(jnp.isfinite(moment))):
+            # One NaN is soon everywhere; where activations are to blame, this names the layer that made it.
+            stream_blocks(model, tokens, batch=batch, solve=lambda layer, block, grams, streams: block)
             raise InputError(
                 f"{name}: gradients over calibration are NaN or infinite, so that nothing can be allocated"
             )

@@ -14,6 +14,7 @@ from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.ledger import BlockRow, LayerRow
 from hsai.compress.limits import check_held, check_range, count_lost
 from hsai.compress.one_shot import pack_weight
+from hsai.compress.scaling import ScalingConfig
 from hsai.compress.solvers import FeedbackConfig
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, Int4Config, Int4OffsetConfig, NMConfig, OutliersConfig, stack_layers
@@ -90,7 +91,8 @@ def test_remarks_join_layers_that_say_the_same() -> None:
         (3.4e38, DenseConfig(dtype="bfloat16"), "^layers.mlp.up, layer 2 holds 3.4e[+]38"),
     ],
 )
-def test_what_no_rounding_could_hold_is_refused_before_work(value: float, format, message: str) -> None:
+@pytest.mark.parametrize("transforms", [(), (ScalingConfig(),)], ids=["", "scaled"])
+def test_what_no_rounding_could_hold_is_refused_before_work(value: float, format, message: str, transforms) -> None:
     model = Transformer(CONFIG, rngs=nnx.Rngs(0))
     up = model.layers.mlp.up.get_value()
     wide = replace_weights(model, {"layers.mlp.up": up.at[2, :32, 3].set(value)})
@@ -100,7 +102,7 @@ def test_what_no_rounding_could_hold_is_refused_before_work(value: float, format
     )
     done: list[str] = []
     with pytest.raises(InputError, match=message):
-        recipe = RecipeConfig(rules=rules, calibration=CALIBRATION)
+        recipe = RecipeConfig(rules=rules, calibration=CALIBRATION, transforms=transforms)
         compress(wide, recipe, calibration=TOKENS, progress=lambda step, *_: done.append(step))
     assert not done
 

@@ -164,12 +164,18 @@ def test_progress_goes_from_the_first_weight_to_the_last(model: Transformer) -> 
     assert seen == [("compressing", done, 3) for done in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("name", "value", "count"), [("layers.mlp.up", jnp.nan, 2), ("final_norm.gain", jnp.inf, 1)])
-def test_weights_that_are_no_numbers_stop_it_before_any_work(model: Transformer, name, value, count) -> None:
+@pytest.mark.parametrize(
+    ("name", "layer", "value", "count"),
+    [("layers.mlp.up", ", layer 1,", jnp.nan, 2), ("final_norm.gain", "", jnp.inf, 1)],
+)
+def test_weights_that_are_no_numbers_stop_it_before_any_work(model: Transformer, name, layer, value, count) -> None:
     old = named_weights(model)[name].get_value()
-    broken = replace_weights(model, {name: old.reshape(-1).at[:count].set(value).reshape(old.shape)})
+    place = slice(old.size // 2, old.size // 2 + count) if layer else slice(count)
+    broken = replace_weights(model, {name: old.reshape(-1).at[place].set(value).reshape(old.shape)})
     done: list[int] = []
-    with pytest.raises(InputError, match=rf"{name} holds {count} values that are NaN or infinite, of {old.size};"):
+    with pytest.raises(
+        InputError, match=rf"{name}{layer} holds {count} values that are NaN or infinite, of {old.size};"
+    ):
         compress(broken, MIXED, progress=lambda *_: done.append(1))
     assert not done
 

@@ -170,6 +170,13 @@ def test_solved_candidates_cost_less_than_rounded_ones() -> None:
     assert sums[1] < 0.8 * sums[0]
 
 
+def test_activations_that_are_not_finite_stop_it_at_their_layer(model: Transformer) -> None:
+    """Every gradient is NaN then, of the layers before as well."""
+    broken = replace_weights(model, {"layers.mlp_norm.gain": model.layers.mlp_norm.gain.get_value().at[1].set(1e30)})
+    with pytest.raises(InputError, match="layer 1: what mlp"):
+        sum_gradients(broken, NAMES, draw_tokens(2, 8), batch=2, seed=0)
+
+
 def test_gradients_that_are_not_finite_stop_it(model: Transformer) -> None:
     broken = replace_weights(model, {"final_norm.gain": jnp.full((48,), 1e38)})
     with pytest.raises(InputError, match="gradients over calibration are NaN or infinite"):

@@ -1,7 +1,8 @@
 """What a format cannot hold: numbers too large for its scales, or for the arithmetic that looks for them.
 
-Where a weight alone tells it, it is found before any work (`check_finite`, `check_range`). What a solver makes of a weight is seen only
-afterwards, and so is what a program packed, in which the formats' own checks see no numbers (`check_held`).
+Where a weight alone tells it, it is found before any work (`check_finite`, `check_range`). What a solver makes of a
+weight is seen only afterwards, and so is what a program packed, in which the formats' own checks see no numbers
+(`check_held`).
 """
 
 import functools

@@ -53,7 +53,7 @@ def check_range(name: str, w: Weight, formats: Sequence[FormatConfig]) -> None:
 
 
 def check_finite(name: str, value: Weight) -> None:
-    """Raises `InputError` if a weight of a model holds a NaN or an infinity, naming the first of its layers that does."""
+    """Raises `InputError` if a weight of a model holds a NaN or an infinity, naming the first layer that does."""
     bad = count_lost(value)
     if bad:
         layer = _find_layer(name, value)

@@ -18,10 +18,13 @@ source scripts/install.sh "$venv" "$python" "[dev,interop]"
   echo "error: the CPU kernels, which hundreds of tests run, were not built; all of it is in $venv/install.log" >&2
   exit 2
 }
-bash scripts/install_interop.sh "$venv/bin/python"
+# llama.cpp compiles while the others are brought over the network.
+bash scripts/install_interop.sh "$venv/bin/python" &
+interop=$!
 bash scripts/install_aot.sh "$venv/bin/python"
 bash scripts/install_cross.sh
 bash scripts/install_browser.sh
+wait $interop
 if [ $# -gt 0 ]; then
   exec pytest "$@"
 fi

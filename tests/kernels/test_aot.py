@@ -1,9 +1,9 @@
 """Kernels compile for chips by the chips' real compilers, with no device present, and as the stored table says.
 
 Compiled here are the quick cases (small, ragged, decoding) of every API: for A100 and H100 by XLA's CUDA compiler, none
-of which spills registers with its own tile, and for TPU v5e, v5p, v6e and 7x by XLA:TPU and Mosaic. The table of all
-cases for all chips is what scripts/write_capabilities.py compiled; test_programs.py holds each of its tiles against the
-kernels as they are now.
+of which spills registers with its own tile, and for TPU v5e and 7x, the smallest and the newest, by XLA:TPU and Mosaic.
+The table of all cases for all chips is what scripts/write_capabilities.py compiled; test_programs.py holds each of its
+tiles against the kernels as they are now.
 """
 
 import sys
@@ -52,7 +52,7 @@ def test_every_kernel_has_a_quick_case_and_no_stored_program_spills() -> None:
 
 @needs_tpu
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", TPU.chips)
+@pytest.mark.parametrize("chip", ["v5e", "tpu7x"])
 def test_tpu_kernels_compile(chip: str) -> None:
     rows = compile_kernels("tpu", FOLDER / "tpu", [chip], quick=True)
     assert len(rows) == sum(1 for _ in TPU.list_cases(TPU.kernels, quick=True))

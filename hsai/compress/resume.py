@@ -1,12 +1,12 @@
 """What a run of compression has done so far, on disk: a run that is killed goes on at the block it was in.
 
 DIRECTORY/record.json           what is made of what, and by which hsai; another record is another run
-DIRECTORY/scales.safetensors, scales.json            scales of channels, once they are known, and how they were found
+DIRECTORY/scales_0007.safetensors, scales_0007.json  one layer's scales of channels, and its rows; scales_head.* too
 DIRECTORY/trials_0007.json      what each candidate of one layer would cost
 DIRECTORY/allocation.json       how the budget was spent, once it is known
 DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
 
-Each file appears by a rename, a layer's JSON last, so that a layer is there as a whole or not at all. The residual
+Each file appears by a rename, the JSON of two last, so that a layer is there as a whole or not at all. The residual
 stream is not kept: what the layers before make of the calibration is computed again, one pass without solving.
 
 One run at a time works there (a lock sees to that), and nothing is removed that no run wrote.
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from hsai import configuration
@@ -27,12 +29,12 @@ from hsai.compress.allocate import Item
 from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, lock_directory, read_json, write_json_atomic
-from hsai.formats.storage import describe, named_arrays, restore
+from hsai.formats.storage import describe, fill, named_arrays, restore
 from hsai.models.transformer import Block
 
-RECORD, ALLOCATION, SCALES, LOCK = "record.json", "allocation.json", "scales.safetensors", ".lock"
-OWN = re.compile(r"\.?(record|allocation|scales|trials_\d+|layer_\d+)\..*|\.lock")
-"""Names of files that a run writes, those of a write that was cut off among them."""
+RECORD, ALLOCATION, LOCK = "record.json", "allocation.json", ".lock"
+OWN = re.compile(r"\.?(record|allocation|scales(_\d+|_head)?|trials_\d+|layer_\d+)\..*|\.lock")
+"""Names of files that a run writes or, of scales without a number, wrote; those of a write that was cut off too."""
 
 
 class Workbench:
@@ -79,19 +81,25 @@ class Workbench:
         """Lets another run have the directory, which stays as it is."""
         self._lock.close()
 
-    def load_scales(self) -> tuple[Mapping[str, jax.Array], tuple[ScaleRow, ...]] | None:
-        """The factors of channels by what makes them, and their rows, if they were found."""
-        path = self._directory / SCALES
-        if not path.with_suffix(".json").exists():
-            return None
-        return load_file(path), tuple(ScaleRow(**row) for row in read_json(path.with_suffix(".json")))
+    def load_scales(
+        self, layer: int | None, like: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> tuple[Mapping[str, np.ndarray], list[ScaleRow]] | None:
+        """The factors of a layer's channels, by what makes them, and their rows; None if they were not found.
 
-    def save_scales(self, factors: Mapping[str, jax.Array], rows: Sequence[ScaleRow]) -> None:
+        Args:
+          layer: its number; None of the head.
+          like: what factors there are, and their shapes.
+        Raises:
+          InputError: the files do not fit `like`, or cannot be read.
+        """
+        found = self._load(_name_scales(layer))
+        if found is None:
+            return None
+        return jax.device_get(fill(dict(like), found[0])), [ScaleRow(**row) for row in found[1]]
+
+    def save_scales(self, layer: int | None, factors: Mapping[str, np.ndarray], rows: Sequence[ScaleRow]) -> None:
         """Keeps what was found."""
-        path = self._directory / SCALES
-        with atomic_write(path) as temporary:
-            save_file({name: jax.device_get(factor) for name, factor in factors.items()}, temporary)
-        write_json_atomic(path.with_suffix(".json"), [dataclasses.asdict(row) for row in rows])
+        self._save(_name_scales(layer), factors, [dataclasses.asdict(row) for row in rows])
 
     def load_trials(self, layer: int) -> list[Item] | None:
         """What was found of the layer's candidates, if they were tried."""
@@ -118,27 +126,24 @@ class Workbench:
           layer: its number.
           block: with dense weights of the same shapes.
         Raises:
-          InputError: the files do not fit the block.
+          InputError: the files do not fit the block, or cannot be read.
         """
-        path = self._name(layer)
-        if not path.with_suffix(".json").exists():
+        found = self._load(f"layer_{layer:04}")
+        if found is None:
             return None
-        found = read_json(path.with_suffix(".json"))
-        rows = [LayerRow(**row) for row in found["rows"]]
-        tuned = [BlockRow(**row) for row in found["blocks"]]
-        return restore(block, found["formats"], load_file(path)), rows, tuned
+        arrays, content = found
+        rows = [LayerRow(**row) for row in content["rows"]]
+        tuned = [BlockRow(**row) for row in content["blocks"]]
+        return restore(block, content["formats"], arrays), rows, tuned
 
     def save_layer(self, layer: int, block: Block, rows: Sequence[LayerRow], tuned: Sequence[BlockRow] = ()) -> None:
         """Keeps a layer's weights and rows."""
-        path = self._name(layer)
-        with atomic_write(path) as temporary:
-            save_file({name: jax.device_get(array) for name, array in named_arrays(block).items()}, temporary)
         content = {
             "formats": describe(block),
             "rows": [dataclasses.asdict(row) for row in rows],
             "blocks": [dataclasses.asdict(row) for row in tuned],
         }
-        write_json_atomic(path.with_suffix(".json"), content)
+        self._save(f"layer_{layer:04}", named_arrays(block), content)
 
     def remove(self) -> None:
         """Throws all of it away, and closes: the run is whole, and stands elsewhere."""
@@ -149,8 +154,23 @@ class Workbench:
         with contextlib.suppress(OSError):  # what somebody else put there stays
             self._directory.rmdir()
 
-    def _name(self, layer: int) -> Path:
-        return self._directory / f"layer_{layer:04}.safetensors"
+    def _save(self, name: str, arrays: Mapping[str, jax.Array | np.ndarray], content: Any) -> None:
+        """Two files, of which the JSON says that both are there."""
+        path = self._directory / f"{name}.safetensors"
+        with atomic_write(path) as temporary:
+            save_file(jax.device_get(dict(arrays)), temporary)
+        write_json_atomic(path.with_suffix(".json"), content)
+
+    def _load(self, name: str) -> tuple[dict[str, jax.Array], Any] | None:
+        """What `_save` was given; None if it did not come to its end."""
+        path = self._directory / f"{name}.safetensors"
+        if not path.with_suffix(".json").exists():
+            return None
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot read {path}: {error}; remove {self._directory} to begin anew") from error
+        return arrays, read_json(path.with_suffix(".json"))
 
     def _name_trials(self, layer: int) -> Path:
         return self._directory / f"trials_{layer:04}.json"
@@ -166,7 +186,8 @@ class Workbench:
         tried = len(list(self._directory.glob("trials_*.json")))
         words += [f"trials of {tried} layer{'s' * (tried > 1)}"] if tried else []
         words += ["its allocation"] if (self._directory / ALLOCATION).exists() else []
-        words += ["its scales"] if (self._directory / SCALES).exists() else []
+        scaled = len(list(self._directory.glob("scales_[0-9]*.json")))
+        words += [f"scales of {scaled} layer{'s' * (scaled > 1)}"] if scaled else []
         return ", ".join(words)
 
 
@@ -182,3 +203,7 @@ def check_unfinished(directory: Path) -> None:
             f"{directory}, where unfinished work is kept, holds something else (no {RECORD}); move it away, or give "
             "another --out"
         )
+
+
+def _name_scales(layer: int | None) -> str:
+    return "scales_head" if layer is None else f"scales_{layer:04}"

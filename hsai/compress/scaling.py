@@ -9,6 +9,8 @@ that reads the same channels, by the output error of what the recipe's formats m
 Here a is the root mean square over calibration, and not the mean magnitude, so that with the Gram matrix X^T X of the
 solvers everything is known: the output error of v is tr((w - v)^T X^T X (w - v)).
 
+What is found of a layer is kept (`hsai.compress.resume`): a search that is killed goes on at the layer it was in.
+
 L layers, E experts, D contraction, F outputs, K kv heads, H head dim.
 """
 
@@ -32,6 +34,7 @@ from hsai.compress.folds import (
     store_gain,
 )
 from hsai.compress.ledger import ScaleRow, keep_finite
+from hsai.compress.resume import Workbench
 from hsai.compress.solvers import NearestConfig
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
@@ -79,6 +82,7 @@ def find_scales(
     *,
     batch: int,
     plain: Compress,
+    workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> Scales:
     """The scales of every fold along which a weight of `formats` reads.
@@ -90,6 +94,8 @@ def find_scales(
       tokens: int32 (N, T) of calibration.
       batch: sequences at a time.
       plain: packs a weight by itself, as every exponent is tried.
+      workbench: where each layer's scales are kept as soon as they are found, and those of an earlier run are; if it
+        has all of them, calibration is not run.
       progress: called with ("scaling channels", layers done, layers in all).
     Raises:
       InputError: no weight of `formats` reads along a fold; see `stream_blocks`.
@@ -105,51 +111,70 @@ def find_scales(
             "scaling has nothing to do: no rule gives a format to a weight that reads scalable channels, such as "
             "layers.attention.q or layers.mlp.down"
         )
-    observed = [name for fold in folds if fold.source.startswith("layers.") for name in rounded & set(fold.readers)]
-    found: dict[str, list[jax.Array]] = {fold.source: [] for fold in folds}
-    rows: list[ScaleRow] = []
+    inner = [fold for fold in folds if fold.source.startswith("layers.")]
+    last = [fold for fold in folds if fold.source == "final_norm"]
+    observed = [name for fold in inner for name in rounded & set(fold.readers)]
+    places = [*range(model.config.layers), *(None for _ in last)]
+    found: dict[int | None, tuple[Mapping[str, np.ndarray], Sequence[ScaleRow]]] = {}
 
-    def search(fold: Fold, layer: int | None, weights: Mapping[str, jax.Array], grams: Grams) -> None:
-        rates = measure_channels(fold, grams[fold.readers[0]], model.config)
-        trial = {name: (weights[name], grams[name], smallest[name]) for name in fold.readers if name in rounded}
-        errors = []
-        for exponent in np.arange(config.steps + 1) / config.steps:
-            factor = repeat_channels(fold, _raise(rates, exponent), model.config)
-            squares = [_try_scale(w, gram, factor, format, plain) for w, gram, format in trial.values()]
-            errors.append(float(sum(squares)))
-        best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
-        found[fold.source].append(_raise(rates, best / config.steps))
-        rows.append(
-            ScaleRow(
-                source=fold.source,
-                layer=layer,
-                exponent=best / config.steps,
-                error_before=keep_finite((errors[0] / len(trial)) ** 0.5),
-                error_after=keep_finite((errors[best] / len(trial)) ** 0.5),
+    def search(layer: int | None, weights: Mapping[str, jax.Array], grams: Grams) -> None:
+        factors: dict[str, np.ndarray] = {}
+        rows: list[ScaleRow] = []
+        for fold in last if layer is None else inner:
+            rates = measure_channels(fold, grams[fold.readers[0]], model.config)
+            trial = {name: (weights[name], grams[name], smallest[name]) for name in fold.readers if name in rounded}
+            errors = []
+            for exponent in np.arange(config.steps + 1) / config.steps:
+                factor = repeat_channels(fold, _raise(rates, exponent), model.config)
+                squares = [_try_scale(w, gram, factor, format, plain) for w, gram, format in trial.values()]
+                errors.append(float(sum(squares)))
+            best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
+            factors[fold.source] = jax.device_get(_raise(rates, best / config.steps))
+            rows.append(
+                ScaleRow(
+                    source=fold.source,
+                    layer=layer,
+                    exponent=best / config.steps,
+                    error_before=keep_finite((errors[0] / len(trial)) ** 0.5),
+                    error_after=keep_finite((errors[best] / len(trial)) ** 0.5),
+                )
             )
-        )
+        # Held as a later run finds them, in the host's memory: on a mesh too, both then go on with arrays laid alike.
+        found[layer] = factors, rows
+        if workbench is not None:
+            workbench.save_scales(layer, factors, rows)
 
     def search_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(observed, grams)
         weights = {f"layers.{name}": param.get_value() for name, param in named_weights(block).items()}
-        for fold in folds:
-            if fold.source.startswith("layers."):
-                search(fold, layer, weights, {f"layers.{name}": gram for name, gram in grams.items()})
+        search(layer, weights, {f"layers.{name}": gram for name, gram in grams.items()})
         return block
 
     def search_head(gram: jax.Array) -> None:
         (name,) = last[0].readers
-        search(last[0], None, {name: named_weights(model)[name].get_value()}, {name: gram})
+        search(None, {name: named_weights(model)[name].get_value()}, {name: gram})
+
+    def recall(layer: int, block: Block) -> Block | None:
+        return block if layer in found else None
 
     def report(_: str, done: int, total: int) -> None:
         if progress is not None:
             progress("scaling channels", done, total)
 
-    last = [fold for fold in folds if fold.source == "final_norm"]
-    finish = search_head if last else None
-    stream_blocks(model, tokens, batch=batch, solve=search_block, finish=finish, progress=report)
-    factors = {source: jnp.stack(each) if source.startswith("layers.") else each[0] for source, each in found.items()}
-    return Scales(factors=factors, rows=tuple(rows))
+    for layer in places:
+        like = {fold.source: _outline(fold, shapes) for fold in (last if layer is None else inner)}
+        kept = None if workbench is None else workbench.load_scales(layer, like)
+        if kept is not None:
+            found[layer] = kept
+    missing = [layer for layer in places if layer not in found]
+    if missing:
+        finish = search_head if None in missing else None
+        stream_blocks(model, tokens, batch=batch, solve=search_block, recall=recall, finish=finish, progress=report)
+    factors = {
+        fold.source: jnp.stack([found[layer][0][fold.source] for layer in range(model.config.layers)]) for fold in inner
+    }
+    factors |= {fold.source: jnp.asarray(found[None][0][fold.source]) for fold in last}
+    return Scales(factors=factors, rows=tuple(row for layer in places for row in found[layer][1]))
 
 
 def measure_channels(fold: Fold, gram: jax.Array, config: TransformerConfig) -> jax.Array:
@@ -183,6 +208,13 @@ def apply_scales(model: Transformer, factors: Mapping[str, jax.Array]) -> Transf
         seen = repeat_channels(fold, factor, config)
         weights |= {name: scale_rows(weights[name], seen) for name in fold.readers}
     return replace_weights(model, weights)
+
+
+def _outline(fold: Fold, shapes: Mapping[str, tuple[int, ...]]) -> jax.ShapeDtypeStruct:
+    """What a fold's factors are of one layer, for `shapes` of the model's weights: float32 (D,), (F,) or (E, F)."""
+    shape = shapes[f"{fold.source}.gain" if fold.is_norm else fold.source]
+    shape = shape[1:] if fold.source.startswith("layers.") else shape
+    return jax.ShapeDtypeStruct(shape if fold.is_norm else (*shape[:-2], shape[-1]), jnp.float32)
 
 
 def _raise(rates: jax.Array, exponent: float) -> jax.Array:

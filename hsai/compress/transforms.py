@@ -78,8 +78,7 @@ def transform_model(
       formats: what weights may become, by their names in `outline`.
       calibration: how `tokens`, int32 (N, T), are read; both for transforms that calibrate.
       plain: packs a weight by itself.
-      workbench: where the scales are kept, and those of an earlier run found.
-      progress: as for `find_scales`.
+      workbench, progress: as for `find_scales`.
     Raises:
       InputError: see `rotate_model` and `find_scales`.
     """
@@ -91,14 +90,9 @@ def transform_model(
             continue
         if calibration is None or tokens is None:
             raise ValueError("scaling calibrates; it needs the calibration's tokens")
-        found = None if workbench is None else workbench.load_scales()
-        if found is None:
-            scales = find_scales(
-                changed, transform, formats, tokens, batch=calibration.batch, plain=plain, progress=progress
-            )
-            found = scales.factors, scales.rows
-            if workbench is not None:
-                workbench.save_scales(*found)
-        factors, rows = found
-        changed = apply_scales(changed, factors)
+        batch = calibration.batch
+        scales = find_scales(
+            changed, transform, formats, tokens, batch=batch, plain=plain, workbench=workbench, progress=progress
+        )
+        changed, rows = apply_scales(changed, scales.factors), scales.rows
     return changed, rows

@@ -4,14 +4,18 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hsai.cli import main
 from hsai.cli.page import TRACED
+from hsai.compress import scaling
+from hsai.compress.folds import Fold
 from hsai.compress.resume import Workbench
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
@@ -212,6 +216,50 @@ def test_unfinished_work_of_others_is_refused_or_told(
     )
     assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
     assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"
+
+
+SCALING_RECIPE = """
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.compress.scaling import ScalingConfig
+from hsai.formats import Int4Config
+
+def get_config():
+    return RecipeConfig(
+        rules=(Rule(pattern="layers.*", format=Int4Config()),),
+        transforms=(ScalingConfig(steps=2),),
+        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
+    )
+"""
+
+
+def test_a_killed_search_of_scales_ends_in_the_same_bundle(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "mine.py").write_text(SCALING_RECIPE)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py", "--out"]
+    begun: list[str] = []
+    real = scaling.measure_channels
+
+    def count(fold: Fold, *arguments: Any) -> Any:
+        begun.append(fold.source)
+        if len(begun) == last:
+            raise KeyboardInterrupt
+        return real(fold, *arguments)
+
+    monkeypatch.setattr(scaling, "measure_channels", count)
+    last = 7  # of two layers with four folds each
+    assert main([*words, "out"]) == 128 + signal.SIGINT
+    found = sorted(path.name for path in (place / ".out.partial").glob("scales_*"))
+    assert found == ["scales_0000.json", "scales_0000.safetensors"]
+    begun.clear()
+    last = 0
+    assert main([*words, "out"]) == 0
+    assert len(begun) == 4 and not (place / ".out.partial").exists()
+    assert main([*words, "whole"]) == 0
+    made, whole = (json.loads((place / name / "manifest.json").read_text()) for name in ("out", "whole"))
+    assert made["files"] == whole["files"]  # to the byte
+    assert made["extra"]["ledger"] == whole["extra"]["ledger"] and len(made["extra"]["ledger"]["scales"]) == 8
 
 
 def test_a_record_names_commit_and_sources(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,8 @@ def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> N
     bench = tmp_path / "bench"
     with Workbench(bench, {"recipe": "a", "commit": "1"}) as first:
         assert (first.layers, first.changed, first.discarded) == (0, (), "")
-    for name in ("layer_0000.json", "layer_0001.json", "layer_0001.safetensors", ".layer_0002.ab.safetensors"):
+    names = ("layer_0000.json", "layer_0001.json", "layer_0001.safetensors", ".layer_0002.ab.safetensors")
+    for name in (*names, "scales_head.json", ".scales_0001.ab.safetensors", "scales.json"):
         (bench / name).write_text("{}")
     (bench / "notes.txt").write_text("mine")
     with Workbench(bench, {"recipe": "a", "commit": "1"}) as same:

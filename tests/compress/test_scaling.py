@@ -1,6 +1,7 @@
-"""Scales of channels: the function stays, the exponent is the one that serves best, and a resumed run keeps it."""
+"""Scales of channels: the function stays, the exponent is the one that serves best, and a killed search goes on."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, compress, transforms
+from hsai.compress import RecipeConfig, Rule, compress, scaling
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.folds import channel_folds
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.resume import Workbench
 from hsai.compress.scaling import ScalingConfig, apply_scales, find_scales
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import stream_blocks
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, Int4, Int4Config, Int8Config
 from hsai.formats.storage import named_weights, replace_weights
-from hsai.models import Transformer, TransformerConfig
+from hsai.models import MoEConfig, Transformer, TransformerConfig
+from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 from tests.compress.test_rotation import STRUCTURES, naive_logits
 from tests.models.conftest import fill_model
 
@@ -138,25 +141,127 @@ def test_a_scaled_model_loses_less(uneven: Transformer) -> None:
     assert (scaled.final_norm.gain.get_value() != uneven.final_norm.gain.get_value()).any()
 
 
-def test_a_resumed_run_keeps_the_scales(uneven: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = (Rule(pattern="layers.mlp.down", format=Int4Config(group=32)),)
-    recipe = RecipeConfig(rules=rules, transforms=(ScalingConfig(steps=2),), calibration=CALIBRATION)
+class Killed(Exception):
+    """What a test ends a run with."""
+
+
+@dataclasses.dataclass
+class Search:
+    """Counts searches of a fold's scales, and ends the run at one of them."""
+
+    begun: int = 0
+    last: int | None = None
+
+    def begin(self) -> None:
+        self.begun += 1
+        if self.begun == self.last:
+            raise Killed
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Search:
+    found, real = Search(), scaling.measure_channels
+    monkeypatch.setattr(scaling, "measure_channels", lambda *arguments: found.begin() or real(*arguments))
+    return found
+
+
+SCALED = RecipeConfig(
+    rules=(Rule(pattern="*", format=Int4Config(group=32)),),
+    transforms=(ScalingConfig(steps=2),),
+    calibration=CALIBRATION,
+)
+"""Two layers of four folds each, and of an untied model the last normalization."""
+
+
+def run(model: Transformer, directory: Path, recipe: RecipeConfig = SCALED) -> tuple[Transformer, str, list[str]]:
+    """The model, its ledger as it is written, and what progress was told."""
     told: list[str] = []
+    with Workbench(directory, {"recipe": "a"}) as workbench:
+        found, ledger = compress(
+            model, recipe, calibration=TOKENS, workbench=workbench, progress=lambda step, *_: told.append(step)
+        )
+    return found, json.dumps(ledger.to_dict()), told
 
-    def run() -> tuple[Transformer, dict[str, Any]]:
-        with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
-            found, ledger = compress(
-                uneven, recipe, calibration=TOKENS, workbench=workbench, progress=lambda step, *_: told.append(step)
-            )
-        return found, ledger.to_dict()
 
-    whole, ledger = run()
-    assert told == ["scaling channels"] * 2 + ["compressing"]
-    monkeypatch.setattr(transforms, "find_scales", None)
-    again, ledger_again = run()
-    assert ledger_again == ledger
-    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(one, other)
+def check_same(one: tuple[Transformer, str, list[str]], other: tuple[Transformer, str, list[str]]) -> None:
+    """To the bit."""
+    assert one[1] == other[1]
+    for left, right in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("last", "kept", "anew"),
+    [(2, [], 9), (6, ["0000"], 5), (9, ["0000", "0001"], 1)],
+    ids=["first layer", "second layer", "head"],
+)
+def test_a_killed_search_goes_on_at_its_layer(
+    uneven: Transformer, tmp_path: Path, search: Search, last: int, kept: list[str], anew: int
+) -> None:
+    whole = run(uneven, tmp_path / "whole")
+    assert search.begun == 9 and whole[2].count("scaling channels") == 2
+    search.begun, search.last = 0, last
+    with pytest.raises(Killed):
+        run(uneven, tmp_path / "bench")
+    assert sorted(path.stem.removeprefix("scales_") for path in (tmp_path / "bench").glob("scales_*.json")) == kept
+    search.begun, search.last = 0, None
+    check_same(run(uneven, tmp_path / "bench"), whole)
+    assert search.begun == anew
+
+
+@pytest.mark.parametrize("moe", [None, MoEConfig(experts=4, active=2)], ids=["dense", "experts"])
+def test_a_resumed_run_keeps_the_scales(
+    moe: MoEConfig | None, tmp_path: Path, search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all are found, the stream is not computed for them either."""
+    model = Transformer(dataclasses.replace(CONFIG, moe=moe), rngs=nnx.Rngs(0))
+    whole = run(model, tmp_path)
+    assert search.begun == 8
+    search.begun = 0
+    monkeypatch.setattr(scaling, "stream_blocks", None)
+    again = run(model, tmp_path)
+    check_same(again, whole)
+    assert search.begun == 0 and "scaling channels" not in again[2]
+
+
+def test_a_killed_search_on_a_mesh(uneven: Transformer, tmp_path: Path, search: Search) -> None:
+    """What is found on eight devices and what is read back into one lie alike, for all that sums over them later."""
+    rules = (Rule(pattern="layers.mlp.*", format=Int4Config(group=32), solver=FeedbackConfig()),)
+    recipe = dataclasses.replace(SCALED, rules=rules)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+    with use_mesh(mesh):
+        laid = jax.device_put(uneven, tree_shardings(uneven, mesh))
+        whole = run(laid, tmp_path / "whole", recipe)
+        search.begun, search.last = 0, 4
+        with pytest.raises(Killed):
+            run(laid, tmp_path / "bench", recipe)
+        search.begun, search.last = 0, None
+        check_same(run(laid, tmp_path / "bench", recipe), whole)
+    assert search.begun == 2
+
+
+def test_scales_that_do_not_belong_are_not_used(uneven: Transformer, tmp_path: Path, search: Search) -> None:
+    """Half-written ones are found again, another run's are thrown away, damaged ones and other models' refused."""
+    whole = run(uneven, tmp_path)
+    (tmp_path / "scales_0000.json").unlink()  # a layer is there with its JSON, which comes last
+    (tmp_path / ".scales_0000.0011aa.safetensors").write_bytes(b"half")
+    (tmp_path / "scales_0000.safetensors").write_bytes(b"older")
+    search.begun = 0
+    check_same(run(uneven, tmp_path), whole)
+    assert search.begun == 4
+    with pytest.raises(InputError, match=r"do not fit the model: 'layers.mlp.up' is float32\[128\], .* float32\[64\]"):
+        run(Transformer(dataclasses.replace(CONFIG, mlp=64), rngs=nnx.Rngs(0)), tmp_path)
+    with pytest.raises(InputError, match="'layers.attention.v' is unknown"):
+        down = (Rule(pattern="layers.mlp.down", format=Int4Config(group=32)),)
+        run(uneven, tmp_path, dataclasses.replace(SCALED, rules=down))
+    path = tmp_path / "scales_0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"cannot read {path}: .*; remove {tmp_path} to begin anew"):
+        run(uneven, tmp_path)
+    with Workbench(tmp_path, {"recipe": "b"}) as other:
+        assert other.discarded == "scales of 2 layers"
+        other.remove()
+    assert not tmp_path.exists()
 
 
 def test_what_cannot_be_scaled_is_refused(uneven: Transformer) -> None:

@@ -1,6 +1,6 @@
 """As learned_nm24_int4, with tables of 5 bits, and the calibration of tuned_int4_offset.
 
-hsai compress runs/quickstart --recipe configs/compress/learned_nm24_int4_offset.py --out runs/quickstart/learned_offset
+hsai compress runs/quickstart --recipe configs/compress/learned_nm24_int4_offset.py --out runs/quickstart/learned_nm24_int4_offset
 """
 
 from dataclasses import replace

@@ -56,6 +56,13 @@ def read_first_layer(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.nda
     return tuple(np.asarray(part).reshape(TOKENS.size, -1) for part in (normed, *block.mlp.route(normed)))
 
 
+def level(normed: np.ndarray) -> np.ndarray:
+    """(N, D) as Gram matrices count them, batch by batch of four windows."""
+    rows = normed.reshape(len(TOKENS) // 4, -1, normed.shape[-1])
+    norms = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
+    return (rows / norms * np.exp(np.mean(np.log(norms), axis=1, keepdims=True))).reshape(normed.shape)
+
+
 def test_each_expert_is_observed_on_its_own_tokens(model: Transformer) -> None:
     seen = {}
 
@@ -89,7 +96,7 @@ def test_solved_experts_miss_less_of_their_outputs(model: Transformer) -> None:
     assert len({tuple(found) for found in solved.layers.mlp.up.get_value().index[0, :, :, 0].tolist()}) > 1
     errors, missed, whole = [], 0.0, 0.0
     for expert in range(4):
-        rows = normed[(chosen == expert).any(axis=1)]
+        rows = level(normed)[(chosen == expert).any(axis=1)]
         wanted = rows @ dense[expert]
         missed += np.linalg.norm(rows @ held[expert] - wanted) ** 2
         whole += np.linalg.norm(wanted) ** 2
@@ -118,7 +125,7 @@ def test_an_expert_without_tokens_is_rounded_and_reported(model: Transformer) ->
 
 
 def test_experts_are_scaled_by_their_own_tokens(model: Transformer) -> None:
-    gains = jnp.square(model.layers.mlp_norm.gain.get_value())
+    gains = model.layers.mlp_norm.gain.get_value() ** 3
     uneven = replace_weights(model, {"layers.mlp_norm.gain": gains})
     rules = (Rule(pattern="layers.mlp.[gud]*", format=FORMAT),)
     recipe = RecipeConfig(rules=rules, transforms=(ScalingConfig(steps=4),), calibration=CALIBRATION)
@@ -175,7 +182,7 @@ def test_a_budget_is_spent_on_experts_too(model: Transformer) -> None:
     for option in items[0].options:
         missed, wanted = np.asarray(w - to_dense(pack_weight(w, option.format)), np.float64), 0.0
         for expert in range(4):
-            rows = normed[(chosen == expert).any(axis=1)]
+            rows = level(normed)[(chosen == expert).any(axis=1)]
             wanted += np.sum(moments[expert] * ((rows @ missed[expert]) ** 2).mean(axis=0)) / 2 / TOKENS.size
         assert option.loss == pytest.approx(wanted, rel=1e-2)
     rules = (Rule(pattern="layers.mlp.*", format=candidates), Rule(pattern="*", format=Int8Config()))

@@ -294,8 +294,10 @@ def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:
         "joint_vnm28_int4",
         "tuned_int4",
         "tuned_int4_offset",
+        "q4_1_offset",
         "tuned_nm24_int4",
         "learned_nm24_int4",
+        "learned_nm24_int4_offset",
         "tuned_budget",
     }
     for name in names:

@@ -1,7 +1,7 @@
 """As learned_nm24_int4, with tables of 5 bits, and the calibration of tuned_int4_offset.
 
 hsai compress runs/quickstart --recipe configs/compress/learned_nm24_int4_offset.py --out runs/quickstart/learned_nm24_int4_offset
-"""
+"""  # noqa: E501 (a command)
 
 from dataclasses import replace
 

@@ -56,13 +56,6 @@ class Rule:
                 f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} has no scales, and the "
                 "half-quadratic solver finds nothing else; leave it nearest"
             )
-        if isinstance(self.solver, HalfQuadraticConfig):
-            for format in self.formats:
-                if (grid := grid_of(format)) is not None and grid.has_minimum:
-                    raise InputError(
-                        f"rule {self.pattern!r}: the half-quadratic solver moves scales, and {name_format(format)} has "
-                        "minima as well; leave it nearest"
-                    )
         if isinstance(self.solver, WandaConfig) and not any(map(pattern_of, self.formats)):
             raise InputError(
                 f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} prunes nothing, and the Wanda "

@@ -1,9 +1,9 @@
 """Compression with calibration: weights that are solved for what text makes of them (GPTQ, SparseGPT, Wanda, joint).
 
-One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`. A weight whose solve fails,
-for want of a factor or because its numbers run away, is tried again with more damping and at last rounded plainly; its
-row says so, and the run goes on. Where a recipe reconstructs, the packed weights of a layer are then tuned together
-(`hsai.compress.reconstruct`).
+One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`, or by
+`hsai.compress.wanda`. A weight whose solve fails, for want of a factor or because its numbers run away, is tried again
+with more damping and at last rounded plainly; its row says so, and the run goes on. Where a recipe reconstructs, the
+packed weights of a layer are then tuned together (`hsai.compress.reconstruct`).
 """
 
 import dataclasses
@@ -22,8 +22,17 @@ from hsai.compress.limits import check_held, sum_lost
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solver import order_positions, solve
-from hsai.compress.solvers import FeedbackConfig, MaskName, NearestConfig, PlainConfig, SolverConfig
+from hsai.compress.solvers import (
+    CalibratedConfig,
+    FeedbackConfig,
+    MaskName,
+    NearestConfig,
+    PlainConfig,
+    SolverConfig,
+    WandaConfig,
+)
 from hsai.compress.stream import Grams, Streams, stream_blocks
+from hsai.compress.wanda import measure_norms, pack_wanda
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -67,7 +76,7 @@ class Packing:
     weight: Weight
 
     damping: float | None = None
-    """That the factorization took; None of a weight that was packed by itself."""
+    """That the factorization took; None of a weight that needed none, or was packed by itself."""
 
     note: str = ""
     """Why it was, if the solve failed, or took more damping; and experts that had nothing to be solved for."""
@@ -103,16 +112,18 @@ class BlockSolver:
 
     def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
         """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose solve fails is packed
-        by itself, as are those that are not to be solved, or stay dense.
+        by itself, as are those of which its solver decides nothing (`is_decided`).
 
         Raises:
           InputError: the format cannot hold the weight by itself either.
         """
-        if not isinstance(config, FeedbackConfig):
+        if not isinstance(config, CalibratedConfig):
             return Packing(weight=self._plain(w, format, config))
-        if isinstance(format, DenseConfig):
+        if not is_decided(format, config):
             return Packing(weight=self._plain(w, format, NearestConfig()))
         gram = self._grams[name]
+        if isinstance(config, WandaConfig):
+            return Packing(weight=pack_wanda(w, gram, format))
         if w.ndim == 2:
             return self._solve(name, 0, w, gram, format, config)
         packings = [self._solve(name, expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
@@ -181,7 +192,7 @@ def solve_layers(
     blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
     heads = {name: found for name, found in formats.items() if name not in blocks}
     inner = {full: full.removeprefix("layers.") for full in blocks}
-    solved = [full for full, (_, config) in blocks.items() if isinstance(config, FeedbackConfig)]
+    solved = [full for full, (_, config) in blocks.items() if isinstance(config, CalibratedConfig)]
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
     tuned: list[BlockRow] = []
@@ -204,7 +215,7 @@ def solve_layers(
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
         for name, packing in packings.items():
-            if packing.damping is not None and (streams.counts[name] == 0).any():
+            if is_decided(*chosen[name]) and (streams.counts[name] == 0).any():
                 idle = ", ".join(map(str, np.flatnonzero(streams.counts[name] == 0)))
                 told = f"no token went to expert {idle}"
                 packings[name] = dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
@@ -269,6 +280,14 @@ def _read_weights(block: Block) -> dict[str, Any]:
     return {name: param.get_value() for name, param in named_weights(block).items()}
 
 
+def is_decided(format: FormatConfig, config: SolverConfig) -> bool:
+    """Whether calibration has a say in what a weight in this format holds: a dense one has nothing to solve, and
+    Wanda's masks are of what prunes."""
+    if isinstance(config, WandaConfig):
+        return pattern_of(format) is not None
+    return isinstance(config, FeedbackConfig) and not isinstance(format, DenseConfig)
+
+
 def check_observed(names: Iterable[str], grams: Grams) -> None:
     """Raises `InputError` for a weight of the layers that a block multiplies by nothing."""
     for name in names:
@@ -319,7 +338,7 @@ def _pack_columns(
     apart = None if index is None else jnp.zeros(w.shape[0], bool).at[index].set(True)
     given = None
     if isinstance(base, SparseConfig) and mask != "joint":
-        norms = jnp.sqrt(jnp.diagonal(gram))[:, None] if mask == "wanda" else 1.0
+        norms = measure_norms(gram) if mask == "wanda" else 1.0
         given = base.mask((w if apart is None else jnp.where(apart[:, None], 0.0, w)) * norms)
     grid, pattern = grid_of(format), pattern_of(format)
     solved = solve(w, upper, grid=grid, pattern=pattern, mask=given, order=order, apart=apart)

@@ -7,8 +7,10 @@ with heavy tails. It is split in two (half-quadratic splitting): errors u that a
 the norm's own shrinkage, u = sign(e) max(|e| - |e|^(p - 1) / beta, 0), and the scale is fitted to what is left by least
 squares, s = <q, w - u> / <q, q>, with the levels q that weights had; then weights are rounded anew.
 
-The authors keep the scale and move a zero point; the grids here have none, so it is the scale that moves, and recipes
-refuse the one format that has minima.
+The authors keep the scale and move a zero point z, to the mean of q - (w - u) / s over the group. Where levels count
+from a minimum m = -z s it moves so too, m = mean(w - u - s q), and the scale with it, s being the slope of w - u over
+q: of student-t weights (3 degrees of freedom, groups of 32) the minimum alone takes 0.9 % off the sum of |w - v|^0.7
+that the search leaves, both 1.6 %. Where levels count from zero there is only the scale to move.
 Errors are shrunk in units of the scale, so that it does not matter how large weights are.
 
 D contraction, F outputs, G positions that share a scale.
@@ -32,7 +34,8 @@ STRENGTH, GROWTH = 3.0, 1.01
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfQuadraticConfig:
-    """Each weight by itself: as the nearest solver, with scales that suit most weights of a group, not its outliers."""
+    """Each weight by itself: as the nearest solver, with scales, and minima where a format has them, that suit most
+    weights of a group, not its outliers."""
 
     kind: Literal["half_quadratic"] = "half_quadratic"
     """Names this solver in files."""
@@ -67,11 +70,12 @@ def pack_half_quadratic(w: jax.Array, format: FormatConfig, config: HalfQuadrati
 
 
 def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadraticConfig) -> jax.Array:
-    """The best scale (..., 1, F), as it is stored, of those that the iteration meets, by the sum of |w - v|^p.
+    """The best scale (..., 1, F) of those that the iteration meets, as it is stored, by the sum of |w - v|^p; or scale
+    and minimum (..., 1, 2 F), where the grid has minima.
 
     Args:
       w: float32 (..., G, F), groups that share a scale.
-      scale: (..., 1, F), where to begin.
+      scale: (..., 1, F) or (..., 1, 2 F), where to begin.
       grid: where values lie.
       config: p, and for how long.
     """
@@ -82,20 +86,35 @@ def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadrat
     def step(
         state: tuple[jax.Array, jax.Array, jax.Array], strength: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        scale, best, least = state
-        held = grid.round(w, scale)
+        found, best, least = state
+        held = grid.round(w, found)
+        scale, start = jnp.split(found, 2, axis=-1) if grid.has_minimum else (found, 0.0)
         inverse = invert_scale(scale)
-        level, size = held * inverse, jnp.abs(w - held) * inverse
+        level, size = (held - start) * inverse, jnp.abs(w - held) * inverse
         shrunk = size - jnp.where(size > 0, size, 1.0) ** (config.norm - 1.0) / strength
         meant = jnp.sign(w - held) * jnp.maximum(shrunk, 0.0) * scale
-        squares = jnp.sum(jnp.square(level), axis=-2, keepdims=True)
-        fitted = jnp.sum(level * (w - meant), axis=-2, keepdims=True) / jnp.where(squares > 0, squares, 1.0)
-        scale = jnp.where(squares > 0, fitted, scale).astype(grid.dtype).astype(jnp.float32)
-        error = measure(scale)
-        better = (error < least) & (scale >= 0)
-        return (scale, jnp.where(better, scale, best), jnp.where(better, error, least)), None
+        found = _fit(level, w - meant, scale, grid)
+        error = measure(found)
+        better = (error < least) & (found[..., : w.shape[-1]] >= 0)
+        kept = jnp.tile(better, 2) if grid.has_minimum else better
+        return (found, jnp.where(kept, found, best), jnp.where(better, error, least)), None
 
     start = scale.astype(jnp.float32)
     strengths = STRENGTH * GROWTH ** jnp.arange(config.iterations, dtype=jnp.float32)
     (_, best, _), _ = jax.lax.scan(step, (start, start, measure(start)), strengths)
     return best.astype(grid.dtype)
+
+
+def _fit(level: jax.Array, target: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:
+    """The scale (..., 1, F), and behind it the minimum where the grid has one, with which the levels (..., G, F) come
+    closest to the target (..., G, F), float32 as they are stored; where all levels are the same `scale` stays."""
+    middle = jnp.mean(level, axis=-2, keepdims=True) if grid.has_minimum else 0.0
+    aside = level - middle
+    squares = jnp.sum(jnp.square(aside), axis=-2, keepdims=True)
+    slope = jnp.sum(aside * target, axis=-2, keepdims=True) / jnp.where(squares > 0, squares, 1.0)
+    scale = jnp.where(squares > 0, slope, scale).astype(grid.dtype).astype(jnp.float32)
+    if not grid.has_minimum:
+        return scale
+    # Of what the scale leaves as it is stored, so that the minimum makes up for its rounding.
+    minimum = jnp.mean(target - scale * level, axis=-2, keepdims=True).astype(grid.dtype).astype(jnp.float32)
+    return jnp.concatenate([scale, minimum], axis=-1)

@@ -80,8 +80,8 @@ class LayerRow:
     """||X (w - v)|| / ||X w|| over calibration; None where float32 does not hold it."""
 
     damping: float | None
-    """What the factorization took, of experts the most; None where the solve failed, and the weight was rounded
-    plainly, or stayed dense."""
+    """What the factorization took, of experts the most; None where there was none (Wanda's masks), where the solve
+    failed, and the weight was rounded plainly, or where it stayed dense."""
 
     note: str = ""
     """Why, if it failed, or took more damping; and of experts, which of them."""
@@ -216,7 +216,7 @@ class Ledger:
     """Every parameter of the model, in its order."""
 
     layers: tuple[LayerRow, ...] = ()
-    """What was solved with feedback, layer by layer."""
+    """What calibration decided, layer by layer."""
 
     blocks: tuple[BlockRow, ...] = ()
     """How each layer's reconstruction went, where there was one."""
@@ -260,7 +260,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}; "layers" where
-        something was solved with feedback, "blocks" where layers were reconstructed, "allocation" where there was a
+        calibration decided something, "blocks" where layers were reconstructed, "allocation" where there was a
         budget, "scales" where channels were scaled."""
         weights = [
             {

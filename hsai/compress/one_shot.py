@@ -1,7 +1,7 @@
 """One-shot compression: formats for the weights of a model, without training it.
 
-What a recipe's rules leave to the nearest solver is packed here, from the weights alone; what they solve with feedback
-is in `hsai.compress.calibrated`.
+What a recipe's rules leave to the nearest solver is packed here, from the weights alone; what they decide over
+calibration is in `hsai.compress.calibrated`.
 
 All that can be wrong with the input is found before the first weight is touched; and no weight leaves without its bytes
 having been counted against what its format promises.
@@ -27,7 +27,7 @@ from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, Rule, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
-from hsai.compress.solvers import FeedbackConfig, NearestConfig, PlainConfig
+from hsai.compress.solvers import CalibratedConfig, NearestConfig, PlainConfig
 from hsai.compress.transforms import transform_model
 from hsai.formats import (
     DenseConfig,
@@ -111,7 +111,7 @@ def compress(
     }
     allocation: Allocation | None = None
     solved = SolvedLayers(weights={}, rows=(), blocks=())
-    solving = any(isinstance(rule.solver, FeedbackConfig) and name not in kept for name, rule in rules.items())
+    solving = any(isinstance(rule.solver, CalibratedConfig) and name not in kept for name, rule in rules.items())
     if recipe.calibration is not None and (solving or recipe.allocation is not None):
         if calibration is None:
             raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
@@ -138,7 +138,7 @@ def compress(
         asked = {
             name: (formats[name], rule.solver)
             for name, rule in rules.items()
-            if (isinstance(rule.solver, FeedbackConfig) or _is_stacked(name)) and name not in kept
+            if (isinstance(rule.solver, CalibratedConfig) or _is_stacked(name)) and name not in kept
         }
         if solving:
             packed = None
@@ -263,7 +263,7 @@ def check_bytes(name: str, value: Weight, formats: Sequence[FormatConfig]) -> No
 
 
 def _plain_solver(rule: Rule) -> PlainConfig:
-    assert not isinstance(rule.solver, FeedbackConfig)
+    assert not isinstance(rule.solver, CalibratedConfig)
     return rule.solver
 
 

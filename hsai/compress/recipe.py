@@ -21,7 +21,7 @@ from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.ledger import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.compress.scaling import ScalingConfig
-from hsai.compress.solvers import FeedbackConfig, NearestConfig, SolverConfig
+from hsai.compress.solvers import CalibratedConfig, FeedbackConfig, NearestConfig, SolverConfig, WandaConfig
 from hsai.compress.transforms import TransformConfig, check_order, outline
 from hsai.errors import InputError
 from hsai.formats import NM, VNM, DenseConfig, FormatConfig, OutliersConfig, Packed, Unstructured, is_packed_as
@@ -56,13 +56,11 @@ class Rule:
                 f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} has no scales, and the "
                 "half-quadratic solver finds nothing else; leave it nearest"
             )
-        if isinstance(self.solver, HalfQuadraticConfig):
-            for format in self.formats:
-                if (grid := grid_of(format)) is not None and grid.has_minimum:
-                    raise InputError(
-                        f"rule {self.pattern!r}: the half-quadratic solver moves scales, and {name_format(format)} has "
-                        "minima as well; leave it nearest"
-                    )
+        if isinstance(self.solver, WandaConfig) and not any(map(pattern_of, self.formats)):
+            raise InputError(
+                f"rule {self.pattern!r}: {', '.join(map(name_format, self.formats))} prunes nothing, and the Wanda "
+                "solver chooses nothing else; leave it nearest"
+            )
         if isinstance(self.solver, FeedbackConfig):
             if all(isinstance(format, DenseConfig) for format in self.formats):
                 raise InputError(
@@ -93,7 +91,7 @@ class RecipeConfig:
     """The first rule that matches a weight decides. Norm gains match none; what matches none stays as it is."""
 
     calibration: CalibrationConfig | None = None
-    """The text that solvers with feedback see, an allocation, and scaling; none where there is neither."""
+    """The text that solvers over activations see, an allocation, and scaling; none where there is neither."""
 
     allocation: AllocationConfig | None = None
     """The budget by which candidates are chosen; none where each rule has one format."""
@@ -107,15 +105,15 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         if not self.rules:
             raise InputError("rules=() compresses nothing; give at least one rule")
-        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
+        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, CalibratedConfig)]
         if solved and self.calibration is None:
-            raise InputError(f"rule {solved[0]!r} has a solver with feedback, which needs a calibration")
+            raise InputError(f"rule {solved[0]!r} has a solver that reads activations, which needs a calibration")
         check_order(self.transforms)
         scaled = any(isinstance(transform, ScalingConfig) for transform in self.transforms)
         if scaled and self.calibration is None:
             raise InputError("transforms: scaling measures activations, which needs a calibration")
         if self.calibration is not None and not solved and not scaled and self.allocation is None:
-            raise InputError("calibration is set, and no rule has a solver that reads it (solver=FeedbackConfig())")
+            raise InputError("calibration is set, and no rule has a solver that reads it (FeedbackConfig, WandaConfig)")
         if self.reconstruction is not None:
             self._check_reconstruction()
         choices = [rule.pattern for rule in self.rules if rule.is_open]
@@ -127,10 +125,11 @@ class RecipeConfig:
             self._check_allocation(self.allocation, bool(choices))
 
     def _check_reconstruction(self) -> None:
-        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, FeedbackConfig)]
+        solved = [rule.pattern for rule in self.rules if isinstance(rule.solver, CalibratedConfig)]
         if self.calibration is None or not solved:
             raise InputError(
-                "reconstruction is set, and no rule has a solver whose layers it could tune (solver=FeedbackConfig())"
+                "reconstruction is set, and no rule has a solver whose layers it could tune (FeedbackConfig, "
+                "WandaConfig)"
             )
         batches = self.calibration.tokens // self.calibration.sequence_length // self.calibration.batch
         if batches < 2:
@@ -183,7 +182,7 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
             _check_fits(name, params[name].get_value(), format)
             if target is not None:
                 _check_runs(name, tuple(params[name].get_value().shape), format, target)
-        solved = isinstance(rule.solver, FeedbackConfig)
+        solved = isinstance(rule.solver, CalibratedConfig)
         tuned = solved and recipe.reconstruction is not None and name.startswith("layers.")
         if tuned and rule not in tuned_rules:
             tuned_rules.append(rule)
@@ -195,8 +194,8 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
         if solved and name in looked_up:
             if all(other in looked_up for other, deciding in rules.items() if deciding is rule):
                 raise InputError(
-                    f"{name}: a solver with feedback calibrates what is multiplied by, and this is looked up; give it "
-                    "a rule of its own with the nearest solver, before this one"
+                    f"{name}: a solver over activations is for what is multiplied by, and this is looked up; "
+                    "give it a rule of its own with the nearest solver, before this one"
                 )
             plain[name] = dataclasses.replace(rule, solver=NearestConfig())
     if recipe.reconstruction is not None and recipe.reconstruction.masks == "learned":

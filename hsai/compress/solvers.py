@@ -1,12 +1,13 @@
 """Solvers by their names: how the weights that a rule decides for are compressed.
 
-What they stand for is in `hsai.compress.quantize`, `prune`, `half_quadratic`, and `calibrated`.
+What they stand for is in `hsai.compress.quantize`, `prune`, `half_quadratic`, `wanda`, and `calibrated`.
 """
 
 import dataclasses
 from typing import Literal
 
 from hsai.compress.half_quadratic import HalfQuadraticConfig
+from hsai.compress.wanda import WandaConfig
 from hsai.errors import InputError
 
 MaskName = Literal["joint", "wanda", "magnitude"]
@@ -28,7 +29,8 @@ class FeedbackConfig:
     """Names this solver in files."""
 
     mask: MaskName = "joint"
-    """Of a sparse format: chosen with the values, or beforehand by |w| ||x|| (2306.11695) or by |w|."""
+    """Of a sparse format: chosen with the values, or beforehand by |w| ||x|| (as `WandaConfig`, which leaves the values
+    alone) or by |w|."""
 
     damping: float = 0.01
     """Share of the mean of H's diagonal that is added to it; raised where that does not do."""
@@ -45,4 +47,7 @@ class FeedbackConfig:
 PlainConfig = NearestConfig | HalfQuadraticConfig
 """Solvers that look at nothing but the weight."""
 
-SolverConfig = PlainConfig | FeedbackConfig
+CalibratedConfig = FeedbackConfig | WandaConfig
+"""Solvers that look at what calibration's activations make of the weight."""
+
+SolverConfig = PlainConfig | CalibratedConfig

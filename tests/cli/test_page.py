@@ -170,8 +170,9 @@ def test_what_failed_is_marked_and_says_why() -> None:
     assert read.open == [] and read.seen["table"] == 6 and "norm 0 0 - 25.00%" in text
     assert "rounded plainly: <no> factor" in text and "tuning diverged to nan" in text
     layers = LEDGER["layers"]
-    assert draw_layers([layers[0], layers[1] | {"note": "why"}]) != draw_layers(layers)
+    assert draw_layers([layers[0], layers[1] | {"note": "rounded plainly: why"}]) != draw_layers(layers)
     assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"damping": 0.01}])
+    assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"note": "no token went to expert 2"}])
 
 
 def test_nothing_that_was_not_measured() -> None:

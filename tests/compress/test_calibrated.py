@@ -320,7 +320,7 @@ def test_what_cannot_be_calibrated_is_refused_before_work(model: Transformer) ->
     rule = Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig())
     untied = Transformer(dataclasses.replace(CONFIG, tie_embeddings=False), rngs=nnx.Rngs(0))
     table = Rule(pattern="embed", format=Int4Config(group=32), solver=FeedbackConfig())
-    with pytest.raises(InputError, match="embed: a solver with feedback calibrates what is multiplied by"):
+    with pytest.raises(InputError, match="embed: a solver over activations is for what is multiplied by"):
         compress(untied, RecipeConfig(rules=(table, rule), calibration=CALIBRATION), calibration=TOKENS)
     with pytest.raises(InputError, match="needs a calibration"):
         RecipeConfig(rules=(rule,))

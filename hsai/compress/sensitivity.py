@@ -104,7 +104,8 @@ def measure_sensitivities(
             progress("trying formats", done, total)
 
     if blocks:
-        stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, progress=report)
+        # Not level: what an error adds to the divergence grows with the activations that it is multiplied by.
+        stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, level=False, progress=report)
     return items
 
 

@@ -182,7 +182,7 @@ def test_a_budget_is_spent_on_experts_too(model: Transformer) -> None:
     for option in items[0].options:
         missed, wanted = np.asarray(w - to_dense(pack_weight(w, option.format)), np.float64), 0.0
         for expert in range(4):
-            rows = level(normed)[(chosen == expert).any(axis=1)]
+            rows = normed[(chosen == expert).any(axis=1)]
             wanted += np.sum(moments[expert] * ((rows @ missed[expert]) ** 2).mean(axis=0)) / 2 / TOKENS.size
         assert option.loss == pytest.approx(wanted, rel=1e-2)
     rules = (Rule(pattern="layers.mlp.*", format=candidates), Rule(pattern="*", format=Int8Config()))

@@ -6,11 +6,10 @@
         --calibration $text/train.txt
     hsai train configs/recover_nm24_int4.py --data.source $text --train.initialize-from runs/smollm2/nm24_int4 \\
         --train.distill.teacher $dense
-    hsai compress runs/recover_nm24_int4 --recipe configs/compress/joint_nm24_int4.py --out runs/smollm2/recovered \\
-        --calibration $text/train.txt
+    hsai compress runs/recover_nm24_int4 --recipe configs/compress/joint_nm24_int4.py --out runs/smollm2/recovered
 
 Masks stay those of the solver; the values that they keep and the scales are trained as the int4 codes see them, so that
-the last command packs without loss. Sized for less than two hours on two CPU cores.
+the last command packs without loss, and has nothing to calibrate. Sized for less than two hours on two CPU cores.
 """
 
 from dataclasses import replace

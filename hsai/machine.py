@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import os
 import platform
+import re
 import resource
 import shlex
 import subprocess
@@ -17,6 +18,9 @@ import hsai
 import hsai_kernels
 from hsai_kernels.dispatch import BackendMissing
 from hsai_kernels.native import name_instruction_set
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -54,10 +58,28 @@ def find_commit() -> str | None:
         return None
 
 
-def read_peak_memory() -> int:
-    """The most memory that this process has held so far, in MiB."""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held // (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
+def read_peak_memory() -> dict[str, int]:
+    """The most memory, in bytes, that this process has held since it began, or since `reset_peak_memory`.
+
+    Returns: "peak_memory", what was resident on the host; and where jax computes on accelerators "peak_device_memory",
+      what its allocator had given out on the device that held most ("peak_bytes_in_use" of `jax.Device.memory_stats`).
+    """
+    accelerators = [device for device in jax.local_devices() if device.platform != "cpu"]
+    stats = [device.memory_stats() or {} for device in accelerators]
+    held = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"peak_memory": _read_resident_peak()} | ({"peak_device_memory": max(held)} if held else {})
+
+
+def reset_peak_memory() -> frozenset[str]:
+    """Lets `read_peak_memory` begin anew, at what is held now.
+
+    Returns: the names of the peaks that do; others go on, as those of devices, and those of hosts other than Linux.
+    """
+    try:
+        CLEAR_REFS.write_text("5")  # proc(5): the mark of VmHWM
+    except OSError:
+        return frozenset()
+    return frozenset({"peak_memory"})
 
 
 def digest_sources() -> str:
@@ -68,6 +90,14 @@ def digest_sources() -> str:
         for path in sorted(root.rglob("*.py")):
             found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()
+
+
+def _read_resident_peak() -> int:
+    """Bytes. Not `ru_maxrss` on Linux, which begins with what the parent held when it made this process."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
+    if found is not None:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _name_processor() -> str:

@@ -99,6 +99,13 @@ def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     check_calibration("plain", {"recipe": {"calibration": None}}, stream)
     with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
         check_calibration("mine", origin, stream[1:])
+    # What it was made of, and what training began from, saw them too.
+    entry = {"directory": "/models/first", "sha256": "ab", "origin": origin}
+    for later in ({"made_of": entry}, {"sources": {"initialize_from": entry, "teacher": entry}}):
+        check_calibration("mine", {"recipe": {"calibration": None}} | later, stream)
+        with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
+            check_calibration("mine", {"recipe": {"calibration": None}} | later, stream[1:])
+    check_calibration("mine", {"sources": {"teacher": entry}}, stream[1:])
     pairs = [Pair(context=[1], continuation=[7] * 30), Pair(context=[1], continuation=stream[70:99].tolist())]
     assert choose_chunks(pairs, 2, stream) == pairs[:1]
     many = [Pair(context=[1], continuation=[500 + i] * 30) for i in range(10)]

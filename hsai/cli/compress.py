@@ -27,7 +27,7 @@ from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
-from hsai.compress import RecipeConfig, compress
+from hsai.compress import RecipeConfig, compress, reads_calibration
 from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.ledger import Allocation
 from hsai.compress.recipe import match_weights
@@ -36,9 +36,10 @@ from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
+from hsai.export.history import pass_on, tell_history
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.formats.kernels import Platform
-from hsai.machine import describe_machine, digest_sources, read_peak_memory
+from hsai.machine import describe_machine, digest_sources, read_peak_memory, reset_peak_memory
 from hsai.progress import ProgressBar, console, say
 from hsai.sharding import check_mesh, tree_shardings, use_mesh
 from hsai_kernels.dispatch import find_platform
@@ -96,15 +97,16 @@ def run(parser: Parser, argv: list[str]) -> None:
     kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
     with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
         dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
+        is_first = True
         for name, recipe in recipes.items():
             if name in kept:
                 say(f"reusing {targets[name]}")
                 continue
-            extra = source.origin | made[name] | {"recipe_name": name}
+            extra = pass_on(source) | made[name] | {"recipe_name": name}
             machine = describe_machine()  # as it is now: files may change before the last layer
             record = made[name] | {"hsai": hsai.__version__, "commit": machine["commit"]}
             record |= {"sources_sha256": digest_sources()}
-            start = time.monotonic()
+            start, own = time.monotonic(), reset_peak_memory()
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
                 if workbench is not None:
@@ -119,10 +121,15 @@ def run(parser: Parser, argv: list[str]) -> None:
                 cost = {
                     "seconds": round(time.monotonic() - start, 1),
                     "resumed_layers": 0 if workbench is None else workbench.layers,  # whose seconds are not among them
-                    "peak_memory_mib": read_peak_memory(),
                     "machine": made_by,
                 }
-                extra |= {"ledger": ledger.to_dict(), "command": command, "commit": machine["commit"], "cost": cost}
+                # A peak that could not begin anew may be that of the recipe before.
+                peaks = {peak: held for peak, held in read_peak_memory().items() if is_first or peak in own}
+                cost |= {f"{peak}_mib": held // 2**20 for peak, held in peaks.items()}
+                is_first = False
+                history = tell_history(extra)
+                extra |= {"ledger": ledger.to_dict() | ({"history": history} if history else {}), "cost": cost}
+                extra |= {"command": command, "commit": machine["commit"]}
                 write_bundle(
                     targets[name],
                     model,
@@ -203,16 +210,20 @@ def _tell_allocation(allocation: Allocation) -> None:
 
 
 def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Path | None) -> dict[str, np.ndarray]:
-    """The calibration tokens of each recipe that asks for some, int32 (N, T) by its name.
+    """The calibration tokens of each recipe that reads some of this model, int32 (N, T) by its name; what is in the
+    format of a recipe already needs none.
 
     Raises:
-      InputError: a text is given and no recipe reads it; or it is needed, and is not there, too short, or no UTF-8;
+      InputError: a text is given and no recipe calibrates; or it is needed, and is not there, too short, or no UTF-8;
         windows exceed the model's context.
     """
     asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
+    if text is not None and not asking:
+        raise InputError(f"--calibration {text}: no recipe here calibrates")
+    for name in [name for name in asking if not reads_calibration(recipes[name], source.model)]:
+        say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
+        del asking[name]
     if not asking:
-        if text is not None:
-            raise InputError(f"--calibration {text}: no recipe here calibrates")
         return {}
     stream = _read_stream(source, text)
     windows = {}

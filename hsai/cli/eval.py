@@ -68,6 +68,7 @@ COLUMNS: tuple[tuple[tuple[str, ...], str, Write], ...] = (
             f"{row['peak_memory'] / 1e6:.0f} MB",
         ),
     ),
+    (("peak device memory",), "peak_device_memory", lambda row, first: (f"{row['peak_device_memory'] / 1e6:.0f} MB",)),
 )
 """Names, the key of a row that tells whether they were measured, and what stands in them for a row and the first."""
 
@@ -125,7 +126,9 @@ def run(parser: Parser, argv: list[str]) -> None:
                 if plan is not None:
                     report, reference = measure_tasks(source, plan, reference, progress, kv_cache=kv_cache)
                     reports.append(report)
-            del source  # the process that measures speed has the memory to itself
+            # Another process reads the model for its speed. Here only the first one stays, in `reference`, where tasks
+            # compare others with it.
+            del source
             if arguments.speed:
                 for kv_cache, row in zip(kv_caches, rows[-len(kv_caches) :], strict=True):
                     row |= measure_speed(path, kv_cache, arguments.activations)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hsai.cli.figures import draw_blocks, draw_frontier, draw_layers, draw_sensitivities
+from hsai.compress.ledger import write_error
 from hsai.evaluate.report import write_change, write_value
+from hsai.export.history import tell_history
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 76rem; margin: 2rem auto;
@@ -28,11 +30,11 @@ TRACED = (
     "source_sha256",
     "checkpoint",
     "run",
-    "step",
     "command",
     "commit",
 )
-"""What a bundle says of how it was made, in the order of the page; recipe and seed stand in its recipe."""
+"""What a bundle says of how it was made, in the order of the page; recipe and seed stand in its recipe, and what was
+before in `tell_history`."""
 
 
 def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str:
@@ -84,6 +86,10 @@ def _tabulate(rows: Sequence[dict[str, Any]], reports: Sequence[dict[str, Any]])
                 slowest, fastest = row[f"{kind}_spread"]
                 line.append(f"{row[f'{kind}_tokens_per_second']:.0f} ({slowest:.0f} to {fastest:.0f})")
             line.append(f"{row['peak_memory'] / 1e6:.0f}")
+    if "peak_device_memory" in rows[0]:
+        names.append("peak device memory, MB")
+        for line, row in zip(lines, rows, strict=True):
+            line.append(f"{row['peak_device_memory'] / 1e6:.0f}")
     return names, lines
 
 
@@ -129,13 +135,18 @@ def _name_quality(reports: Sequence[dict[str, Any]]) -> str:
 def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     ledger = origin["ledger"]
     facts = {key.replace("_", " "): origin[key] for key in TRACED if key in origin}
+    facts |= tell_history(origin)
     match origin:
-        case {"recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:
+        case {"calibration_sha256": _, "recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:
             facts |= {"calibration tokens": f"{tokens:,}", "calibration seed": seed}
     match origin:
-        case {"cost": {"seconds": seconds, "resumed_layers": layers, "peak_memory_mib": memory, "machine": machine}}:
+        case {"cost": {"seconds": seconds, "resumed_layers": layers, "machine": machine} as cost}:
             facts["made in"] = f"{seconds:,} s{f', without {layers} layers of an earlier run' if layers else ''}"
-            facts["peak memory"] = f"{memory:,} MiB"
+            if facts.keys() & {"began from", "made of"}:
+                facts["made in"] += ", this step alone"
+            for peak in ("peak_memory", "peak_device_memory"):
+                if f"{peak}_mib" in cost:
+                    facts[peak.replace("_", " ")] = f"{cost[f'{peak}_mib']:,} MiB"
             facts["made on"] = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
     traced = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items())
     lines = [
@@ -145,7 +156,7 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
             " x ".join(map(str, row["shape"])),
             f"{row['bytes']:,}",
             f"{row['bits_per_weight']:.3f}",
-            f"{row['relative_error']:.2%}" if row["relative_error"] else "-",
+            write_error(row["relative_error"]),
         ]
         for row in ledger["weights"]
     ]

@@ -7,7 +7,6 @@ model left behind (compiled programs, freed blocks) would count for the next one
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hsai.errors import InputError
 from hsai.export.source import open_model
 from hsai.formats import Activations, take_activations
 from hsai.infer import Engine
+from hsai.machine import read_peak_memory
 from hsai.models import CacheFormat
 
 PROMPT = 512
@@ -40,8 +40,8 @@ def measure_speed(path: Path, kv_cache: CacheFormat, activations: Activations) -
 
 
 def describe_speed(path: Path, kv_cache: CacheFormat, activations: Activations) -> dict[str, Any]:
-    """Medians and [slowest, fastest] in tokens a second, of decoding at batch 1 and of reading a prompt; and the most
-    memory that this process ever had, in bytes, compilation included."""
+    """Medians and [slowest, fastest] in tokens a second, of decoding at batch 1 and of reading a prompt; and what
+    `read_peak_memory` says of this process, compilation included."""
     source = open_model(path)
     model = take_activations(source.model, activations)
     engine = Engine.trace(model, source.tokenizer, cache=kv_cache)
@@ -54,7 +54,7 @@ def describe_speed(path: Path, kv_cache: CacheFormat, activations: Activations) 
         "prefill_tokens_per_second": statistics.median(prefill),
         "prefill_spread": [prefill[0], prefill[-1]],
         "prefill_tokens": prompt,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        **read_peak_memory(),
     }
 
 

@@ -2,6 +2,6 @@
 
 from hsai.compress.ledger import Ledger, LedgerRow
 from hsai.compress.one_shot import compress
-from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, match_weights, reads_calibration
 
-__all__ = ["Ledger", "LedgerRow", "RecipeConfig", "Rule", "compress", "match_weights"]
+__all__ = ["Ledger", "LedgerRow", "RecipeConfig", "Rule", "compress", "match_weights", "reads_calibration"]

@@ -49,8 +49,9 @@ class LedgerRow:
     bytes: int
     """Bytes of all its arrays."""
 
-    relative_error: float
-    """||w - packed|| / ||w||, Frobenius norms over all layers; 0 for what was left as it is."""
+    relative_error: float | None
+    """||w - packed|| / ||w||, Frobenius norms over all layers, w the weight of the model that was compressed; 0 for a
+    dense weight that was left as it is; None for one that was packed before, and stayed."""
 
     @property
     def size(self) -> int:
@@ -295,8 +296,14 @@ class Ledger:
         table.add_column("relative error", justify="right")
         for row in self.rows:
             shape = " x ".join(map(str, row.shape))
-            error = f"{row.relative_error:.2%}" if row.relative_error else "-"
-            table.add_row(row.weight, row.format, shape, f"{row.bytes:,}", f"{row.bits_per_weight:.3f}", error)
+            table.add_row(
+                row.weight,
+                row.format,
+                shape,
+                f"{row.bytes:,}",
+                f"{row.bits_per_weight:.3f}",
+                write_error(row.relative_error),
+            )
         return table
 
 
@@ -304,6 +311,13 @@ def keep_finite(x: jax.Array | float) -> float | None:
     """A measured number as a ledger holds it: None for NaN and infinities, which JSON has no words for."""
     number = float(x)
     return number if math.isfinite(number) else None
+
+
+def write_error(relative_error: float | None) -> str:
+    """A row's `relative_error` for people."""
+    if relative_error is None:
+        return "as it was"
+    return f"{relative_error:.2%}" if relative_error else "-"
 
 
 def name_ranges(numbers: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, nam
 from hsai.compress.limits import check_finite, check_held, check_range
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
-from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import CalibratedConfig, NearestConfig, PlainConfig
@@ -44,7 +44,6 @@ from hsai.formats import (
     SparseConfig,
     TernaryConfig,
     Weight,
-    is_packed_as,
     nbytes,
     stack_layers,
     to_dense,
@@ -98,13 +97,8 @@ def compress(
     if recipe.transforms:
         for name, rule in rules.items():
             check_range(name, params[name].get_value(), rule.formats)
-    # What is in the format that is asked for, as training leaves it, stays as it is.
-    values: dict[str, Weight] = {
-        name: params[name].get_value()
-        for name, rule in rules.items()
-        if not rule.is_open and is_packed_as(params[name].get_value(), rule.formats[0])
-    }
-    kept = frozenset(values)
+    kept = list_kept(rules, model)
+    values: dict[str, Weight] = {name: params[name].get_value() for name in kept}
     fixed = {name: rule.formats for name, rule in rules.items() if not rule.is_open}
     formats = {
         name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
@@ -169,14 +163,17 @@ def compress(
     done = 0
     for name, param in params.items():
         before = param.get_value()
-        after, error = before, 0.0
+        after = before
+        # How far a weight that came packed is from what it was made of, nobody knows here.
+        error = None if isinstance(before, Packed) else 0.0
         if name in rules:
             if name not in values:
                 values[name] = pack_layers(to_dense(before), formats[name], _plain_solver(rules[name]))
             after = values[name]
             check_bytes(name, after, formats[name])
             check_held(name, to_dense(before), after)
-            error = 0.0 if name in kept else float(measure_error(to_dense(before), after))
+            if name not in kept:
+                error = float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
                 progress("compressing", done, len(rules))

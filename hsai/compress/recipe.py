@@ -7,6 +7,7 @@ never promises more than the model got.
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -174,13 +175,13 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
             raise InputError(_explain_idle(rule, recipe.rules[:number], list(params)))
     rules = {name: recipe.rules[number] for name, number in deciding.items()}
     head = "unembed" if "unembed" in params else "embed"
-    looked_up = {name for name in rules if not name.startswith("layers.") and name != head}
+    multiplied = {name for name in rules if name.startswith("layers.") or name == head}  # others are looked up
     plain: dict[str, Rule] = {}
     tuned_rules: list[Rule] = []
     for name, rule in rules.items():
         for format in rule.formats:
             _check_fits(name, params[name].get_value(), format)
-            if target is not None:
+            if target is not None and name in multiplied:
                 _check_runs(name, tuple(params[name].get_value().shape), format, target)
         solved = isinstance(rule.solver, CalibratedConfig)
         tuned = solved and recipe.reconstruction is not None and name.startswith("layers.")
@@ -191,8 +192,8 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
                 f"{name}: reconstruction cannot tune outliers; give rule {rule.pattern!r} another format, or leave "
                 "reconstruction=None"
             )
-        if solved and name in looked_up:
-            if all(other in looked_up for other, deciding in rules.items() if deciding is rule):
+        if solved and name not in multiplied:
+            if all(other not in multiplied for other, deciding in rules.items() if deciding is rule):
                 raise InputError(
                     f"{name}: a solver over activations is for what is multiplied by, and this is looked up; "
                     "give it a rule of its own with the nearest solver, before this one"
@@ -205,6 +206,30 @@ def match_weights(recipe: RecipeConfig, model: Any, target: Platform | None = No
         budget = recipe.allocation.count_bytes(sum(value.size for value in shapes.values()))
         check_budget(budget, count_least(shapes, {name: rule.formats for name, rule in rules.items()}))
     return rules | plain
+
+
+def list_kept(rules: Mapping[str, Rule], model: Any) -> frozenset[str]:
+    """Of the weights with a rule those that stay as they are: packed in its format, as training leaves them."""
+    params = named_weights(model)
+    return frozenset(
+        name
+        for name, rule in rules.items()
+        if not rule.is_open and is_packed_as(params[name].get_value(), rule.formats[0])
+    )
+
+
+def reads_calibration(recipe: RecipeConfig, model: Any) -> bool:
+    """Whether following the recipe takes calibration text: what solvers over activations would solve is not all kept,
+    or formats are chosen, or channels scaled.
+
+    Raises:
+      InputError: see `match_weights`.
+    """
+    rules = match_weights(recipe, model)
+    kept = list_kept(rules, outline(recipe.transforms, model))
+    solves = any(isinstance(rule.solver, CalibratedConfig) and name not in kept for name, rule in rules.items())
+    scales = any(isinstance(transform, ScalingConfig) for transform in recipe.transforms)
+    return solves or scales or recipe.allocation is not None
 
 
 def _check_masks(tuned: list[Rule]) -> None:

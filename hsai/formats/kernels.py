@@ -23,8 +23,11 @@ Platform = Literal["cpu", "gpu", "tpu"]
 def explain_missing(
     format: DenseConfig | PlainConfig | OutliersConfig, shape: tuple[int, ...], platform: Platform
 ) -> str | None:
-    """Why the platform has no kernel for one row times a weight (..., D, F) in this format; None if it has one.
+    """Why the platform has no kernel for one row times a weight in this format; None if it has one.
 
+    Args:
+      format: of the weight.
+      shape: (D, F); (L, D, F) of stacked layers; or (L, E, D, F) of their experts.
     Raises:
       InputError: the format cannot hold such a weight.
     """
@@ -33,6 +36,8 @@ def explain_missing(
         weight = weight.base
     if not isinstance(weight, Packed):
         return None
+    if len(shape) > 3:
+        return "it is of experts, whose products read dense weights alone"  # hsai/formats/ragged.py, hsai/models/moe.py
     row = jax.ShapeDtypeStruct((1, shape[-2]), jnp.float32 if platform == "cpu" else jnp.bfloat16)
     with compile_for(platform):
         try:

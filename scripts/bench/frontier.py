@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.configuration import from_dict
 from hsai.evaluate import Pair
+from hsai.export.history import list_steps
 from hsai.files import atomic_write
 from hsai.train.plot import GRID, MUTED
 
@@ -41,13 +42,14 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def check_calibration(name: str, origin: Mapping[str, Any], stream: np.ndarray) -> None:
-    """Raises ValueError if a bundle, by what it says in `origin`, was calibrated on other tokens than this stream's."""
-    seen = origin.get("calibration_sha256")
-    if seen is None:
-        return
-    config = from_dict(CalibrationConfig, origin["recipe"]["calibration"])
-    if digest_windows(draw_windows(stream, config)) != seen:
-        raise ValueError(f"{name} was calibrated on other tokens than those that llama.cpp gets")
+    """Raises ValueError if a bundle, by what it says in `origin`, was calibrated on other tokens than this stream's; or
+    one was that it was made of or trained from."""
+    for step in list_steps(origin):
+        seen = step.get("calibration_sha256")
+        if seen is not None:
+            config = from_dict(CalibrationConfig, step["recipe"]["calibration"])
+            if digest_windows(draw_windows(stream, config)) != seen:
+                raise ValueError(f"{name} was calibrated on other tokens than those that llama.cpp gets")
 
 
 def choose_chunks(pairs: Sequence[Pair], most: int, stream: np.ndarray) -> list[Pair]:

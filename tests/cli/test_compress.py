@@ -5,22 +5,31 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from hsai.cli import main
 from hsai.cli.page import TRACED
-from hsai.compress import scaling
+from hsai.compress import Ledger, RecipeConfig, compress, scaling
+from hsai.compress.factor import factorize
 from hsai.compress.folds import Fold
 from hsai.compress.resume import Workbench
+from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
+from hsai.export.history import STEP
+from hsai.export.source import inspect_model
+from hsai.models import Transformer
 from tests.cli.conftest import RECIPES, Workshop, recipe
+from tests.cli.snapshots import snapshot
 
+ROOT = Path(__file__).resolve().parents[2]
 Refuse = Callable[..., str]
 
 ODD_RECIPE = """
@@ -294,6 +303,95 @@ def test_what_it_took_is_told_of_the_commit_that_began(
     extra = read_bundle(place / "out").manifest.extra
     assert extra["commit"] == "began" and extra["cost"]["seconds"] > 0 and extra["cost"]["resumed_layers"] == 0
     assert 100 < extra["cost"]["peak_memory_mib"] < 100_000 and extra["cost"]["machine"]["cores"] >= 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mark of /proc")
+def test_a_bundle_claims_no_peak_of_the_one_before(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hold_much(model: Transformer, recipe: RecipeConfig, **words: Any) -> tuple[Transformer, Ledger]:
+        held.append(np.ones((1 << 30) if not held else 1, np.int8).nbytes)
+        return compress(model, recipe, **words)
+
+    monkeypatch.setattr("hsai.cli.compress.compress", hold_much)
+    words = ["compress", str(workshop.run), "--recipe", recipe("bf16"), recipe("int8"), "--out"]
+    held: list[int] = []
+    assert main([*words, "new"]) == 0
+    first, second = (read_bundle(f"new/{name}").manifest.extra["cost"] for name in ("bf16", "int8"))
+    assert first["peak_memory_mib"] > 1024 and 100 < second["peak_memory_mib"] < first["peak_memory_mib"] - 512
+    # Where a mark stays, it is that of the first.
+    held.clear()
+    monkeypatch.setattr("hsai.machine.CLEAR_REFS", place / "none" / "clear_refs")
+    assert main([*words, "other"]) == 0
+    first, second = (read_bundle(f"other/{name}").manifest.extra["cost"] for name in ("bf16", "int8"))
+    assert first["peak_memory_mib"] > 1024 and "peak_memory_mib" not in second and second["seconds"] >= 0
+
+
+def test_how_a_bundle_was_made_is_the_past_of_what_is_made_of_it(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier import check_calibration
+
+    (place / "sparse.py").write_text(MESH_RECIPE.replace("Int4Config", "NMConfig"))
+    assert main(["compress", str(workshop.run), "--recipe", "sparse.py", "--out", "sparse"]) == 0
+    assert main(["compress", "sparse", "--recipe", recipe("nm24_int4"), "--out", "again"]) == 0
+    run, first, second = (inspect_model(path) for path in (workshop.run, "sparse", "again"))
+    made = {name: first.origin[name] for name in first.origin if name not in run.origin}
+    assert set(made) <= set(STEP) and "calibration_sha256" in made and "made_of" not in made
+    assert "calibration_sha256" not in second.origin and second.origin["recipe_name"] == "nm24_int4"
+    assert {name: second.origin[name] for name in run.origin} == run.origin
+    entry = second.origin["made_of"]
+    assert entry["sha256"] == first.sha256 == second.origin["source_sha256"]
+    assert entry["directory"] == str(place / "sparse") and entry["origin"]["ledger"].items() <= made["ledger"].items()
+    assert "weights" not in entry["origin"]["ledger"]
+    assert entry["origin"] | {"ledger": made["ledger"]} == made
+    assert made["calibration_sha256"] in second.origin["ledger"]["history"]["made of"]
+    # What llama.cpp is to be calibrated on can still be compared.
+    stream = open_corpus(workshop.corpus).train
+    check_calibration("again", second.origin, stream)
+    with pytest.raises(ValueError, match="again was calibrated on other tokens"):
+        check_calibration("again", second.origin, stream[1:])
+    # Graphs are not passed on either.
+    assert main(["compress", str(workshop.bundles / "nm24"), "--recipe", recipe("nm24_int4"), "--out", "plain"]) == 0
+    exported, plain = (inspect_model(path).origin for path in (workshop.bundles / "nm24", "plain"))
+    assert "graphs" in exported and not {"graphs", "activations"} & set(plain)
+    assert plain["made_of"]["origin"]["graphs"] == exported["graphs"]
+
+
+def test_nothing_that_is_read_is_changed(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by a command that fails half way nor by the one that goes on from there: SHA-256 and time of all."""
+    inputs = place / "inputs"
+    shutil.copytree(workshop.run, inputs / "run")
+    shutil.copytree(workshop.compressed / "bf16", inputs / "bundle")
+    for kind, name in (("gguf", "model.gguf"), ("huggingface", "checkpoint")):
+        assert main(["export", str(workshop.run), "--to", kind, "--out", str(inputs / name)]) == 0
+    (inputs / "mine.py").write_text(MESH_RECIPE)
+    (inputs / "text.txt").write_text("def main():\n    return 42\n" * 400)
+    before = snapshot(inputs)
+    assert len(before) > 20
+    texts = ["--recipe", "inputs/mine.py", "--calibration", "inputs/text.txt"]
+    for name in ("run", "bundle", "model.gguf", "checkpoint"):
+        words = ["compress", f"inputs/{name}", *texts, "--out", f"out/{name}"]
+        calls: list[None] = []
+
+        def fail(gram: jax.Array, damping: float, calls: list[None] = calls) -> Any:
+            calls.append(None)
+            if len(calls) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return factorize(gram, damping)
+
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr("hsai.compress.calibrated.factorize", fail)
+            assert main(words) == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert snapshot(inputs) == before and not (place / "out" / name).exists()
+        assert main(words) == 0
+        assert "resuming mine: 1 of 2 layers" in capsys.readouterr().out
+        assert snapshot(inputs) == before and read_bundle(place / "out" / name).manifest.extra["ledger"]
 
 
 def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse) -> None:

@@ -4,10 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.cli.eval import make_tables
+from hsai.cli.speed import measure_speed
 from tests.cli.conftest import SHORT, TINY, Workshop
 
 Refuse = Callable[..., str]
@@ -34,6 +38,22 @@ def test_rows(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str
             assert 0 < slowest <= row[f"{kind}_tokens_per_second"] <= fastest
         assert row["bytes"] < row["peak_memory"] < 2**35
     assert written["machine"]["cores"] >= 1 and written["machine"]["jax"]
+
+
+def test_peak_memory_is_the_models_and_not_the_evaluators(workshop: Workshop) -> None:
+    held = np.ones(1 << 30, np.int8)
+    row = measure_speed(workshop.bundles / "int4", "activations", "float")
+    assert row["peak_memory"] < held.nbytes and "peak_device_memory" not in row
+
+
+def test_memory_of_devices_has_a_column_where_there_is_any() -> None:
+    row: dict[str, Any] = {"model": "a", "bytes": 1, "bits_per_weight": 8.0, "decode_tokens_per_second": 9.0}
+    row |= {"prefill_tokens_per_second": 90.0, "peak_memory": 7_000_000}
+    for found, memory in ((row, {"peak memory": "7 MB"}), (row | {"peak_device_memory": 5_000_000}, None)):
+        _, speeds = make_tables([found])
+        cells = {str(column.header): next(iter(column.cells)) for column in speeds.columns}
+        memory = memory or {"peak memory": "7 MB", "peak device memory": "5 MB"}
+        assert {name: cell for name, cell in cells.items() if "memory" in name} == memory
 
 
 def test_where_it_may_not_write(workshop: Workshop, place: Path, refuse: Refuse) -> None:

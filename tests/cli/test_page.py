@@ -159,6 +159,31 @@ def test_what_a_calibrated_recipe_leaves() -> None:
         assert f"{scaled.source} {scaled.layer} {scaled.exponent:.3g} {errors}" in text
 
 
+def test_weights_that_were_packed_before_say_so() -> None:
+    """No error and no calibration is told of what a repacking left as it was; but what was before it, and its peak only
+    where it is this bundle's."""
+    ledger = {key: LEDGER[key] for key in ("parameters", "bytes", "bits_per_weight")}
+    ledger["weights"] = [LEDGER["weights"][0] | {"relative_error": None}]
+    first = {
+        "directory": "/models/<first>",
+        "sha256": "aa",
+        "origin": {"recipe_name": "a", "calibration_sha256": "ff00"},
+    }
+    origin = {
+        "ledger": ledger,
+        "recipe": {"calibration": {"tokens": 512, "seed": 3}},
+        "step": 400,
+        "sources": {"initialize_from": first},
+        "cost": {"seconds": 3, "resumed_layers": 0, "machine": MACHINE, "peak_device_memory_mib": 2000},
+    }
+    read = Reader(make_page(make_results(), [{}, origin]))
+    text = " ".join(read.words)
+    assert read.open == [] and "4.250 as it was" in text and "calibration tokens" not in text
+    assert "training steps 400" in text and "3 s, this step alone" in text
+    assert "began from <first> (SHA-256 aa, recipe a, calibration SHA-256 ff00)" in text
+    assert "peak device memory 2,000 MiB" in text and "peak memory" not in text
+
+
 def test_what_failed_is_marked_and_says_why() -> None:
     """What stays dense on purpose takes no damping either, and is no failure; an error that is no number is null."""
     ledger = copy.deepcopy(LEDGER)
@@ -173,6 +198,15 @@ def test_what_failed_is_marked_and_says_why() -> None:
     assert draw_layers([layers[0], layers[1] | {"note": "rounded plainly: why"}]) != draw_layers(layers)
     assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"damping": 0.01}])
     assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"note": "no token went to expert 2"}])
+
+
+def test_memory_of_devices_stands_beside_that_of_the_host() -> None:
+    results = make_results()
+    speed = {"decode_tokens_per_second": 9.0, "decode_spread": [8.0, 10.0], "prefill_tokens_per_second": 90.0}
+    speed |= {"prefill_spread": [80.0, 99.0], "peak_memory": 7_000_000, "peak_device_memory": 5_000_000}
+    results["rows"] = [row | speed for row in results["rows"]]
+    text = " ".join(Reader(make_page(results, [{}, {}])).words)
+    assert "peak memory, MB peak device memory, MB" in text and text.count("90 (80 to 99) 7 5") == 2
 
 
 def test_nothing_that_was_not_measured() -> None:

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
-from hsai.export.bundle import write_bundle
+from hsai.cli.page import make_page
+from hsai.export.bundle import read_bundle, write_bundle
 from hsai.export.source import open_model
 from hsai.formats import NMInt4, to_dense
 from hsai.formats.storage import named_arrays, named_weights
 from hsai.train.checkpoint import Checkpointer
 from hsai.train.restore import read_run
-from tests.cli.conftest import SHORT, TINY, Workshop, recipe
+from tests.cli.conftest import SHORT, TINY, Workshop
+from tests.cli.test_page import Reader, make_results
 from tests.export.tiny_models import CHATTY_ASSETS, make_chatty_tokenizer, make_model
 
 Refuse = Callable[..., str]
@@ -117,18 +119,38 @@ def get_config():
 """
 
 
-def test_a_compressed_bundle_is_recovered_and_packed_again(workshop: Workshop, place: Path, refuse: Refuse) -> None:
-    """From `compress` to `train` to `compress`: masks stay, nothing is lost, and the teacher is who it was."""
+JOINT = """
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.compress.solvers import FeedbackConfig
+from hsai.formats import Int8Config, NMInt4Config
+
+def get_config():
+    blocks = Rule(pattern="layers.*", format=NMInt4Config(n=2, m=4, group=64), solver=FeedbackConfig())
+    return RecipeConfig(
+        rules=(blocks, Rule(pattern="embed", format=Int8Config())),
+        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
+    )
+"""
+
+
+def test_a_compressed_bundle_is_recovered_and_packed_again(
+    workshop: Workshop, place: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From `compress` to `train` to `compress`: masks stay, nothing is lost, and the teacher is who it was. Of all that
+    the last ledger tells: no error, and no calibration, but that of the first."""
+    (place / "joint.py").write_text(JOINT)
+    assert main(["compress", str(workshop.run), "--recipe", "joint.py", "--out", "one_shot"]) == 0
     (place / "configs").mkdir()
     shutil.copy(TINY, "configs")
     (place / "configs" / "recover.py").write_text(RECOVERY)
-    models = ("--train.initialize-from", workshop.compressed / "nm24_int4", "--train.distill.teacher", workshop.run)
+    models = ("--train.initialize-from", "one_shot", "--train.distill.teacher", workshop.run)
     words = ["train", "configs/recover.py", *SHORT, *map(str, models)]
     assert main([*words, "--directory", "recovered"]) == 0
     sources = read_record(Path("recovered"))["sources"]
     assert sources["teacher"]["sha256"] == open_model(workshop.run).sha256
 
-    recovered, compressed = open_model("recovered").model, open_model(workshop.compressed / "nm24_int4").model
+    recovered, compressed = open_model("recovered").model, open_model("one_shot").model
     moved = 0
     for name, param in named_weights(compressed).items():
         before, after = param.get_value(), named_weights(recovered)[name].get_value()
@@ -137,9 +159,25 @@ def test_a_compressed_bundle_is_recovered_and_packed_again(workshop: Workshop, p
             assert np.array_equal(after.kept(), before.kept()), name
             moved += not np.array_equal(after.dense(), before.dense())
     assert moved == 7
-    assert main(["compress", "recovered", "--recipe", recipe("nm24_int4"), "--out", "packed"]) == 0
+    capsys.readouterr()
+    assert main(["compress", "recovered", "--recipe", "joint.py", "--out", "packed"]) == 0
+    assert "note: recipe joint: all that it would solve is in its format already" in capsys.readouterr().out
     again = named_arrays(open_model("packed").model)
     assert all(np.array_equal(again[name], array) for name, array in named_arrays(recovered).items())
+
+    first, last = (read_bundle(name).manifest.extra for name in ("one_shot", "packed"))
+    errors = {row["weight"]: row["relative_error"] for row in last["ledger"]["weights"]}
+    assert errors == {name: 0.0 if name.endswith(".gain") else None for name in errors}
+    assert first["ledger"]["layers"] and "layers" not in last["ledger"]
+    assert first["calibration_sha256"] and "calibration_sha256" not in last
+    history = last["ledger"]["history"]
+    assert history["training steps"] == "6" and f"SHA-256 {open_model(workshop.run).sha256}" in history["teacher"]
+    assert history["began from"].startswith("one_shot (") and first["calibration_sha256"] in history["began from"]
+    text = " ".join(Reader(make_page(make_results(), [{}, last])).words)
+    assert all(f"{name} {told}" in text for name, told in history.items())
+    assert text.count("as it was") == 8 and "calibration tokens" not in text and "this step alone" in text
+    assert main(["compress", "recovered", "--recipe", "joint.py", "--out", "packed", "--reuse"]) == 0
+    assert "reusing packed" in capsys.readouterr().out
 
     # With another teacher the rest of the run would be another run.
     shutil.rmtree(place / "recovered" / "checkpoints" / "6")

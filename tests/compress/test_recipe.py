@@ -8,7 +8,9 @@ import pytest
 
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, match_weights, reads_calibration
+from hsai.compress.scaling import ScalingConfig
+from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.config import RunConfig
 from hsai.config_file import load_config
 from hsai.configuration import from_dict, to_dict
@@ -31,7 +33,7 @@ from hsai.formats import (
     VNMInt8Config,
 )
 from hsai.formats.storage import named_weights, replace_weights
-from hsai.models import TransformerConfig
+from hsai.models import MoEConfig, TransformerConfig
 from hsai.models.layers import is_matrix
 from hsai.models.transformer import abstract_transformer
 
@@ -249,6 +251,48 @@ def test_a_target_must_have_a_kernel_for_every_format() -> None:
         match_weights(recipe, MODEL, "cpu")
     fine = make_recipe(**{"embed": OutliersConfig(base=Int8Config()), "layers.*": NMInt8Config(n=2)})
     assert list(match_weights(fine, MODEL, "cpu")) == MATRICES
+
+
+def test_experts_have_no_kernel() -> None:
+    """Their weights are made dense for every product, whatever the format; the rest of such a model has kernels."""
+    model = abstract_transformer(dataclasses.replace(CONFIG, moe=MoEConfig(experts=4, active=2)))
+    for target in ("cpu", "gpu", "tpu"):
+        for format in (Int4Config(), OutliersConfig(base=Int8Config())):
+            with pytest.raises(InputError) as error:
+                match_weights(make_recipe(**{"*": format}), model, target)
+            assert str(error.value).startswith(f"layers.mlp.down: no kernel for {target} multiplies by ")
+            assert str(error.value).endswith(
+                ": it is of experts, whose products read dense weights alone; there are such for no packed format"
+            )
+    match_weights(make_recipe(**{"layers.mlp.router": Int8Config(), "layers.attention.*": Int4Config()}), model, "cpu")
+    match_weights(make_recipe(**{"*": DenseConfig()}), model, "cpu")
+
+
+def test_a_table_that_is_looked_up_needs_no_kernel() -> None:
+    untied = abstract_transformer(dataclasses.replace(CONFIG, tie_embeddings=False))
+    recipe = make_recipe(embed=UnstructuredInt4Config(), **{"*": Int8Config()})
+    assert "unembed" in match_weights(recipe, untied, "cpu")
+    with pytest.raises(InputError, match="^embed: no kernel for cpu"):
+        match_weights(recipe, MODEL, "cpu")
+    with pytest.raises(InputError, match="^unembed: no kernel for cpu"):
+        match_weights(make_recipe(unembed=UnstructuredInt4Config(), **{"*": Int8Config()}), untied, "cpu")
+
+
+def test_what_is_in_its_format_reads_no_calibration() -> None:
+    packed = Int4Config(group=32).pack(jnp.ones((2, 64, 128)))
+    model = replace_weights(MODEL, {"layers.mlp.up": packed})
+    rules = (Rule(pattern="layers.mlp.up", format=Int4Config(group=32), solver=FeedbackConfig()),)
+    kept = RecipeConfig(rules=rules, calibration=CalibrationConfig())
+    assert reads_calibration(kept, MODEL) and not reads_calibration(kept, model)
+    more = Rule(pattern="layers.mlp.down", format=Int4Config(group=32), solver=FeedbackConfig())
+    assert reads_calibration(dataclasses.replace(kept, rules=(*rules, more)), model)
+    plain = dataclasses.replace(more, solver=NearestConfig())
+    assert not reads_calibration(dataclasses.replace(kept, rules=(*rules, plain)), model)
+    chosen = dataclasses.replace(plain, format=(Int8Config(), Int4Config(group=32)))
+    budget = AllocationConfig(bits_per_weight=31)
+    assert reads_calibration(dataclasses.replace(kept, rules=(*rules, chosen), allocation=budget), model)
+    scaled = RecipeConfig(rules=(plain,), calibration=CalibrationConfig(), transforms=(ScalingConfig(),))
+    assert reads_calibration(scaled, MODEL)
 
 
 def test_every_recipe_is_tested_and_says_how_to_run_it() -> None:

@@ -1,6 +1,7 @@
 """Recovery: a one-shot model is trained beside the dense one, in its format, and comes closer to it."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress import RecipeConfig, Rule, compress
+from hsai.compress import RecipeConfig, Rule, compress, reads_calibration
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.data.packing import Batch
 from hsai.formats import FormatConfig, Int4Config, NMInt4Config, TernaryConfig, is_packed_as
 from hsai.formats.storage import named_arrays, named_weights
@@ -101,7 +104,12 @@ def test_recovery_lowers_the_loss_at_the_same_format(dense: Transformer, format:
         assert is_packed_as(value, format if name.startswith("layers.") else Int4Config(group=32)), name
         if before.kept() is not None:
             assert np.array_equal(value.kept(), before.kept()), name
-    packed, ledger = compress(recovered, recipe)
+    solving = RecipeConfig(
+        rules=tuple(replace(rule, solver=FeedbackConfig()) for rule in recipe.rules), calibration=CalibrationConfig()
+    )
+    assert reads_calibration(solving, dense) and not reads_calibration(solving, recovered)
+    packed, ledger = compress(recovered, solving)
     for name, array in named_arrays(recovered).items():
         assert jnp.array_equal(named_arrays(packed)[name], array), name
+    assert ledger.layers == () and {row.relative_error for row in ledger.rows} == {None, 0}  # norms are dense
     assert ledger.bytes == sum(array.nbytes for array in named_arrays(one_shot).values())

@@ -105,7 +105,7 @@ def run(parser: Parser, argv: list[str]) -> None:
             extra = pass_on(source) | made[name] | {"recipe_name": name}
             machine = describe_machine()  # as it is now: files may change before the last layer
             record = made[name] | {"hsai": hsai.__version__, "commit": machine["commit"]}
-            record |= {"sources_sha256": digest_sources()}
+            record |= {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
             start, own = time.monotonic(), reset_peak_memory()
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
@@ -120,7 +120,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                 made_by = {name: value for name, value in machine.items() if name not in ("command", "commit")}
                 cost = {
                     "seconds": round(time.monotonic() - start, 1),
-                    "resumed_layers": 0 if workbench is None else workbench.layers,  # whose seconds are not among them
+                    "resumed": "" if workbench is None else workbench.found,  # whose seconds are not among them
                     "machine": made_by,
                 }
                 # A peak that could not begin anew may be that of the recipe before.
@@ -196,8 +196,8 @@ def _tell_workbench(name: str, directory: Path, workbench: Workbench, layers: in
     if workbench.discarded:
         changed = ", ".join(workbench.changed)
         say(f"{directory} was left by a run that differed in {changed}: {workbench.discarded} discarded")
-    if workbench.layers:
-        say(f"resuming {name}: {workbench.layers} of {layers} layers are solved")
+    if workbench.found:
+        say(f"resuming {name}, of {layers} layers: {workbench.found}")
 
 
 def _tell_allocation(allocation: Allocation) -> None:

@@ -140,8 +140,10 @@ def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
         case {"calibration_sha256": _, "recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:
             facts |= {"calibration tokens": f"{tokens:,}", "calibration seed": seed}
     match origin:
-        case {"cost": {"seconds": seconds, "resumed_layers": layers, "machine": machine} as cost}:
-            facts["made in"] = f"{seconds:,} s{f', without {layers} layers of an earlier run' if layers else ''}"
+        case {"cost": {"seconds": seconds, "machine": machine} as cost}:
+            facts["made in"] = f"{seconds:,} s"
+            if cost.get("resumed"):
+                facts["made in"] += f", without {cost['resumed']} of an earlier run"
             if facts.keys() & {"began from", "made of"}:
                 facts["made in"] += ", this step alone"
             for peak in ("peak_memory", "peak_device_memory"):

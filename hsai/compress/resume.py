@@ -41,7 +41,7 @@ class Workbench:
     """The directory of one run, locked until it is closed, or the process ends; a context manager.
 
     Attributes:
-      layers: how many layers it held when it was opened.
+      found: what it held when it was opened, for people: "2 solved layers"; "" if nothing.
       changed: by which parts of its record it was another run's; none if it was new, or the same one's.
       discarded: what that other run had done, for people, and was thrown away; "" if nothing.
     """
@@ -69,7 +69,7 @@ class Workbench:
         except OSError as error:
             self.close()
             raise InputError(f"cannot write to {directory}: {error.strerror}") from error
-        self.layers = len(list(directory.glob("layer_*.json")))
+        self.found = self._describe()
 
     def __enter__(self) -> "Workbench":
         return self

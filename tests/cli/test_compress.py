@@ -301,7 +301,7 @@ def test_what_it_took_is_told_of_the_commit_that_began(
     monkeypatch.setattr("hsai.machine.find_commit", lambda: next(commits))
     assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
     extra = read_bundle(place / "out").manifest.extra
-    assert extra["commit"] == "began" and extra["cost"]["seconds"] > 0 and extra["cost"]["resumed_layers"] == 0
+    assert extra["commit"] == "began" and extra["cost"]["seconds"] > 0 and extra["cost"]["resumed"] == ""
     assert 100 < extra["cost"]["peak_memory_mib"] < 100_000 and extra["cost"]["machine"]["cores"] >= 1
 
 
@@ -390,7 +390,7 @@ def test_nothing_that_is_read_is_changed(
         assert "No space left on device" in capsys.readouterr().err
         assert snapshot(inputs) == before and not (place / "out" / name).exists()
         assert main(words) == 0
-        assert "resuming mine: 1 of 2 layers" in capsys.readouterr().out
+        assert "resuming mine, of 2 layers: 1 solved layer" in capsys.readouterr().out
         assert snapshot(inputs) == before and read_bundle(place / "out" / name).manifest.extra["ledger"]
 
 

@@ -174,12 +174,12 @@ def test_weights_that_were_packed_before_say_so() -> None:
         "recipe": {"calibration": {"tokens": 512, "seed": 3}},
         "step": 400,
         "sources": {"initialize_from": first},
-        "cost": {"seconds": 3, "resumed_layers": 0, "machine": MACHINE, "peak_device_memory_mib": 2000},
+        "cost": {"seconds": 3, "resumed": "trials of 3 layers", "machine": MACHINE, "peak_device_memory_mib": 2000},
     }
     read = Reader(make_page(make_results(), [{}, origin]))
     text = " ".join(read.words)
     assert read.open == [] and "4.250 as it was" in text and "calibration tokens" not in text
-    assert "training steps 400" in text and "3 s, this step alone" in text
+    assert "training steps 400" in text and "3 s, without trials of 3 layers of an earlier run, this step alone" in text
     assert "began from <first> (SHA-256 aa, recipe a, calibration SHA-256 ff00)" in text
     assert "peak device memory 2,000 MiB" in text and "peak memory" not in text
 

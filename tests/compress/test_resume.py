@@ -113,15 +113,15 @@ def test_a_run_that_was_killed_at_its_trials_repeats_none(
 def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> None:
     bench = tmp_path / "bench"
     with Workbench(bench, {"recipe": "a", "commit": "1"}) as first:
-        assert (first.layers, first.changed, first.discarded) == (0, (), "")
+        assert (first.found, first.changed, first.discarded) == ("", (), "")
     names = ("layer_0000.json", "layer_0001.json", "layer_0001.safetensors", ".layer_0002.ab.safetensors")
     for name in (*names, "scales_head.json", ".scales_0001.ab.safetensors", "scales.json"):
         (bench / name).write_text("{}")
     (bench / "notes.txt").write_text("mine")
     with Workbench(bench, {"recipe": "a", "commit": "1"}) as same:
-        assert (same.layers, same.changed, same.discarded) == (2, (), "")
+        assert (same.found, same.changed, same.discarded) == ("2 solved layers", (), "")
     with Workbench(bench, {"recipe": "a", "commit": "2"}) as other:
-        assert (other.layers, other.changed, other.discarded) == (0, ("commit",), "2 solved layers")
+        assert (other.found, other.changed, other.discarded) == ("", ("commit",), "2 solved layers")
         assert {path.name for path in bench.iterdir()} == {"record.json", "notes.txt", ".lock"}
         other.remove()
     assert [path.name for path in bench.iterdir()] == ["notes.txt"]
@@ -148,7 +148,7 @@ def test_a_run_that_was_cut_off_before_its_record_is_begun_anew(tmp_path: Path) 
     for name in (".lock", ".record.0011aa.json"):
         (tmp_path / name).write_text("")
     with Workbench(tmp_path, {"recipe": "a"}) as workbench:
-        assert workbench.layers == 0
+        assert workbench.found == ""
         assert {path.name for path in tmp_path.iterdir()} == {"record.json", ".lock"}
 
 
@@ -160,13 +160,13 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
                 Workbench(tmp_path, record)
         assert (tmp_path / "layer_0000.json").exists()
     with Workbench(tmp_path, {"recipe": "a"}) as workbench:
-        assert workbench.layers == 1
+        assert workbench.found == "1 solved layer"
 
 
 def test_a_layer_without_its_json_is_not_there(model: Transformer, tmp_path: Path) -> None:
     run(model, tmp_path / "bench")
     with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
-        assert workbench.layers == 3
+        assert workbench.found == "3 solved layers"
         block = take_block(model, 1)
         assert workbench.load_layer(1, block) is not None
         (tmp_path / "bench" / "layer_0001.json").unlink()

@@ -166,7 +166,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
 def test_a_layer_without_its_json_is_not_there(model: Transformer, tmp_path: Path) -> None:
     run(model, tmp_path / "bench")
     with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
-        assert workbench.found == "3 solved layers"
+        assert workbench.found == "3 solved layers, trials of 3 layers, its allocation"
         block = take_block(model, 1)
         assert workbench.load_layer(1, block) is not None
         (tmp_path / "bench" / "layer_0001.json").unlink()

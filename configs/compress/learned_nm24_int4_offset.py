@@ -1,6 +1,8 @@
 """As learned_nm24_int4, with tables of 5 bits, and the calibration of tuned_int4_offset.
 
 hsai compress runs/quickstart --recipe configs/compress/learned_nm24_int4_offset.py --out runs/quickstart/learned_nm24_int4_offset
+Expected of SmolLM2-135M-Instruct: 60.97 MB, 3.626 bits a weight, perplexity 2.02 of the dense model's, in 35 minutes on
+two CPU cores.
 """  # noqa: E501 (a command)
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """As tuned_int4, with tables of 5 bits: of a small model they are a fifth of the bytes, and cost the most in int4.
 
 hsai compress runs/quickstart --recipe configs/compress/tuned_int4_offset.py --out runs/quickstart/tuned_int4_offset
-Expected of SmolLM2-135M-Instruct: 74.24 MB, 4.415 bits a weight, perplexity 1.17 of the dense model's, in less than an
-hour on two CPU cores.
+Expected of SmolLM2-135M-Instruct: 74.24 MB, 4.415 bits a weight, perplexity 1.10 of the dense model's, in 34 minutes
+on two CPU cores.
 """
 
 from dataclasses import replace

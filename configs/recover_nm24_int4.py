@@ -10,9 +10,9 @@
 
 Masks stay those that the compression learned; the values that they keep, the scales and the table are trained as their
 codes see them, so that the run is the packed model already. Sized for two hours on two CPU cores, compression included.
-The held-out tenth of the text is heldout.txt, which the compression did not see either. Expected with
---train.steps 160, which is 44 minutes behind the compression's 35: 60.97 MB, perplexity 1.72 of the dense model's, where compression alone
-has 2.02.
+The held-out tenth of the text is heldout.txt, which the compression did not see either.
+Expected with --train.steps 160, which is 44 minutes behind the compression's 35: 60.97 MB, perplexity 1.72 of the dense
+model's, where compression alone has 2.02.
 """
 
 from dataclasses import replace

@@ -77,7 +77,7 @@ def measure_blocks(packed) -> list[float]:
 @pytest.mark.parametrize(
     ("format", "share"),
     [
-        (Int2Config(group=32), 0.65),  # 0.58 to 0.60, by how the model's training was rounded
+        (Int2Config(group=32), 0.7),  # 0.67; what it is compared with, the solver alone, got better with level rows
         (NMInt4Config(n=2, m=4, group=32), 0.6),
         (NMConfig(n=1, m=4, dtype="bfloat16"), 0.6),
     ],

@@ -81,7 +81,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--speed", action="store_true", help="also measure decoding, prefill and peak memory, each model in a process"
     )
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument(
+        "--json", type=Path, help="file to write to: the rows, and where each model comes from (ledgers of bundles)"
+    )
     parser.add_argument("--html", type=Path, help="page to write: the same numbers, ledgers of bundles, and plots")
     add_activations_argument(parser)
     add_task_arguments(parser)
@@ -109,7 +111,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     kv_caches: tuple[CacheFormat, ...] = ("activations",) if plan is None else plan.kv_caches
     rows: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
-    ledgers: list[dict[str, Any]] = []
+    origins: list[dict[str, Any]] = []
     reference = None
     with ProgressBar() as progress:
         for index, path in enumerate(arguments.model):
@@ -122,7 +124,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                     corpus = open_own_corpus(source, arguments.corpus, "--corpus")
                     row |= measure_quality(source, corpus, arguments.tokens)
                 rows.append(row)
-                ledgers.append(source.origin if kv_cache == kv_caches[0] else {})
+                origins.append(source.origin if kv_cache == kv_caches[0] else {})
                 if plan is not None:
                     report, reference = measure_tasks(source, plan, reference, progress, kv_cache=kv_cache)
                     reports.append(report)
@@ -137,13 +139,13 @@ def run(parser: Parser, argv: list[str]) -> None:
         console.print(table)
     if reports:
         console.print(make_task_table(reports))
-    results = {"machine": describe_machine(), "rows": rows}
+    results = {"machine": describe_machine(), "rows": rows, "origins": origins}
     results |= {} if plan is None else {"evaluations": reports}
     if arguments.json is not None:
         write_json_atomic(arguments.json, results)
     if arguments.html is not None:
         with atomic_write(arguments.html) as temporary:
-            temporary.write_text(make_page(results, ledgers), encoding="utf-8")
+            temporary.write_text(make_page(results), encoding="utf-8")
 
 
 def _check_writable(option: str, path: Path) -> None:

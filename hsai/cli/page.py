@@ -37,12 +37,12 @@ TRACED = (
 before in `tell_history`."""
 
 
-def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str:
+def make_page(results: dict[str, Any]) -> str:
     """The page as HTML.
 
     Args:
-      results: what `hsai eval --json` writes: machine, rows, and evaluations where tasks were asked for.
-      origins: of each model, what its manifest or run says of where it comes from, "ledger" included where it has one.
+      results: what `hsai eval --json` writes: machine, rows, evaluations where tasks were asked for, and for each row
+        its origin, what the model's manifest or run says of where it comes from, "ledger" included where it has one.
     """
     machine, rows, reports = results["machine"], results["rows"], results.get("evaluations", [])
     about = ", ".join(f"{name} {value}" for name, value in machine.items() if name != "command")
@@ -57,7 +57,7 @@ def make_page(results: dict[str, Any], origins: Sequence[dict[str, Any]]) -> str
     points = list(_find_points(rows, reports))
     if len(points) > 1:
         parts += ["<h2>Size and quality</h2>", draw_frontier(points, _name_quality(reports))]
-    for row, origin in zip(rows, origins, strict=True):
+    for row, origin in zip(rows, results["origins"], strict=True):
         if "ledger" in origin:
             parts += _write_ledger(row["model"], origin)
     body = "\n".join(parts)

@@ -24,7 +24,7 @@ from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, nam
 from hsai.compress.limits import check_finite, check_held, check_range
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
-from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights
+from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights, reads_calibration
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import CalibratedConfig, NearestConfig, PlainConfig
@@ -78,6 +78,9 @@ def compress(
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
     rules = match_weights(recipe, model)
+    observing = reads_calibration(recipe, model)
+    if observing and calibration is None:
+        raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
     params = named_weights(model)
     for name, param in params.items():
         check_finite(name, param.get_value())
@@ -105,11 +108,8 @@ def compress(
     }
     allocation: Allocation | None = None
     solved = SolvedLayers(weights={}, rows=(), blocks=())
-    solving = any(isinstance(rule.solver, CalibratedConfig) and name not in kept for name, rule in rules.items())
-    if recipe.calibration is not None and (solving or recipe.allocation is not None):
-        if calibration is None:
-            raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
-        assert isinstance(model, Transformer)
+    if observing:
+        assert isinstance(model, Transformer) and recipe.calibration is not None and calibration is not None
         if recipe.allocation is not None:
             allocation = None if workbench is None else workbench.load_allocation()
             if allocation is None:
@@ -128,13 +128,14 @@ def compress(
                 if workbench is not None:
                     workbench.save_allocation(allocation)
             formats |= allocation.formats
-        # Of the layers all that is packed: what is rounded by itself, the layers behind see.
+        # Of the layers all that is packed: what is rounded by itself, the layers behind see, and its row says how far
+        # its outputs moved.
         asked = {
             name: (formats[name], rule.solver)
             for name, rule in rules.items()
             if (isinstance(rule.solver, CalibratedConfig) or _is_stacked(name)) and name not in kept
         }
-        if solving:
+        if asked:
             packed = None
             if "embed" in rules and "embed" not in asked and "embed" not in kept:
                 # What an embedding that is rounded by itself gets wrong, the layers see.

@@ -19,6 +19,20 @@ TINY = str(CONFIGS / "tiny.py")
 RECIPES = ("bf16", "int8", "int4", "nm24", "nm24_int4")
 SHORT = ("--train.steps", "6", "--data.max-bytes", "200000", "--train.evaluate-tokens", "1000")
 
+CALIBRATED = """
+from hsai.compress.solvers import FeedbackConfig
+from hsai.compress.calibration import CalibrationConfig
+from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.formats import Int4Config
+
+def get_config():
+    return RecipeConfig(
+        rules=(Rule(pattern="layers.mlp.down", format=Int4Config(), solver=FeedbackConfig()),),
+        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
+    )
+"""
+"""A recipe whose weights of one name are solved over calibration."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workshop:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +15,14 @@ import pytest
 
 from hsai.cli import main
 from hsai.cli.page import TRACED
-from hsai.compress import Ledger, RecipeConfig, compress, scaling
+from hsai.compress import Ledger, RecipeConfig, compress
 from hsai.compress.factor import factorize
-from hsai.compress.folds import Fold
-from hsai.compress.resume import Workbench
 from hsai.data.corpus_files import open_corpus
-from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.history import STEP
 from hsai.export.source import inspect_model
 from hsai.models import Transformer
-from tests.cli.conftest import RECIPES, Workshop, recipe
+from tests.cli.conftest import CALIBRATED, RECIPES, Workshop, recipe
 from tests.cli.snapshots import snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,111 +188,11 @@ def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     refuse(*words, recipe("int4"), "--budget", "1MB", names=("--budget: recipe int4 leaves no choice of formats",))
 
 
-MESH_RECIPE = """
-from hsai.compress.solvers import FeedbackConfig
-from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.recipe import RecipeConfig, Rule
-from hsai.formats import Int4Config
-
-def get_config():
-    return RecipeConfig(
-        rules=(Rule(pattern="layers.mlp.down", format=Int4Config(), solver=FeedbackConfig()),),
-        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
-    )
-"""
-
-
-def test_unfinished_work_of_others_is_refused_or_told(
-    workshop: Workshop, place: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (place / "mine.py").write_text(MESH_RECIPE)
-    words = ("compress", str(workshop.run), "--recipe", "mine.py", "--out", "out")
-    bench = place / ".out.partial"
-    bench.mkdir()
-    (bench / "thesis.txt").write_text("years")
-    refuse(*words, names=(".out.partial", "holds something else (no record.json)"))
-    (bench / "thesis.txt").unlink()
-    with Workbench(bench, {"commit": "of old"}):
-        (bench / "layer_0000.json").write_text("{}")
-        refuse(*words, names=(".out.partial is in use by another run",))
-    assert main(list(words)) == 0
-    told = (
-        "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai, sources_sha256: "
-    )
-    assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
-    assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"
-
-
-SCALING_RECIPE = """
-from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.recipe import RecipeConfig, Rule
-from hsai.compress.scaling import ScalingConfig
-from hsai.formats import Int4Config
-
-def get_config():
-    return RecipeConfig(
-        rules=(Rule(pattern="layers.*", format=Int4Config()),),
-        transforms=(ScalingConfig(steps=2),),
-        calibration=CalibrationConfig(tokens=512, sequence_length=64, batch=4),
-    )
-"""
-
-
-def test_a_killed_search_of_scales_ends_in_the_same_bundle(
-    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (place / "mine.py").write_text(SCALING_RECIPE)
-    words = ["compress", str(workshop.run), "--recipe", "mine.py", "--out"]
-    begun: list[str] = []
-    real = scaling.measure_channels
-
-    def count(fold: Fold, *arguments: Any) -> Any:
-        begun.append(fold.source)
-        if len(begun) == last:
-            raise KeyboardInterrupt
-        return real(fold, *arguments)
-
-    monkeypatch.setattr(scaling, "measure_channels", count)
-    last = 7  # of two layers with four folds each
-    assert main([*words, "out"]) == 128 + signal.SIGINT
-    found = sorted(path.name for path in (place / ".out.partial").glob("scales_*"))
-    assert found == ["scales_0000.json", "scales_0000.safetensors"]
-    begun.clear()
-    last = 0
-    assert main([*words, "out"]) == 0
-    assert len(begun) == 4 and not (place / ".out.partial").exists()
-    assert main([*words, "whole"]) == 0
-    made, whole = (json.loads((place / name / "manifest.json").read_text()) for name in ("out", "whole"))
-    assert made["files"] == whole["files"]  # to the byte
-    assert made["extra"]["ledger"] == whole["extra"]["ledger"] and len(made["extra"]["ledger"]["scales"]) == 8
-
-
-def test_a_record_names_commit_and_sources(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another commit's solver left, or the same one's with other files, is not mixed into what this one makes."""
-    (place / "mine.py").write_text(MESH_RECIPE)
-    records: list[dict[str, object]] = []
-
-    def keep(*arguments: object, **words: object) -> None:
-        records.append(json.loads((place / ".out.partial" / "record.json").read_text()))
-        raise InputError("enough")
-
-    monkeypatch.setattr("hsai.cli.compress.compress", keep)
-    words = ["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]
-    for commit in ("one", "two"):
-        monkeypatch.setattr("hsai.machine.find_commit", lambda commit=commit: commit)
-        assert main(words) == 2
-    monkeypatch.setattr("hsai.cli.compress.digest_sources", lambda: "others")
-    assert main(words) == 2
-    assert [record["commit"] for record in records] == ["one", "two", "two"]
-    assert {**records[0], "commit": "two"} == records[1]
-    assert {**records[1], "sources_sha256": "others"} == records[2] != records[1]
-
-
 def test_what_it_took_is_told_of_the_commit_that_began(
     workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkout may move on while layers are solved."""
-    (place / "mine.py").write_text(MESH_RECIPE)
+    (place / "mine.py").write_text(CALIBRATED)
     commits = iter(["began", "moved", "moved"])
     monkeypatch.setattr("hsai.machine.find_commit", lambda: next(commits))
     assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
@@ -333,7 +229,7 @@ def test_how_a_bundle_was_made_is_the_past_of_what_is_made_of_it(
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from bench.frontier import check_calibration
 
-    (place / "sparse.py").write_text(MESH_RECIPE.replace("Int4Config", "NMConfig"))
+    (place / "sparse.py").write_text(CALIBRATED.replace("Int4Config", "NMConfig"))
     assert main(["compress", str(workshop.run), "--recipe", "sparse.py", "--out", "sparse"]) == 0
     assert main(["compress", "sparse", "--recipe", recipe("nm24_int4"), "--out", "again"]) == 0
     run, first, second = (inspect_model(path) for path in (workshop.run, "sparse", "again"))
@@ -368,7 +264,7 @@ def test_nothing_that_is_read_is_changed(
     shutil.copytree(workshop.compressed / "bf16", inputs / "bundle")
     for kind, name in (("gguf", "model.gguf"), ("huggingface", "checkpoint")):
         assert main(["export", str(workshop.run), "--to", kind, "--out", str(inputs / name)]) == 0
-    (inputs / "mine.py").write_text(MESH_RECIPE)
+    (inputs / "mine.py").write_text(CALIBRATED)
     (inputs / "text.txt").write_text("def main():\n    return 42\n" * 400)
     before = snapshot(inputs)
     assert len(before) > 20
@@ -395,8 +291,8 @@ def test_nothing_that_is_read_is_changed(
 
 
 def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse) -> None:
-    (place / "mine.py").write_text(MESH_RECIPE)
-    (place / "long.py").write_text(MESH_RECIPE.replace("length=64, batch=4", "length=256, batch=2"))
+    (place / "mine.py").write_text(CALIBRATED)
+    (place / "long.py").write_text(CALIBRATED.replace("length=64, batch=4", "length=256, batch=2"))
     (place / "text.txt").write_text("def main():\n    return 42\n" * 400)
     (place / "short.txt").write_text("too short")
     (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
@@ -432,7 +328,7 @@ def test_what_failed_is_told_on_the_console(
     def fail(gram: object, damping: float) -> None:
         raise FloatingPointError("no factor")
 
-    (place / "mine.py").write_text(MESH_RECIPE)
+    (place / "mine.py").write_text(CALIBRATED)
     monkeypatch.setattr("hsai.compress.calibrated.factorize", fail)
     assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
     assert "layers.mlp.down, layer 0, 1: rounded plainly: no factor\n" in capsys.readouterr().out
@@ -450,7 +346,7 @@ def test_the_model_is_not_replaced_by_what_is_made_of_it(workshop: Workshop, pla
 
 
 def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refuse: Refuse) -> None:
-    (place / "mine.py").write_text(MESH_RECIPE)
+    (place / "mine.py").write_text(CALIBRATED)
     words = ["compress", str(workshop.run), "--recipe", "mine.py"]
     assert main([*words, "--out", "one"]) == 0 and main([*words, "--out", "eight", "--mesh", "2x2x2"]) == 0
     one, eight = (read_bundle(place / name) for name in ("one", "eight"))

@@ -37,6 +37,8 @@ def test_rows(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str
             slowest, fastest = row[f"{kind}_spread"]
             assert 0 < slowest <= row[f"{kind}_tokens_per_second"] <= fastest
         assert row["bytes"] < row["peak_memory"] < 2**35
+    ledgers = [origin.get("ledger", {}).get("bytes", 0) for origin in written["origins"]]
+    assert ledgers[0] == 0 and ledgers[1] > ledgers[2] > 0 and written["origins"][2]["recipe_name"] == "int4"
     assert written["machine"]["cores"] >= 1 and written["machine"]["jax"]
 
 

@@ -61,7 +61,9 @@ LEDGER = {
 }
 
 
-def make_results() -> dict[str, Any]:
+def make_results(origin: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Of two models, the second of which comes from `origin`."""
+
     def task(value: float) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": {"value": value, "standard_error": 0.5, "n": 100}}
         return {"task": "perplexity:book.txt", "part_of": None, "metrics": found}
@@ -76,6 +78,7 @@ def make_results() -> dict[str, Any]:
             {"model": "<int4>", "bytes": 8704, "bits_per_weight": 4.25},
         ],
         "evaluations": [{"commit": "abc", "tasks": [task(20.0)]}, {"commit": "abc", "tasks": [second]}],
+        "origins": [{}, origin or {}],
     }
 
 
@@ -105,8 +108,8 @@ class Reader(HTMLParser):
 
 
 def test_numbers_ledgers_and_plots() -> None:
-    origins = [{}, {"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"}]
-    page = make_page(make_results(), origins)
+    results = make_results({"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"})
+    page = make_page(results)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen
     assert (read.seen["table"], read.seen["svg"]) == (3, 4)
@@ -127,7 +130,7 @@ def test_numbers_ledgers_and_plots() -> None:
         "layers.mlp.up 1 6.00% -",
     ):
         assert part in text, part
-    assert make_page(make_results(), origins) == page
+    assert make_page(json.loads(json.dumps(results))) == page
 
 
 def test_what_a_calibrated_recipe_leaves() -> None:
@@ -143,7 +146,7 @@ def test_what_a_calibrated_recipe_leaves() -> None:
     _, ledger = compress(Transformer(config, rngs=nnx.Rngs(0)), recipe, calibration=windows)
     extra = {"ledger": ledger.to_dict(), "recipe": to_dict(recipe), "recipe_name": "mine"}
     origin = json.loads(json.dumps(extra | {"calibration_sha256": digest_windows(windows)}))
-    read = Reader(make_page(make_results(), [{}, origin]))
+    read = Reader(make_page(make_results(origin)))
     assert read.open == [] and (read.seen["table"], read.seen["svg"]) == (4, 2)  # a frontier, and errors of products
     text = " ".join(read.words)
     for part in ("calibration seed 77", "calibration tokens 256", digest_windows(windows), "recipe name mine"):
@@ -176,7 +179,7 @@ def test_weights_that_were_packed_before_say_so() -> None:
         "sources": {"initialize_from": first},
         "cost": {"seconds": 3, "resumed": "trials of 3 layers", "machine": MACHINE, "peak_device_memory_mib": 2000},
     }
-    read = Reader(make_page(make_results(), [{}, origin]))
+    read = Reader(make_page(make_results(origin)))
     text = " ".join(read.words)
     assert read.open == [] and "4.250 as it was" in text and "calibration tokens" not in text
     assert "training steps 400" in text and "3 s, without trials of 3 layers of an earlier run, this step alone" in text
@@ -190,7 +193,7 @@ def test_what_failed_is_marked_and_says_why() -> None:
     ledger["layers"][1] |= {"output_error": None, "note": "rounded plainly: <no> factor"}
     ledger["scales"] = [{"source": "norm", "layer": 0, "exponent": 0.0, "error_before": None, "error_after": 0.25}]
     ledger["blocks"][1] |= {"error_tuned": None, "note": "tuning diverged to nan"}
-    read = Reader(make_page(make_results(), [{}, {"ledger": ledger}]))
+    read = Reader(make_page(make_results({"ledger": ledger})))
     text = " ".join(read.words)
     assert read.open == [] and read.seen["table"] == 6 and "norm 0 0 - 25.00%" in text
     assert "rounded plainly: <no> factor" in text and "tuning diverged to nan" in text
@@ -205,14 +208,14 @@ def test_memory_of_devices_stands_beside_that_of_the_host() -> None:
     speed = {"decode_tokens_per_second": 9.0, "decode_spread": [8.0, 10.0], "prefill_tokens_per_second": 90.0}
     speed |= {"prefill_spread": [80.0, 99.0], "peak_memory": 7_000_000, "peak_device_memory": 5_000_000}
     results["rows"] = [row | speed for row in results["rows"]]
-    text = " ".join(Reader(make_page(results, [{}, {}])).words)
+    text = " ".join(Reader(make_page(results)).words)
     assert "peak memory, MB peak device memory, MB" in text and text.count("90 (80 to 99) 7 5") == 2
 
 
 def test_nothing_that_was_not_measured() -> None:
     results = copy.deepcopy(make_results())
     del results["evaluations"]
-    read = Reader(make_page(results, [{}, {}]))
+    read = Reader(make_page(results))
     assert read.seen["table"] == 1 and "svg" not in read.seen
     words = " ".join(read.words)
     assert "tokens/s" not in words and "perplexity" not in words and "memory" not in words

@@ -173,7 +173,7 @@ def test_a_compressed_bundle_is_recovered_and_packed_again(
     history = last["ledger"]["history"]
     assert history["training steps"] == "6" and f"SHA-256 {open_model(workshop.run).sha256}" in history["teacher"]
     assert history["began from"].startswith("one_shot (") and first["calibration_sha256"] in history["began from"]
-    text = " ".join(Reader(make_page(make_results(), [{}, last])).words)
+    text = " ".join(Reader(make_page(make_results(last))).words)
     assert all(f"{name} {told}" in text for name, told in history.items())
     assert text.count("as it was") == 8 and "calibration tokens" not in text and "this step alone" in text
     assert main(["compress", "recovered", "--recipe", "joint.py", "--out", "packed", "--reuse"]) == 0

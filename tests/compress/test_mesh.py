@@ -17,7 +17,15 @@ from hsai.compress.scaling import ScalingConfig
 from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import stream_blocks
 from hsai.compress.wanda import WandaConfig
-from hsai.formats import Int4Config, Int8Config, NMInt4Config, OutliersConfig, UnstructuredInt4Config, to_dense
+from hsai.formats import (
+    Int4Config,
+    Int8Config,
+    NMInt4Config,
+    OutliersConfig,
+    UnstructuredInt4Config,
+    VNMInt4Config,
+    to_dense,
+)
 from hsai.formats.storage import named_weights
 from hsai.models import MoEConfig, Transformer, TransformerConfig
 from hsai.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
@@ -75,6 +83,8 @@ def test_the_result_is_that_of_one_device() -> None:
             Rule(pattern="layers.mlp.up", format=format, solver=FeedbackConfig(order="activations")),
             Rule(pattern="layers.mlp.down", format=OutliersConfig(base=sparse), solver=FeedbackConfig()),
             Rule(pattern="layers.mlp.gate", format=NMInt4Config(group=32), solver=WandaConfig()),
+            Rule(pattern="layers.attention.q", format=NMInt4Config(group=32), solver=FeedbackConfig()),
+            Rule(pattern="layers.attention.v", format=VNMInt4Config(v=16, m=8, group=32), solver=FeedbackConfig()),
             Rule(pattern="layers.attention.o", format=format),
         ),
         transforms=(ScalingConfig(steps=4),),
@@ -89,7 +99,7 @@ def test_the_result_is_that_of_one_device() -> None:
     for name, w in wanted.items():
         same = np.isclose(found[name], w, rtol=1e-2, atol=1e-3 * np.abs(w).max())
         assert same.mean() >= 0.99, (name, same.mean())
-    assert len(ledger.layers) == 4 and any(row.exponent for row in ledger.scales)
+    assert len(ledger.layers) == 6 and any(row.exponent for row in ledger.scales)
     for one, other in zip(found_ledger.layers, ledger.layers, strict=True):
         assert one.output_error == pytest.approx(other.output_error, rel=1e-2) and one.damping == other.damping
     assert found_ledger.bytes == ledger.bytes

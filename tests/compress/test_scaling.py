@@ -259,7 +259,7 @@ def test_scales_that_do_not_belong_are_not_used(uneven: Transformer, tmp_path: P
     with pytest.raises(InputError, match=f"cannot read {path}: .*; remove {tmp_path} to begin anew"):
         run(uneven, tmp_path)
     with Workbench(tmp_path, {"recipe": "b"}) as other:
-        assert other.discarded == "scales of 2 layers"
+        assert other.discarded == "2 solved layers, scales of 2 layers"
         other.remove()
     assert not tmp_path.exists()
 

@@ -12,13 +12,14 @@ from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.compress.solvers import FeedbackConfig
-from hsai.formats import Int2Config, Int3Config, Int4Config, Int8Config, NMInt4Config
+from hsai.formats import Int2Config, Int3Config, Int4Config, Int4OffsetConfig, Int8Config, NMInt4Config
 
 
 def get_config() -> RecipeConfig:
     """From 2 to 8 bits a weight in the blocks; the embedding has 2 to 8, and is not pruned, as in nm24."""
     blocks = (
         Int8Config(),
+        Int4OffsetConfig(group=32),
         Int4Config(group=32),
         Int4Config(group=64),
         NMInt4Config(n=4, m=8, group=64),
@@ -27,11 +28,18 @@ def get_config() -> RecipeConfig:
         Int2Config(group=64),
         NMInt4Config(n=2, m=8, group=64),
     )
-    tables = (Int8Config(), Int4Config(group=32), Int4Config(group=64), Int3Config(group=64), Int2Config(group=64))
+    tables = (
+        Int8Config(),
+        Int4OffsetConfig(group=32),
+        Int4Config(group=32),
+        Int4Config(group=64),
+        Int3Config(group=64),
+        Int2Config(group=64),
+    )
     return RecipeConfig(
         rules=(
             Rule(pattern="layers.*", format=blocks, solver=FeedbackConfig()),
-            Rule(pattern="*", format=tables),
+            Rule(pattern="*", format=tables, solver=FeedbackConfig()),
         ),
         calibration=CalibrationConfig(),
         allocation=AllocationConfig(bits_per_weight=4.0),

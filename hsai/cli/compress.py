@@ -36,7 +36,7 @@ from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.export.bundle import write_bundle
-from hsai.export.history import pass_on, tell_history
+from hsai.export.history import pass_on
 from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.formats.kernels import Platform
 from hsai.machine import describe_machine, digest_sources, read_peak_memory, reset_peak_memory
@@ -127,8 +127,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                 peaks = {peak: held for peak, held in read_peak_memory().items() if is_first or peak in own}
                 cost |= {f"{peak}_mib": held // 2**20 for peak, held in peaks.items()}
                 is_first = False
-                history = tell_history(extra)
-                extra |= {"ledger": ledger.to_dict() | ({"history": history} if history else {}), "cost": cost}
+                extra |= {"ledger": ledger.to_dict(), "cost": cost}
                 extra |= {"command": command, "commit": machine["commit"]}
                 write_bundle(
                     targets[name],

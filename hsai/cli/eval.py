@@ -124,7 +124,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                     corpus = open_own_corpus(source, arguments.corpus, "--corpus")
                     row |= measure_quality(source, corpus, arguments.tokens)
                 rows.append(row)
-                origins.append(source.origin if kv_cache == kv_caches[0] else {})
+                origins.append(source.origin)
                 if plan is not None:
                     report, reference = measure_tasks(source, plan, reference, progress, kv_cache=kv_cache)
                     reports.append(report)

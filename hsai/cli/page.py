@@ -57,9 +57,11 @@ def make_page(results: dict[str, Any]) -> str:
     points = list(_find_points(rows, reports))
     if len(points) > 1:
         parts += ["<h2>Size and quality</h2>", draw_frontier(points, _name_quality(reports))]
+    told: list[dict[str, Any]] = []  # a model has a row for each of its caches
     for row, origin in zip(rows, results["origins"], strict=True):
-        if "ledger" in origin:
+        if "ledger" in origin and origin not in told:
             parts += _write_ledger(row["model"], origin)
+            told.append(origin)
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><title>hsai eval</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en">{head}\n{body}\n</html>\n'

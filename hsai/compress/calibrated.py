@@ -99,13 +99,15 @@ class SolvedLayers:
 class BlockSolver:
     """Packs the weights of one block; those with the same input share its factor."""
 
-    def __init__(self, grams: Grams, plain: Compress, *, layer: int | None = None) -> None:
+    def __init__(self, grams: Grams, plain: Compress, *, layer: int | None = None, raw: Grams | None = None) -> None:
         """Args:
         grams: of the block's products.
         plain: packs a weight (..., D, F) by itself.
         layer: the block's number, to be named in errors; None of a table.
+        raw: of rows as they are, by which Wanda's masks go; None where there are none (`goes_by_norms`).
         """
         self._grams = grams
+        self._raw = raw
         self._plain = plain
         self._place = "" if layer is None else f"layer {layer}: "
         self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
@@ -121,19 +123,34 @@ class BlockSolver:
             return Packing(weight=self._plain(w, format, config))
         if not is_decided(format, config):
             return Packing(weight=self._plain(w, format, NearestConfig()))
-        gram = self._grams[name]
+        norms = None
+        if goes_by_norms(config):
+            assert self._raw is not None, f"{config} goes by norms"
+            norms = measure_norms(self._raw[name])
         if isinstance(config, WandaConfig):
-            return Packing(weight=pack_wanda(w, gram, format))
+            assert norms is not None
+            return Packing(weight=pack_wanda(w, norms, format))
+        gram = self._grams[name]
         if w.ndim == 2:
-            return self._solve(name, 0, w, gram, format, config)
-        packings = [self._solve(name, expert, w[expert], gram[expert], format, config) for expert in range(len(w))]
+            return self._solve(name, 0, w, gram, norms, format, config)
+        packings = [
+            self._solve(name, expert, w[expert], gram[expert], None if norms is None else norms[expert], format, config)
+            for expert in range(len(w))
+        ]
         weight: Weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(packing.weight for packing in packings))
         dampings = [packing.damping for packing in packings if packing.damping is not None]
         notes = [f"expert {expert}: {packing.note}" for expert, packing in enumerate(packings) if packing.note]
         return Packing(weight=weight, damping=max(dampings, default=None), note="; ".join(notes))
 
     def _solve(
-        self, name: str, expert: int, w: jax.Array, gram: jax.Array, format: FormatConfig, config: FeedbackConfig
+        self,
+        name: str,
+        expert: int,
+        w: jax.Array,
+        gram: jax.Array,
+        norms: jax.Array | None,
+        format: FormatConfig,
+        config: FeedbackConfig,
     ) -> Packing:
         """One weight (D, F), by the factor of its inputs."""
         # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
@@ -147,7 +164,7 @@ class BlockSolver:
             if isinstance(found, str):
                 break
             try:
-                weight = pack_solved(w, gram, found, format, config)
+                weight = pack_solved(w, found, format, config, norms)
             except FloatingPointError as error:
                 fault, damping = str(error), 10.0 * found.damping
             else:
@@ -193,6 +210,7 @@ def solve_layers(
     heads = {name: found for name, found in formats.items() if name not in blocks}
     inner = {full: full.removeprefix("layers.") for full in blocks}
     solved = [full for full, (_, config) in blocks.items() if isinstance(config, CalibratedConfig)]
+    by_norms = any(goes_by_norms(config) for _, config in formats.values())
     parts: dict[str, list[Weight]] = {name: [] for name in formats}
     rows: list[LayerRow] = []
     tuned: list[BlockRow] = []
@@ -211,7 +229,7 @@ def solve_layers(
 
     def solve_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(solved, grams)
-        dense, solver = _read_weights(block), BlockSolver(grams, plain, layer=layer)
+        dense, solver = _read_weights(block), BlockSolver(grams, plain, layer=layer, raw=streams.raw)
         chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
         packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
         for name, packing in packings.items():
@@ -224,7 +242,7 @@ def solve_layers(
         found: list[BlockRow] = []
         if reconstructor is not None:
             kinds = {inner[full]: chosen[inner[full]][0] for full in solved}
-            kinds = {name: format for name, format in kinds.items() if not isinstance(format, DenseConfig)}
+            kinds = {name: format for name, format in kinds.items() if is_decided(*chosen[name])}
             if kinds:
                 others = {name: to_dense(value) for name, value in packed.items() if name not in kinds}
                 given = replace_weights(block, {name: w.astype(dense[name].dtype) for name, w in others.items()})
@@ -242,6 +260,8 @@ def solve_layers(
         return replace_weights(block, held)
 
     def recall(layer: int, block: Block) -> Block | None:
+        if not blocks:
+            return block
         found = None if workbench is None else workbench.load_layer(layer, block)
         if found is None:
             return None
@@ -254,10 +274,11 @@ def solve_layers(
             block, {name: to_dense(packed[name]).astype(dense[name].dtype) for name in inner.values()}
         )
 
-    def solve_head(gram: jax.Array) -> None:
+    def solve_head(gram: jax.Array, raw: jax.Array | None) -> None:
         for name, (chosen, config) in heads.items():
             w = named_weights(model)[name].get_value()
-            packing = BlockSolver({name: gram}, plain).pack(name, w, chosen[0], config)
+            solver = BlockSolver({name: gram}, plain, raw=None if raw is None else {name: raw})
+            packing = solver.pack(name, w, chosen[0], config)
             note(name, None, w, to_dense(packing.weight).astype(w.dtype), gram, packing)
             parts[name].append(packing.weight)
 
@@ -270,6 +291,7 @@ def solve_layers(
         finish=solve_head if heads else None,
         packed=packed,
         follow_dense=reconstructor is not None,
+        raw=by_norms,
         progress=progress,
     )
     weights = {name: stack_layers(each) if name in blocks else each[0] for name, each in parts.items()}
@@ -288,6 +310,11 @@ def is_decided(format: FormatConfig, config: SolverConfig) -> bool:
     return isinstance(config, FeedbackConfig) and not isinstance(format, DenseConfig)
 
 
+def goes_by_norms(config: SolverConfig) -> bool:
+    """Whether masks are those of Wanda, which has norms of inputs as they are (2306.11695, eq. 1)."""
+    return isinstance(config, WandaConfig) or (isinstance(config, FeedbackConfig) and config.mask == "wanda")
+
+
 def check_observed(names: Iterable[str], grams: Grams) -> None:
     """Raises `InputError` for a weight of the layers that a block multiplies by nothing."""
     for name in names:
@@ -295,8 +322,11 @@ def check_observed(names: Iterable[str], grams: Grams) -> None:
             raise InputError(f"{name} cannot be calibrated: no product reads it; give it the nearest solver")
 
 
-def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig) -> Weight:
-    """One weight (D, F) in its format, solved over the activations with X^T X = gram.
+def pack_solved(
+    w: jax.Array, factor: Factor, format: FormatConfig, config: FeedbackConfig, norms: jax.Array | None = None
+) -> Weight:
+    """One weight (D, F) in its format, solved over the activations whose factor this is; `norms` (D, 1) are those of
+    `measure_norms`, where masks go by them.
 
     Raises:
       FloatingPointError: what was solved holds a NaN or an infinity, as its scales may where feedback runs away.
@@ -309,7 +339,7 @@ def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatCon
     index = find_outliers(columns, factor, format) if isinstance(format, OutliersConfig) else None
     parts = []
     for part in columns:
-        packed, lost = _pack_columns(part, gram, factor.upper, factor.order, index, format=format, mask=config.mask)
+        packed, lost = _pack_columns(part, norms, factor.upper, factor.order, index, format=format, mask=config.mask)
         if lost:
             fault = f"solving gave {lost} values and scales that are NaN or infinite, of {part.size} weights"
             raise FloatingPointError(fault)
@@ -324,7 +354,7 @@ def pack_solved(w: jax.Array, gram: jax.Array, factor: Factor, format: FormatCon
 @functools.partial(jax.jit, static_argnames=("format", "mask"))
 def _pack_columns(
     w: jax.Array,
-    gram: jax.Array,
+    norms: jax.Array | None,
     upper: jax.Array,
     order: jax.Array | None,
     index: jax.Array | None,
@@ -338,8 +368,8 @@ def _pack_columns(
     apart = None if index is None else jnp.zeros(w.shape[0], bool).at[index].set(True)
     given = None
     if isinstance(base, SparseConfig) and mask != "joint":
-        norms = measure_norms(gram) if mask == "wanda" else 1.0
-        given = base.mask((w if apart is None else jnp.where(apart[:, None], 0.0, w)) * norms)
+        scores = w if norms is None else w * norms
+        given = base.mask(scores if apart is None else jnp.where(apart[:, None], 0.0, scores))
     grid, pattern = grid_of(format), pattern_of(format)
     solved = solve(w, upper, grid=grid, pattern=pattern, mask=given, order=order, apart=apart)
     lost = sum_lost((solved.values, solved.scale))

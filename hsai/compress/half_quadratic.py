@@ -90,18 +90,18 @@ def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadrat
         held = grid.round(w, found)
         scale, start = jnp.split(found, 2, axis=-1) if grid.has_minimum else (found, 0.0)
         inverse = invert_scale(scale)
-        level, size = (held - start) * inverse, jnp.abs(w - held) * inverse
+        level, size = (held - start) * inverse, jnp.abs((w - held) * inverse)
         shrunk = size - jnp.where(size > 0, size, 1.0) ** (config.norm - 1.0) / strength
-        meant = jnp.sign(w - held) * jnp.maximum(shrunk, 0.0) * scale
+        meant = jnp.sign(w - held) * jnp.maximum(shrunk, 0.0) * jnp.abs(scale)
         found = _fit(level, w - meant, scale, grid)
         error = measure(found)
-        better = (error < least) & (found[..., : w.shape[-1]] >= 0)
+        better = (error < least) & ((found * first)[..., : w.shape[-1]] >= 0)
         kept = jnp.tile(better, 2) if grid.has_minimum else better
         return (found, jnp.where(kept, found, best), jnp.where(better, error, least)), None
 
-    start = scale.astype(jnp.float32)
+    first = scale.astype(jnp.float32)
     strengths = STRENGTH * GROWTH ** jnp.arange(config.iterations, dtype=jnp.float32)
-    (_, best, _), _ = jax.lax.scan(step, (start, start, measure(start)), strengths)
+    (_, best, _), _ = jax.lax.scan(step, (first, first, measure(first)), strengths)
     return best.astype(grid.dtype)
 
 

@@ -49,17 +49,27 @@ SMALLEST_SCALE = 1e-30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Latent(Packed):
-    """values float32 (..., D, F); exponent float32 (..., D / G, F), of the scale (`to_scale`); minimum float32
-    (..., D / G, F), of a format that has minima."""
+    """values float32 (..., D, F); exponent float32 (..., D / G, F), of the scale's magnitude (`to_scale`); minimum
+    float32 (..., D / G, F), of a format that has minima; sign float32 (..., D / G, F), 1 or -1, of one whose scales may
+    be negative, which stays what it was: its derivative is none."""
 
     values: jax.Array
     exponent: jax.Array
     minimum: jax.Array | None = None
+    sign: jax.Array | None = None
 
     @classmethod
-    def from_scale(cls, values: jax.Array, scale: jax.Array, minimum: jax.Array | None = None) -> "Latent":
-        """With a scale as it is stored, and a minimum, which `find_parts` then gives back."""
-        return cls(values, to_exponent(scale), None if minimum is None else minimum.astype(jnp.float32))
+    def from_scale(cls, values: jax.Array, scale: jax.Array, grid: Grid, minimum: jax.Array | None = None) -> "Latent":
+        """With a scale of the grid as it is stored, and a minimum, which `find_parts` then gives back."""
+        sign = jnp.where(scale < 0, -1.0, 1.0).astype(jnp.float32) if grid.is_signed else None
+        low = None if minimum is None else minimum.astype(jnp.float32)
+        return cls(values, to_exponent(jnp.abs(scale)), low, sign)
+
+    @property
+    def scale(self) -> jax.Array:
+        """Float32 (..., D / G, F)."""
+        scale = to_scale(self.exponent)
+        return scale if self.sign is None else self.sign * scale
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,12 +143,15 @@ def begin_latent(value: Weight, how: Straight, dense: jax.Array | None = None) -
             values = _seed_pruned(values, mask, seeds, how.format)
     if not how.learned:
         return values
+    grid = grid_of(how.format)
+    assert grid is not None, f"{how.format} has no scales"
     if solved:
         scale = getattr(value, "scale")  # noqa: B009 (of which class is not known here)
-        return Latent.from_scale(values, scale, getattr(value, "minimum", None))
-    scale, grid = find_scale(values, how.format, _find_mask(values, how)), grid_of(how.format)
-    assert scale is not None and grid is not None, f"{how.format} has no scales"
-    return Latent.from_scale(values, *(jnp.split(scale, 2, axis=-1) if grid.has_minimum else (scale,)))
+        return Latent.from_scale(values, scale, grid, getattr(value, "minimum", None))
+    found = find_scale(values, how.format, _find_mask(values, how))
+    assert found is not None
+    scale, *minimum = jnp.split(found, 2, axis=-1) if grid.has_minimum else (found,)
+    return Latent.from_scale(values, scale, grid, *minimum)
 
 
 def find_parts(latent: Weight, how: Straight) -> Parts:
@@ -149,7 +162,7 @@ def find_parts(latent: Weight, how: Straight) -> Parts:
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None, f"{how.format} has no scales"
-        scale = to_scale(latent.exponent)
+        scale = latent.scale
         if latent.minimum is not None:
             scale = jnp.concatenate([scale, latent.minimum], axis=-1)
         return Parts(values, mask, scale.astype(grid.dtype))
@@ -230,18 +243,20 @@ def _see_forward(how: Straight, latent: Weight) -> tuple[jax.Array, tuple[Weight
 
 def _see_backward(how: Straight, saved: tuple[Weight, Parts], grad: jax.Array) -> tuple[Weight]:
     latent, parts = saved
-    mask, d_values, d_exponent, d_minimum = parts.mask, grad, None, None
+    mask, d_values, learned = parts.mask, grad, None
     if isinstance(latent, Latent):
         grid = grid_of(how.format)
         assert grid is not None and parts.scale is not None
         kept = grad if mask is None else jnp.where(mask, grad, 0.0)
         d_kept, d_scale, d_minimum = _pull_back(kept, parts.values, parts.scale, grid)
         d_exponent = d_scale * _power_of_two(jnp.floor(latent.exponent))
+        d_sign = None if latent.sign is None else jnp.zeros_like(latent.sign)
+        learned = d_exponent if latent.sign is None else latent.sign * d_exponent, d_minimum, d_sign
         d_values = d_kept if mask is None else jnp.where(mask, d_kept, grad)
     if mask is not None:
         pruned = 0.0 if how.fixed else d_values + how.decay * parts.values
         d_values = jnp.where(mask, d_values, pruned)
-    return (d_values if d_exponent is None else Latent(d_values, d_exponent, d_minimum),)
+    return (d_values if learned is None else Latent(d_values, *learned),)
 
 
 _see.defvjp(_see_forward, _see_backward)

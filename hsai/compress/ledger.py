@@ -50,8 +50,8 @@ class LedgerRow:
     """Bytes of all its arrays."""
 
     relative_error: float | None
-    """||w - packed|| / ||w||, Frobenius norms over all layers, w the weight of the model that was compressed; 0 for a
-    dense weight that was left as it is; None for one that was packed before, and stayed."""
+    """||w - packed|| / ||w||, Frobenius norms over all layers, w the weight of the model that was compressed, behind
+    its transforms; 0 for a dense weight that was left as it is; None for one that was packed before, and stayed."""
 
     @property
     def size(self) -> int:
@@ -66,7 +66,7 @@ class LedgerRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerRow:
-    """How one weight of one layer was solved."""
+    """How one weight of one layer was packed, where calibration looked on."""
 
     weight: str
     """Its name in the model."""
@@ -78,11 +78,12 @@ class LayerRow:
     """For people, as that of a parameter."""
 
     output_error: float | None
-    """||X (w - v)|| / ||X w|| over calibration; None where float32 does not hold it."""
+    """||X (w - v)|| / ||X w|| over calibration, rows of X scaled to one norm, so that each token counts the same
+    (`hsai.formats.observed.level_rows`); None where float32 does not hold it."""
 
     damping: float | None
-    """What the factorization took, of experts the most; None where there was none (Wanda's masks), where the solve
-    failed, and the weight was rounded plainly, or where it stayed dense."""
+    """What the factorization took, of experts the most; None where there was none: of Wanda's masks, of weights
+    that are rounded by themselves, be it because the solve failed, and of dense ones."""
 
     note: str = ""
     """Why, if it failed, or took more damping; and of experts, which of them."""
@@ -116,8 +117,8 @@ class BlockRow:
 class ScaleRow:
     """Which scales some channels of one layer got before their readers were compressed.
 
-    Errors are ||X (w - v)|| / ||X w|| over calibration of weights that are rounded by themselves, as a root mean square
-    over those that read the channels; None where float32 does not hold them.
+    Errors are ||X (w - v)|| / ||X w|| over calibration, each token counting the same, of weights that are rounded by
+    themselves, as a root mean square over those that read the channels; None where float32 does not hold them.
     """
 
     source: str
@@ -217,7 +218,7 @@ class Ledger:
     """Every parameter of the model, in its order."""
 
     layers: tuple[LayerRow, ...] = ()
-    """What calibration decided, layer by layer."""
+    """What calibration saw of the weights that are packed in layers, and of a head that is solved."""
 
     blocks: tuple[BlockRow, ...] = ()
     """How each layer's reconstruction went, where there was one."""
@@ -261,7 +262,7 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: {"weights": [...], "parameters": ..., "bytes": ..., "bits_per_weight": ...}; "layers" where
-        calibration decided something, "blocks" where layers were reconstructed, "allocation" where there was a
+        calibration looked on, "blocks" where layers were reconstructed, "allocation" where there was a
         budget, "scales" where channels were scaled."""
         weights = [
             {

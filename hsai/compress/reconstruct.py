@@ -190,7 +190,8 @@ class Reconstructor:
         size = self._config.learning_rate * jnp.sqrt(jnp.mean(changed))
         if not isinstance(latent, Latent):
             return size
-        return Latent(size, jnp.float32(self._config.scale_rate), None if latent.minimum is None else size)
+        minimum, sign = (None if part is None else size for part in (latent.minimum, latent.sign))
+        return Latent(size, jnp.float32(self._config.scale_rate), minimum, sign)
 
 
 def _name_divergence(before: float, after: float) -> str:

@@ -150,7 +150,7 @@ def find_scales(
         search(layer, weights, {f"layers.{name}": gram for name, gram in grams.items()})
         return block
 
-    def search_head(gram: jax.Array) -> None:
+    def search_head(gram: jax.Array, _: jax.Array | None) -> None:
         (name,) = last[0].readers
         search(None, {name: named_weights(model)[name].get_value()}, {name: gram})
 

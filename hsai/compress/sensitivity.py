@@ -29,7 +29,7 @@ from hsai.compress.solvers import SolverConfig
 from hsai.compress.stream import Grams, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense
-from hsai.formats.observed import Tapped, sum_squares
+from hsai.formats.observed import Tapped, level_rows, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
@@ -41,9 +41,9 @@ CHUNK = 128
 Candidates = Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]]
 Moments = Mapping[str, jax.Array]
 """sum g^2 over all tokens at the outputs of each weight, float32 (L, F), of experts (L, E, F), of a table (F,); and of
-the head, besides sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs."""
+the head, besides sum p (1 - p) (V,), the sum of x x^T (D, D) for its inputs, as they are and level."""
 
-LOOKUP, LABELS, INPUTS = "embed", "head labels", "head inputs"
+LOOKUP, LABELS, INPUTS, LEVEL = "embed", "head labels", "head inputs", "head inputs, level"
 
 
 def measure_sensitivities(
@@ -80,14 +80,15 @@ def measure_sensitivities(
 
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
-        params, solver = named_weights(block), BlockSolver(grams, plain, layer=layer)
+        assert streams.raw is not None
+        params, solver = named_weights(block), BlockSolver(grams, plain, layer=layer, raw=streams.raw)
         first = len(items)
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
             w, options = params[name].get_value(), []
             for format in formats:
                 packed = solver.pack(name, w, format, config).weight
-                loss = _price(w, packed, grams[name], moments[full][layer], streams.counts[name], tokens.size)
+                loss = _price(w, packed, streams.raw[name], moments[full][layer], streams.counts[name], tokens.size)
                 options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
         if workbench is not None:
@@ -104,8 +105,9 @@ def measure_sensitivities(
             progress("trying formats", done, total)
 
     if blocks:
-        # Not level: what an error adds to the divergence grows with the activations that it is multiplied by.
-        stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, level=False, progress=report)
+        # Solved for level rows, as it will be, and priced for rows as they are: what an error adds to the divergence
+        # grows with the activations that it is multiplied by.
+        stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, raw=True, progress=report)
     return items
 
 
@@ -138,9 +140,9 @@ def sum_gradients(
         sinks = {name: jnp.zeros((*w.shape[:-2], 1, w.shape[-1]), jnp.float32) for name, w in params.items()}
         sinks[LOOKUP] = jnp.zeros((1, model.config.embed), jnp.float32)
         hidden, back = jax.vjp(forward, sinks)
-        d_hidden, labels, inputs = draw_labels(model, hidden, key)
+        d_hidden, labels, inputs, level = draw_labels(model, hidden, key)
         found = {name: sink[..., 0, :] for name, sink in back(d_hidden)[0].items()}
-        return found | {LABELS: labels, INPUTS: inputs}
+        return found | {LABELS: labels, INPUTS: inputs, LEVEL: level}
 
     sums: dict[str, jax.Array] = {}
     for start in range(0, len(tokens), batch):
@@ -159,9 +161,10 @@ def sum_gradients(
     return sums
 
 
-def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
     """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position;
-    the sum of p (1 - p), float32 (V,); and that of x x^T, float32 (D, D). Logits exist for a chunk at a time."""
+    the sum of p (1 - p), float32 (V,); and those of x x^T, float32 (D, D), as x is and of level rows. Logits exist for
+    a chunk at a time."""
     batch, length, width = hidden.shape
     chunk = min(CHUNK, length)
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
@@ -169,21 +172,23 @@ def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[
     starts = jnp.arange(len(pieces)) * chunk
 
     def step(
-        sums: tuple[jax.Array, jax.Array], scanned: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        sums: tuple[jax.Array, ...], scanned: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         x, start = scanned
         logits, back = jax.vjp(model.logits, x)
         there = (start + jnp.arange(chunk) < length)[None, :, None]
         p = jax.nn.softmax(logits, axis=-1)
         label = jax.random.categorical(jax.random.fold_in(key, start), logits)
         (d_x,) = back(jnp.where(there, p - jax.nn.one_hot(label, p.shape[-1]), 0.0))
-        inputs = sums[1] + sum_squares(jnp.where(there, x, 0))
-        return (sums[0] + jnp.sum(jnp.where(there, p * (1.0 - p), 0.0), axis=(0, 1)), inputs), d_x
+        rows = jnp.where(there, x, 0)
+        labels = sums[0] + jnp.sum(jnp.where(there, p * (1.0 - p), 0.0), axis=(0, 1))
+        return (labels, sums[1] + sum_squares(rows), sums[2] + sum_squares(level_rows(rows))), d_x
 
-    zeros = (jnp.zeros(model.config.vocab, jnp.float32), jnp.zeros((width, width), jnp.float32))
-    (labels, inputs), d_pieces = jax.lax.scan(step, zeros, (pieces, starts))
+    square = jnp.zeros((width, width), jnp.float32)
+    zeros: tuple[jax.Array, ...] = (jnp.zeros(model.config.vocab, jnp.float32), square, square)
+    (labels, inputs, level), d_pieces = jax.lax.scan(step, zeros, (pieces, starts))
     d_hidden = jnp.moveaxis(d_pieces, 0, 1).reshape(padded.shape)[:, :length]
-    return d_hidden, labels, inputs
+    return d_hidden, labels, inputs, level
 
 
 def _price_table(
@@ -197,7 +202,7 @@ def _price_table(
 ) -> Item:
     """The table of embeddings, the head, or both in one."""
     w = named_weights(model)[name].get_value()
-    solver = BlockSolver({name: moments[INPUTS]}, plain)
+    solver = BlockSolver({name: moments[LEVEL]}, plain, raw={name: moments[INPUTS]})
     counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
     options = []
     for format in formats:

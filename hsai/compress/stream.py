@@ -24,13 +24,14 @@ from hsai.formats import take_layer, to_dense
 from hsai.formats.observed import Notes, Observed, level_rows, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
-from hsai.models.layers import is_matrix
+from hsai.models.layers import RMSNorm, is_matrix
 from hsai.models.transformer import Block
 from hsai.sharding import lay_out
 
 Grams = Mapping[str, jax.Array]
 """X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block; of experts
-(E, D, D), of the tokens that went to each. Each token's row of X is scaled to the same norm (`level_rows`)."""
+(E, D, D), of the tokens that went to each. Each token's row of X is scaled to the same norm (`level_rows`), but for
+`Streams.raw`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class Streams:
     targets: np.ndarray | None
     """(N, T, D): what the block gives in the dense model; None where that is not followed."""
 
+    raw: Grams | None
+    """Of rows as they are; None where these are not summed."""
+
     counts: Mapping[str, np.ndarray]
     """How many tokens each of `Grams` is a sum over, float32 () or (E,)."""
 
@@ -54,10 +58,10 @@ def stream_blocks(
     batch: int,
     solve: Callable[[int, Block, Grams, Streams], Block],
     recall: Callable[[int, Block], Block | None] | None = None,
-    finish: Callable[[jax.Array], None] | None = None,
+    finish: Callable[[jax.Array, jax.Array | None], None] | None = None,
     packed: Transformer | None = None,
     follow_dense: bool = False,
-    level: bool = True,
+    raw: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Calls `solve` with each block in turn, on what the blocks that it returned before make of `tokens`.
@@ -68,10 +72,11 @@ def stream_blocks(
       batch: B, sequences at a time.
       solve: (number of the layer, block with dense weights, grams, streams) -> the block that the next one follows.
       recall: (number, block with dense weights) -> what `solve` returned for it in an earlier run, or None.
-      finish: called last with X^T X (D, D) float32 of what the head is multiplied by.
+      finish: called last with X^T X (D, D) float32 of what the head is multiplied by, and with that of rows as they are
+        if these are summed.
       packed: the model whose embedding the first block reads, where that is packed already; None for `model`.
       follow_dense: computes what the dense model gives as well, for `Streams.targets`.
-      level: False leaves the rows of X as they are, each counting by the square of its norm.
+      raw: also sums the rows of X as they are, for `Streams.raw` and `finish`.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
       InputError: activations are not finite, naming the layer.
@@ -91,8 +96,8 @@ def stream_blocks(
     targets = begin(model) if follow_dense else None
 
     @jax.jit
-    def observe(block: Block, layer: jax.Array, x: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        notes = Notes(level=level)
+    def observe(block: Block, layer: jax.Array, x: jax.Array) -> tuple[list[jax.Array], ...]:
+        notes = Notes(raw=raw)
         weights = {
             name: Observed(param.get_value(), name, notes)
             for name, param in named_weights(block).items()
@@ -100,7 +105,7 @@ def stream_blocks(
         }
         apply_block(model, replace_weights(block, weights), layer, x)
         owner.update(notes.owner)
-        return notes.grams, notes.counts
+        return notes.grams, notes.counts, notes.raw
 
     @functools.partial(jax.jit, donate_argnums=2)
     def forward(block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
@@ -121,24 +126,33 @@ def stream_blocks(
             advance(targets, block, number)
         solved = None if recall is None else recall(layer, block)
         if solved is None:
-            sums: tuple[list[jax.Array], list[jax.Array]] | None = None
+            sums: tuple[list[jax.Array], ...] | None = None
             for start in starts:
                 found = observe(block, number, read(hidden, start))
                 sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
             assert sums is not None
             grams = {name: sums[0][index] for name, index in owner.items()}
             counts = {name: np.asarray(sums[1][index]) for name, index in owner.items()}
+            unlevel = {name: sums[2][index] for name, index in owner.items()} if raw else None
             for name, gram in grams.items():
                 if not bool(jnp.all(jnp.isfinite(gram))):
                     raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
-            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets, counts=counts))
+            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets, raw=unlevel, counts=counts))
         if layer + 1 < config.layers or finish is not None:
             advance(hidden, solved, number)
         if progress is not None:
             progress("calibrating", layer + 1, config.layers)
     if finish is not None:
-        measure = jax.jit(lambda norm, x: sum_squares(level_rows(norm(x)) if level else norm(x)))
-        finish(sum((measure(model.final_norm, read(hidden, start)) for start in starts), start=jnp.float32(0)))
+
+        @jax.jit
+        def measure(norm: RMSNorm, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            rows = norm(x)
+            return sum_squares(level_rows(rows)), sum_squares(rows) if raw else None
+
+        last = measure(model.final_norm, read(hidden, 0))
+        for start in starts[1:]:
+            last = jax.tree.map(jnp.add, last, measure(model.final_norm, read(hidden, start)))
+        finish(*last)
 
 
 def take_block(model: Transformer, layer: int) -> Block:

@@ -2,10 +2,11 @@
 for large language models", 2306.11695).
 
 A weight's score is |w_ij| ||x_i||_2 (eq. 1), by how much its own product moves an output over the calibration tokens,
-and scores compete within one output: those of a format's group of positions, or, of V outputs that share a choice, by
-their sums. They take the place of the magnitudes that a format goes by, and nothing else changes: kept weights are
-rounded to what the format holds them as. No other weight makes up for what is pruned, so there is nothing to factorize
-and nothing that could fail.
+each as large as it is (other solvers count all tokens the same: `hsai.formats.observed.level_rows`), and scores compete
+within one output: those of a format's group of positions, or, of V outputs that share a choice, by their sums. They
+take the place of the magnitudes that a format goes by, and nothing else changes: kept weights are rounded to what the
+format holds them as. No other weight makes up for what is pruned, so there is nothing to factorize and nothing that
+could fail.
 
 D contraction, F outputs, E experts.
 """
@@ -31,18 +32,18 @@ class WandaConfig:
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def pack_wanda(w: jax.Array, gram: jax.Array, format: FormatConfig) -> Packed:
-    """A weight (D, F) in a format that prunes, by X^T X = gram (D, D) of what it is multiplied by; or experts
-    (E, D, F), each by its own (E, D, D).
+def pack_wanda(w: jax.Array, norms: jax.Array, format: FormatConfig) -> Packed:
+    """A weight (D, F) in a format that prunes, by `measure_norms` (D, 1) of what it is multiplied by; or experts
+    (E, D, F), each by its own (E, D, 1).
 
     Scales are those that the kept weights alone suggest, as of the nearest solver. Of a format with outliers those
     positions are kept apart whose scores have the largest sum of squares, and take no place in the mask.
     """
     if w.ndim > 2:  # one after the other: temporaries are those of one
-        packed: Packed = jax.lax.map(lambda expert: pack_wanda(*expert, format), (w, gram))
+        packed: Packed = jax.lax.map(lambda expert: pack_wanda(*expert, format), (w, norms))
         return packed
     w = w.astype(jnp.float32)
-    scores = w * measure_norms(gram)
+    scores = w * norms
     if isinstance(format, OutliersConfig):
         index = format.find_largest(scores)
         base = format.base
@@ -54,12 +55,12 @@ def pack_wanda(w: jax.Array, gram: jax.Array, format: FormatConfig) -> Packed:
 
 
 def measure_norms(gram: jax.Array) -> jax.Array:
-    """||x_i||_2 of each position, float32 (D, 1), from X^T X (D, D).
+    """||x_i||_2 of each position, float32 (..., D, 1), from X^T X (..., D, D).
 
     Positions that calibration never excited get next to nothing, as `factorize` has it: they are the first to be
     pruned, among themselves by magnitude. Where none was excited, magnitudes alone decide.
     """
-    squares = jnp.diagonal(gram)
-    largest = jnp.max(squares)
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    largest = jnp.max(squares, axis=-1, keepdims=True)
     least = jnp.where(largest > 0, DEAD * largest, 1.0)
-    return jnp.sqrt(jnp.where(squares > 0, squares, least))[:, None]
+    return jnp.sqrt(jnp.where(squares > 0, squares, least))[..., None]

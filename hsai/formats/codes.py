@@ -3,13 +3,15 @@
 Invariant: w[d, f] = (code[d, f] - zero) * scale[d // group, f], codes in [0, 2^bits), laid out by
 `hsai_kernels.packing.pack_words`; bits + 16 / group bits a weight.
 
-Int4 has its zero at code 8: levels -8..7. Int2 and Int3 are centered, their zero lies between the two codes in the
-middle: levels -3/2, -1/2, 1/2, 3/2, and -7/2 to 7/2. With few levels, one more below zero than above is a level that
-half of the weights cannot use, and one at zero is where weights cost least anyway. Of normal weights, rounded with the
-best scale, the relative error is 0.345 with four centered levels, 0.387 with -2..1, and 0.436 with the three of
-Ternary; 0.194 with eight centered ones, and 0.202 with -4..3; sixteen gain 1 %. That no weight is zero but in a group
-of zeros costs nothing that this measure does not count. In integers both are exact: a centered level is an odd multiple
-of half a scale.
+Int4 has its zero at code 8: levels -8..7, and scales that may be negative, so that level -8 serves whichever sign has
+the largest magnitude of a group, as in ggml's Q4_0. Int2 and Int3 are centered, their zero lies between the two codes
+in the middle: levels -3/2, -1/2, 1/2, 3/2, and -7/2 to 7/2. With few levels, one more below zero than above is a level
+that half of the weights cannot use, and one at zero is where weights cost least anyway. Of normal weights, rounded with
+the best scale, the relative error is 0.345 with four centered levels, 0.387 with -2..1, and 0.436 with the three of
+Ternary; 0.194 with eight centered ones, and 0.202 with -4..3; sixteen gain 1 %. (All with positive scales: with signed
+ones -4..3 would be at 0.177 in groups of 64, where eight centered ones are at 0.182, and of Laplace weights at 0.221
+and 0.243.) That no weight is zero but in a group of zeros costs nothing that this measure does not count. In integers
+both are exact: a centered level is an odd multiple of half a scale.
 
 Three bits are stored as three: 32 weights take three words, of which kernels unfold four of 4-bit slots.
 Source: of the step that is best for normal weights, Max, "Quantizing for minimum distortion" (1960), table II.
@@ -102,7 +104,7 @@ class _CodesConfig:
         if scale is None:
             scale = group_absmax(w, self.group) / (2**bits - 1 - find_zero(bits, centered))
         scale = scale.astype(jnp.bfloat16)
-        check_finite("the scale", scale, is_scale=True)
+        check_finite("the scale", scale)
         return self.packed(pack_words(round_to_codes(w, scale, bits, centered=centered), bits), scale)
 
     def invariant_bits(self, contraction: int) -> float:

@@ -21,15 +21,17 @@ ROWS = 128
 
 
 class Notes:
-    """Gram matrices of the inputs of observed weights; weights with the same input share one."""
+    """Gram matrices of the inputs of observed weights, in which every row counts the same (`level_rows`); weights with
+    the same input share one."""
 
-    def __init__(self, *, level: bool) -> None:
+    def __init__(self, *, raw: bool = False) -> None:
         """Args:
-        level: every row counts the same (`level_rows`), where it would count by the square of its norm.
+        raw: sums rows as they are as well, each counting by the square of its norm.
         """
-        self._level = level
+        self._wants_raw = raw
         self._inputs: list[jax.Array] = []
         self._grams: list[jax.Array] = []
+        self._raw: list[jax.Array] = []
         self._counts: list[jax.Array] = []
         self._owner: dict[str, int] = {}
 
@@ -39,8 +41,8 @@ class Notes:
         index = next((i for i, seen in enumerate(self._inputs) if seen is x), len(self._inputs))
         if index == len(self._inputs):
             self._inputs.append(x)
-            rows = level_rows(x) if self._level else x
-            self._grams.append(sum_squares(rows) if sizes is None else sum_squares_sorted(rows, sizes))
+            for rows, sums in ((level_rows(x), self._grams), *([(x, self._raw)] if self._wants_raw else [])):
+                sums.append(sum_squares(rows) if sizes is None else sum_squares_sorted(rows, sizes))
             self._counts.append(jnp.asarray(x.size // x.shape[-1] if sizes is None else sizes, jnp.float32))
         if name in self._owner:
             raise ValueError(f"{name} was multiplied by twice in one pass; its inputs would be mixed up")
@@ -50,6 +52,11 @@ class Notes:
     def grams(self) -> list[jax.Array]:
         """Each input's matrix, in the order in which inputs were met."""
         return self._grams
+
+    @property
+    def raw(self) -> list[jax.Array]:
+        """The same of rows as they are; empty unless they were asked for."""
+        return self._raw
 
     @property
     def counts(self) -> list[jax.Array]:
@@ -63,17 +70,17 @@ class Notes:
 
 
 def level_rows(x: jax.Array) -> jax.Array:
-    """x (..., D), float32, with each row scaled to the geometric mean of all rows' norms; rows of zeros stay.
+    """x (..., D), float32, with each row scaled to a root mean square of 1; rows of zeros stay.
 
     The few tokens on which a trained model parks its attention reach a block's inner products with activations that
     are a thousand times the others' (2402.17762). Summed as they are they would be nearly all of X^T X, and what is
     solved for it good for them alone.
     """
     wide = x.astype(jnp.float32)
-    squares = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-    there = squares != 0  # true of NaN, which has to be seen behind this
-    middle = jnp.sum(jnp.where(there, jnp.log(squares), 0.0)) / jnp.maximum(jnp.sum(there), 1)
-    return wide * jnp.where(there, jnp.exp(0.5 * middle) * jax.lax.rsqrt(squares), 0.0)
+    squares = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    # What has no square must not pass for a row of zeros: it has to be seen behind this.
+    factor = jnp.where(jnp.isfinite(squares), jax.lax.rsqrt(squares), jnp.nan)
+    return wide * jnp.where(squares == 0, 0.0, factor)
 
 
 def sum_squares(x: jax.Array) -> jax.Array:

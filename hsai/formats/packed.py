@@ -123,8 +123,8 @@ def invert_scale(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(scale) >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
 
 
-def check_finite(name: str, x: Any, *, is_scale: bool = False) -> None:
-    """Raises `InputError` if an array holds a NaN or an infinity, or, of scales, a negative number; it says which.
+def check_finite(name: str, x: Any) -> None:
+    """Raises `InputError` if an array holds a NaN or an infinity; it says which.
 
     Only of an array whose numbers are known here. While a program is traced they are not, nor those of an array that
     several processes hold parts of: there a NaN goes through, and makes NaN of what it meets.
@@ -134,15 +134,12 @@ def check_finite(name: str, x: Any, *, is_scale: bool = False) -> None:
         return
     numbers = np.asarray(x)
     fine = np.isfinite(numbers)
-    if is_scale:
-        with np.errstate(invalid="ignore"):  # of NaNs, which are found already
-            fine &= ~(numbers < 0)
     if not fine.all():
         place = tuple(int(i) for i in np.unravel_index(np.argmin(fine), fine.shape))
-        wanted = "scales are finite and at least 0" if is_scale else "weights are finite"
         count = int(fine.size - np.count_nonzero(fine))
         raise InputError(
-            f"{name} holds {float(numbers[place]):g} at {list(place)}, and {wanted} ({count} of {fine.size} are not)"
+            f"{name} holds {float(numbers[place]):g} at {list(place)}, and it must be finite ({count} of {fine.size} "
+            "numbers are not)"
         )
 
 

@@ -178,7 +178,7 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
             names |= used
         else:
             _require(part in arrays, f"array {part!r} is missing")
-            check_finite(repr(part), arrays[part], is_scale=field.name == "scale")
+            check_finite(repr(part), arrays[part])
             values[field.name] = arrays[part]
             names.add(part)
     value = PACKED[kind](**values)

@@ -83,8 +83,8 @@ def matrix_mask(params: Any) -> Any:
         if not isinstance(param.get_value(), Latent):
             return marks
         mark: Any = marks.get_value()
-        minimum = None if mark.minimum is None else False
-        return marks.replace(dataclasses.replace(mark, exponent=False, minimum=minimum))
+        rest = {name: None if getattr(mark, name) is None else False for name in ("minimum", "sign")}
+        return marks.replace(dataclasses.replace(mark, exponent=False, **rest))
 
     return jax.tree.map(mark, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -45,12 +45,13 @@ def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) ->
     """
     found: dict[tuple[str, int], np.ndarray] = {}
 
-    def keep(layer: int, block: Block, grams: Grams, _: Streams) -> Block:
-        for name, gram in grams.items():
+    def keep(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
+        assert streams.raw is not None
+        for name, gram in streams.raw.items():
             found[f"layers.{name}", layer] = np.asarray(jnp.diagonal(gram) / tokens.size, np.float32)
         return block
 
-    stream_blocks(model, tokens, batch=batch, solve=keep, level=False)
+    stream_blocks(model, tokens, batch=batch, solve=keep, raw=True)
     entries = list_entries(ARCHITECTURES["llama"], model.config)
     return {
         entry.name: found[entry.leaf, entry.index[0]]

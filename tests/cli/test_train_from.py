@@ -11,6 +11,7 @@ import pytest
 from hsai.cli import main
 from hsai.cli.page import make_page
 from hsai.export.bundle import read_bundle, write_bundle
+from hsai.export.history import tell_history
 from hsai.export.source import open_model
 from hsai.formats import NMInt4, to_dense
 from hsai.formats.storage import named_arrays, named_weights
@@ -170,7 +171,7 @@ def test_a_compressed_bundle_is_recovered_and_packed_again(
     assert errors == {name: 0.0 if name.endswith(".gain") else None for name in errors}
     assert first["ledger"]["layers"] and "layers" not in last["ledger"]
     assert first["calibration_sha256"] and "calibration_sha256" not in last
-    history = last["ledger"]["history"]
+    history = tell_history(last)
     assert history["training steps"] == "6" and f"SHA-256 {open_model(workshop.run).sha256}" in history["teacher"]
     assert history["began from"].startswith("one_shot (") and first["calibration_sha256"] in history["began from"]
     text = " ".join(Reader(make_page(make_results(last))).words)

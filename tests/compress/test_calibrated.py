@@ -52,10 +52,10 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
     seen = {}
 
     def keep(layer, block, grams, streams):
-        seen[layer] = grams
+        seen[layer] = streams.raw
         return block
 
-    stream_blocks(model, TOKENS, batch=4, solve=keep, level=False)
+    stream_blocks(model, TOKENS, batch=4, solve=keep, raw=True)
     positions = jnp.broadcast_to(jnp.arange(32), TOKENS.shape)
     x = model.embed_tokens(jnp.asarray(TOKENS))
     for layer in range(2):
@@ -72,13 +72,13 @@ def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> No
     seen = {}
 
     def silence(layer, block, grams, streams):
-        seen[layer] = grams
+        seen[layer] = streams.raw
         zero = {
             n: jnp.zeros_like(p.get_value()) for n, p in named_weights(block).items() if n.endswith((".o", ".down"))
         }
         return replace_weights(block, zero)
 
-    stream_blocks(model, TOKENS, batch=4, solve=silence, level=False)
+    stream_blocks(model, TOKENS, batch=4, solve=silence, raw=True)
     x = model.embed_tokens(jnp.asarray(TOKENS))
     for layer in range(3):  # nothing was added to the embedding
         normed = take_block(model, layer).attention_norm(x).reshape(-1, 64)
@@ -223,8 +223,8 @@ def test_masks_of_wanda_and_magnitude_are_theirs(model: Transformer) -> None:
     w = model.layers.mlp.down.get_value()
     np.testing.assert_array_equal(masks("magnitude"), NMConfig(n=2).mask(w))
     grams = []
-    stream_blocks(model, TOKENS, batch=4, solve=lambda layer, block, g, _: (grams.append(g["mlp.down"]), block)[1])
-    first = NMConfig(n=2).mask(w[0] * jnp.sqrt(jnp.diagonal(grams[0]))[:, None])
+    stream_blocks(model, TOKENS, batch=4, raw=True, solve=lambda n, block, g, s: (grams.append(s.raw), block)[1])
+    first = NMConfig(n=2).mask(w[0] * jnp.sqrt(jnp.diagonal(grams[0]["mlp.down"]))[:, None])
     np.testing.assert_array_equal(masks("wanda")[0], first)
     assert (masks("joint") != masks("magnitude")).any()
 

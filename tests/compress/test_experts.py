@@ -57,20 +57,18 @@ def read_first_layer(model: Transformer) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def level(normed: np.ndarray) -> np.ndarray:
-    """(N, D) as Gram matrices count them, batch by batch of four windows."""
-    rows = normed.reshape(len(TOKENS) // 4, -1, normed.shape[-1])
-    norms = np.linalg.norm(rows.astype(np.float64), axis=-1, keepdims=True)
-    return (rows / norms * np.exp(np.mean(np.log(norms), axis=1, keepdims=True))).reshape(normed.shape)
+    """(N, D) as Gram matrices count them."""
+    return normed / np.sqrt(np.mean(np.square(normed, dtype=np.float64), axis=-1, keepdims=True))
 
 
 def test_each_expert_is_observed_on_its_own_tokens(model: Transformer) -> None:
     seen = {}
 
     def keep(layer, block, grams, streams):
-        seen[layer] = grams, streams.counts
+        seen[layer] = streams.raw, streams.counts
         return block
 
-    stream_blocks(model, TOKENS, batch=4, solve=keep, level=False)
+    stream_blocks(model, TOKENS, batch=4, solve=keep, raw=True)
     grams, counts = seen[0]
     normed, chosen, _ = read_first_layer(model)
     mlp = take_block(model, 0).mlp

@@ -8,6 +8,7 @@ from hsai.compress.calibrated import Factor, find_factor, find_outliers, pack_so
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.solver import solve
 from hsai.compress.solvers import FeedbackConfig
+from hsai.compress.wanda import measure_norms
 from hsai.formats import (
     Int2Config,
     Int4Config,
@@ -42,7 +43,7 @@ def test_what_is_kept_apart_costs_next_to_nothing(base, order) -> None:
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor) and (factor.order is None) == (order == "natural")
     assert find_outliers([jnp.asarray(w)], factor, format).tolist() == loud
-    packed = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    packed = pack_solved(jnp.asarray(w), factor, format, config)
     assert packed.index[:, 0].tolist() == loud
     apart = jnp.zeros(128, bool).at[jnp.asarray(loud)].set(True)
     how = {"grid": grid_of(base), "pattern": pattern_of(base), "order": factor.order}
@@ -66,9 +67,9 @@ def test_outputs_that_share_a_choice_are_solved_together(columns: int, monkeypat
     format, config = VNMConfig(v=8, n=2, m=8, dtype="float32"), FeedbackConfig()
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
-    whole = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    whole = pack_solved(jnp.asarray(w), factor, format, config)
     monkeypatch.setattr("hsai.compress.calibrated.COLUMNS", columns)
-    parts = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    parts = pack_solved(jnp.asarray(w), factor, format, config)
     np.testing.assert_array_equal(parts.kept(), whole.kept())
     np.testing.assert_allclose(to_dense(parts), to_dense(whole), rtol=1e-4, atol=1e-5)
 
@@ -79,9 +80,9 @@ def test_outputs_that_are_solved_in_parts_keep_the_same_apart(monkeypatch: pytes
     format, config = OutliersConfig(base=Int4Config(group=32), share=3 / 64), FeedbackConfig()
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
-    whole = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    whole = pack_solved(jnp.asarray(w), factor, format, config)
     monkeypatch.setattr("hsai.compress.calibrated.COLUMNS", 10)
-    parts = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    parts = pack_solved(jnp.asarray(w), factor, format, config)
     np.testing.assert_array_equal(parts.index, whole.index)
     np.testing.assert_allclose(to_dense(parts), to_dense(whole), rtol=1e-5)
 
@@ -94,9 +95,9 @@ def test_a_mask_of_another_takes_no_place_for_what_is_apart(mask: str) -> None:
     config = FeedbackConfig(mask=mask)  # type: ignore[arg-type]
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
-    packed = pack_solved(jnp.asarray(w), jnp.asarray(gram), factor, format, config)
+    norms = measure_norms(jnp.asarray(gram)) if mask == "wanda" else None
+    packed = pack_solved(jnp.asarray(w), factor, format, config, norms)
     (apart,) = packed.index[:, 0].tolist()
-    weight = np.sqrt(np.diagonal(gram))[:, None] if mask == "wanda" else 1.0
-    rest = np.abs(w * weight)
+    rest = np.abs(w if norms is None else w * np.sqrt(np.diagonal(gram))[:, None])
     rest[apart] = -1
     np.testing.assert_array_equal(packed.base.kept(), rest.argsort(axis=0).argsort(axis=0) >= 64)

@@ -47,6 +47,10 @@ def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, k
     w, grid = draw(seed, kind), grid_of(config)
     found = group_errors(w, round_codes(jnp.asarray(w), config).dense())
     plain = group_absmax(jnp.asarray(w), GROUP) / grid.high
+    if grid.is_signed:  # the lowest level for the largest magnitude, whatever its sign
+        groups = w.reshape(-1, GROUP, w.shape[-1])
+        largest = np.take_along_axis(groups, np.abs(groups).argmax(1)[:, None], 1)[:, 0]
+        plain = jnp.asarray(largest / grid.low)
     for ratio in grid.ratios[::5]:
         tried = group_errors(w, config.pack(jnp.asarray(w), plain * ratio).dense())
         assert (found <= tried * (1 + 1e-5)).all()
@@ -68,6 +72,28 @@ def test_the_search_is_worth_its_while(kind: str, make) -> None:
     assert 0.05 < 1 - found / plain < 0.35
 
 
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_a_sign_of_scales_is_worth_a_tenth(kind: str) -> None:
+    """Of the squared error that positive ones leave, though a group tries one sign alone; both would take no more."""
+    grid, rng = Grid(low=-8, high=7, group=GROUP, dtype="bfloat16"), np.random.default_rng(0)
+    drawn = {"normal": rng.normal, "heavy": lambda size: rng.standard_t(5, size)}[kind](size=(100, GROUP, 50))
+    groups = jnp.asarray(drawn, jnp.float32)
+    absolute = jnp.max(jnp.abs(groups), axis=1, keepdims=True) / grid.high
+
+    def miss(scale: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(groups - grid.round(groups, scale.astype(jnp.bfloat16))), axis=1)
+
+    shares = np.linspace(1, 0.5, 26, dtype=np.float32)
+    positive, negative = (
+        jnp.min(jnp.stack([miss(sign * absolute * share) for share in shares]), axis=0) for sign in (1, -1)
+    )
+    scale = search_grid(groups, 1.0, grid)
+    found = miss(scale)
+    assert (scale < 0).any() and (scale > 0).any()
+    assert found.sum() < 0.93 * positive.sum()
+    assert found.sum() < 1.01 * jnp.minimum(positive, negative).sum()
+
+
 def test_centered_levels_are_what_the_formats_say_they_are_for() -> None:
     """Of normal weights the errors of Max's table, which groups of 64 with scales of their own go below."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 64)), jnp.float32)
@@ -80,15 +106,22 @@ def test_centered_levels_are_what_the_formats_say_they_are_for() -> None:
         centered = miss(round_codes(w, config).dense())
         assert 0.93 * table < centered < table
         lopsided = Grid(low=low, high=-low - 1, group=64, dtype="bfloat16")
-        rounded = lopsided.round(groups, search_grid(groups, 1.0, lopsided))
-        assert miss(rounded.reshape(w.shape)) > worse * centered
+        largest = jnp.max(jnp.abs(groups), axis=1, keepdims=True) / lopsided.high
+        errors = [
+            jnp.sum(jnp.square(groups - lopsided.round(groups, share * largest)), axis=1)
+            for share in np.linspace(1, 0.1, 46)
+        ]
+        rounded = float(jnp.sqrt(jnp.sum(jnp.min(jnp.stack(errors), axis=0)) / jnp.sum(jnp.square(groups))))
+        assert rounded > worse * centered  # with scales of one sign
     assert miss(TernaryConfig(group=64).pack(w).dense()) > 1.25 * centered
 
 
-def test_representable_weights_stay_exact() -> None:
+@pytest.mark.parametrize(("least", "largest"), [(-7, 7), (-7, -7), (-8, -8), (-7, 8)])
+def test_representable_weights_stay_exact(least: int, largest: int) -> None:
+    """Be they symmetric, or with a level more on either side."""
     rng = np.random.default_rng(0)
-    codes = rng.integers(-7, 8, (128, 4)).astype(np.float32)
-    codes[::GROUP] = 7
+    codes = rng.integers(least, max(largest, 7) + 1, (128, 4)).astype(np.float32)
+    codes[::GROUP] = largest
     w = codes * np.repeat(2.0 ** rng.integers(-9, 2, (4, 4)), GROUP, axis=0).astype(np.float32)
     np.testing.assert_array_equal(round_codes(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hsai.compress.allocate import Item
 from hsai.compress.one_shot import pack_weight
-from hsai.compress.sensitivity import INPUTS, LABELS, draw_labels, measure_sensitivities, sum_gradients
+from hsai.compress.sensitivity import INPUTS, LABELS, LEVEL, draw_labels, measure_sensitivities, sum_gradients
 from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.compress.stream import take_block
 from hsai.errors import InputError
@@ -71,7 +71,7 @@ def test_moments_are_those_of_the_gradients_at_each_product(model: Transformer) 
     widths = {"layers.attention.o": 48, "layers.mlp.gate": 80, "layers.mlp.down": 48}
     zeros = {name: jnp.zeros((3, 4, 20, width)) for name, width in widths.items()} | {"embed": jnp.zeros((4, 20, 48))}
     hidden, back = jax.vjp(forward, zeros)
-    d_hidden, _, _ = draw_labels(model, hidden, jax.random.fold_in(jax.random.key(5), 0))
+    d_hidden, *_ = draw_labels(model, hidden, jax.random.fold_in(jax.random.key(5), 0))
     (wanted,) = back(d_hidden)
     for name in widths:
         assert found[name].shape == (3, widths[name])
@@ -100,7 +100,7 @@ def test_moments_add_up_over_batches(model: Transformer) -> None:
     """Labels are drawn for each batch, so the sums are no closer than draws are; those of the head are exact."""
     tokens = draw_tokens(512, 20)
     one, many = (sum_gradients(model, NAMES, tokens, batch=batch, seed=0) for batch in (512, 128))
-    for name in (LABELS, INPUTS):
+    for name in (LABELS, INPUTS, LEVEL):
         np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-2)
     for name in NAMES:
         assert np.linalg.norm(many[name] - one[name]) < 0.15 * np.linalg.norm(one[name])
@@ -113,7 +113,7 @@ def test_labels_are_drawn_from_the_models_own_predictions(model: Transformer) ->
     inverse = np.linalg.pinv(np.asarray(model.head.get_value(), np.float64).T)
     counts, draws = np.zeros_like(p), 40
     for seed in range(draws):
-        d_hidden, labels, inputs = jax.jit(draw_labels)(model, hidden, jax.random.key(seed))
+        d_hidden, labels, inputs, level = jax.jit(draw_labels)(model, hidden, jax.random.key(seed))
         drawn = p - np.asarray(d_hidden, np.float64) @ inverse
         np.testing.assert_allclose(np.sort(drawn, axis=-1)[..., :-1], 0, atol=1e-3)
         np.testing.assert_allclose(drawn.max(axis=-1), 1, atol=1e-3)
@@ -123,6 +123,8 @@ def test_labels_are_drawn_from_the_models_own_predictions(model: Transformer) ->
     np.testing.assert_allclose(labels, np.sum(p * (1 - p), axis=(0, 1)), rtol=1e-4)
     flat = np.asarray(hidden, np.float64).reshape(-1, 48)
     np.testing.assert_allclose(inputs, flat.T @ flat, rtol=1e-4, atol=1e-3)
+    flat /= np.sqrt(np.mean(flat**2, axis=1, keepdims=True))
+    np.testing.assert_allclose(level, flat.T @ flat, rtol=1e-4, atol=1e-3)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from hsai.compress.grid import grid_of
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import stream_blocks
-from hsai.compress.wanda import WandaConfig, pack_wanda
+from hsai.compress.wanda import WandaConfig, measure_norms, pack_wanda
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
 from hsai.formats import (
@@ -100,7 +100,7 @@ def choose_plain(w: np.ndarray, norms: np.ndarray, format) -> np.ndarray:
 def test_the_largest_scores_stay_as_they_are(format, kind: str) -> None:
     w, x = draw(kind, 256, 16)
     gram = x.T @ x
-    packed = pack_wanda(jnp.asarray(w), jnp.asarray(gram), format)
+    packed = pack_wanda(jnp.asarray(w), measure_norms(jnp.asarray(gram)), format)
     assert is_packed_as(packed, format)
     mask = choose_plain(w, np.sqrt(np.diagonal(gram)), format)
     np.testing.assert_array_equal(packed.kept(), mask)
@@ -125,10 +125,10 @@ def test_no_gram_matrix_can_fail() -> None:
     wide, format = jnp.asarray(w), NMConfig(n=2, m=4)
     steps = np.arange(1.0, 65.0, dtype=np.float32)
     for gram in (np.outer(steps, steps), np.diag(steps**2) - 1e6 * (1 - np.eye(64, dtype=np.float32))):
-        packing = BlockSolver({"up": jnp.asarray(gram)}, pack_weight).pack("up", wide, format, WandaConfig())
+        packing = BlockSolver({}, pack_weight, raw={"up": jnp.asarray(gram)}).pack("up", wide, format, WandaConfig())
         np.testing.assert_array_equal(packing.weight.kept(), choose_plain(w, steps, format))
         assert packing.damping is None and packing.note == ""
-    idle = pack_wanda(wide, jnp.zeros((64, 64)), format)
+    idle = pack_wanda(wide, measure_norms(jnp.zeros((64, 64))), format)
     np.testing.assert_array_equal(idle.kept(), format.mask(wide))
 
 
@@ -139,7 +139,7 @@ def test_outliers_are_those_of_the_largest_scores() -> None:
     gram = x.T @ x
     base = NMConfig(n=2, m=4)
     format = OutliersConfig(base=base, share=2 / 128)
-    packed = pack_wanda(jnp.asarray(w), jnp.asarray(gram), format)
+    packed = pack_wanda(jnp.asarray(w), measure_norms(jnp.asarray(gram)), format)
     norms = np.sqrt(np.diagonal(gram))
     loudest = np.sort(np.argsort(-np.sum((w * norms[:, None]) ** 2, axis=1))[:2])
     assert packed.index[:, 0].tolist() == loudest.tolist() and 77 in loudest
@@ -170,7 +170,7 @@ def test_layers_are_pruned_one_behind_the_other(model: Transformer, monkeypatch:
     real = calibrated.stream_blocks
 
     def listen(*arguments, solve, **words) -> None:
-        real(*arguments, solve=lambda n, block, g, s: (seen.append(g), solve(n, block, g, s))[1], **words)
+        real(*arguments, solve=lambda n, block, g, s: (seen.append(s.raw), solve(n, block, g, s))[1], **words)
 
     def run(solver):
         recipe = RecipeConfig(rules=(Rule(pattern="layers.*", format=format, solver=solver),), calibration=CALIBRATION)
@@ -195,11 +195,11 @@ def test_layers_are_pruned_one_behind_the_other(model: Transformer, monkeypatch:
     np.testing.assert_array_equal(first[0], choose_plain(np.asarray(model.layers.mlp.up[...][0]), np.sqrt(up), format))
     assert np.mean(first[0] == first[1]) > 0.95  # behind another attention
     grams: list = []
-    stream_blocks(model, TOKENS, batch=4, solve=lambda n, block, g, s: (grams.append(g), block)[1])
+    stream_blocks(model, TOKENS, batch=4, raw=True, solve=lambda n, block, g, s: (grams.append(s.raw), block)[1])
     w = model.layers.attention.q.get_value()[0]
     errors = [
         calibrated.measure_output(w, to_dense(packed), grams[0]["attention.q"])
-        for packed in (pack_wanda(w, grams[0]["attention.q"], format), format.pack(w))
+        for packed in (pack_wanda(w, measure_norms(grams[0]["attention.q"]), format), format.pack(w))
     ]
     assert errors[0] < 0.9 * errors[1], errors
 
@@ -212,7 +212,7 @@ def test_each_expert_by_its_own_tokens() -> None:
     router = made.layers.mlp.router.get_value()
     made.layers.mlp.router.set_value(router.at[:, :, 2].set((router[:, :, 0] + router[:, :, 1]) / 2))
     grams: list = []
-    stream_blocks(made, TOKENS, batch=4, solve=lambda n, block, g, s: (grams.append(g), block)[1])
+    stream_blocks(made, TOKENS, batch=4, raw=True, solve=lambda n, block, g, s: (grams.append(s.raw), block)[1])
     format = UnstructuredInt4Config(group=32)
     recipe = RecipeConfig(
         rules=(Rule(pattern="layers.mlp.up", format=format, solver=WandaConfig()),), calibration=CALIBRATION

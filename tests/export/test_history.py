@@ -15,7 +15,7 @@ MADE: dict[str, Any] = {
     "recipe": {"calibration": {"tokens": 64}},
     "recipe_name": "joint_nm24",
     "calibration_sha256": "ff",
-    "ledger": {"weights": [{}, {}], "layers": [{}], "history": {"training steps": "1,200"}, **SUMMED},
+    "ledger": {"weights": [{}, {}], "layers": [{}], **SUMMED},
     "cost": {"seconds": 1812.5, "machine": {"cores": 2}},
     "command": "hsai compress",
     "commit": "abc",

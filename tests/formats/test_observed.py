@@ -17,11 +17,10 @@ def draw_rows(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 11, 16), (1, 1, 1)], ids=str)
-def test_rows_have_the_geometric_mean_of_their_norms(shape: tuple[int, ...]) -> None:
+def test_rows_have_a_root_mean_square_of_one(shape: tuple[int, ...]) -> None:
     x = draw_rows(*shape).astype(np.float64)
-    norms = np.linalg.norm(x, axis=-1, keepdims=True)
     found = level_rows(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(found, x / norms * np.exp(np.mean(np.log(norms))), rtol=1e-5)
+    np.testing.assert_allclose(found, x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True)), rtol=1e-5)
 
 
 def test_rows_of_zeros_stay_and_count_for_nothing() -> None:
@@ -41,15 +40,18 @@ def test_what_is_not_finite_is_seen_in_the_sums(bad: float) -> None:
     assert not np.isfinite(sum_squares(level_rows(jnp.asarray(x)))).all()
 
 
-@pytest.mark.parametrize("level", [True, False])
-def test_notes_are_sums_over_level_rows(level: bool) -> None:
+@pytest.mark.parametrize("raw", [True, False])
+def test_notes_are_sums_over_level_rows(raw: bool) -> None:
+    """And over rows as they are, where these are asked for."""
     x, w = draw_rows(4, 9, 8), draw_rows(8, 5)
-    notes = Notes(level=level)
+    notes = Notes(raw=raw)
     y = project(jnp.asarray(x), Observed(jnp.asarray(w), "up", notes), out_axes=(None, None, None))
     np.testing.assert_allclose(y, x @ w, rtol=1e-4, atol=1e-4)
-    rows = np.asarray(level_rows(jnp.asarray(x)) if level else x, np.float64).reshape(-1, 8)
-    wanted = rows.T @ rows
-    np.testing.assert_allclose(notes.grams[0], wanted, rtol=0, atol=1e-5 * wanted.max())
+    found = {"level": (level_rows(jnp.asarray(x)), notes.grams)} | ({"raw": (x, notes.raw)} if raw else {})
+    for rows, grams in found.values():
+        flat = np.asarray(rows, np.float64).reshape(-1, 8)
+        np.testing.assert_allclose(grams[0], flat.T @ flat, rtol=0, atol=1e-5 * (flat.T @ flat).max())
+    assert len(notes.raw) == raw
 
 
 def test_one_enormous_token_does_not_decide_for_all() -> None:

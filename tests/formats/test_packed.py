@@ -206,21 +206,19 @@ def test_a_dense_weight_is_its_own_dense() -> None:
 def test_a_weight_that_is_no_number_is_refused(format, value):
     """Where its numbers are known; while a program is traced they are not."""
     w = draw((block_of(format), 3)).at[0, 2].set(value)
-    with pytest.raises(InputError, match=rf"^the weight holds {value} at \[0, 2\], and weights are finite \(1 of"):
+    with pytest.raises(InputError, match=rf"^the weight holds {value} at \[0, 2\], and it must be finite \(1 of"):
         format.pack(w)
     jax.eval_shape(format.pack, w)
 
 
 @pytest.mark.parametrize("format", [f for f in PACKED if not hasattr(f, "dtype")], ids=repr)
-@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_scale_that_is_none_is_refused(format, value):
     w = draw((128, 3))
     scale = jnp.ones(format.pack(w).scale.shape, jnp.float32).at[0, 1].set(value)
     if isinstance(format, Int4OffsetConfig):  # minima follow
         scale = jnp.concatenate([scale, jnp.zeros_like(scale)], axis=-1)
-    with pytest.raises(
-        InputError, match=rf"^the scale holds {value} at \[0, 1\], and scales are finite and at least 0"
-    ):
+    with pytest.raises(InputError, match=rf"^the scale holds {value} at \[0, 1\], and it must be finite"):
         format.pack(w, scale=scale)
     jax.eval_shape(lambda scale: format.pack(w, scale=scale), scale)
 

@@ -49,12 +49,12 @@ def test_those_that_look_on_note_inputs_and_gradients() -> None:
     x[9:] = 0
     rows, groups = jnp.asarray(x), jnp.asarray(sizes)
     plain = project_sorted(rows, jnp.asarray(w), groups)
-    notes = Notes(level=False)
+    notes = Notes(raw=True)
     for name in ("gate", "up"):
         y = project_sorted(rows, Observed(jnp.asarray(w), name, notes), groups)
         np.testing.assert_array_equal(y, plain)
-    assert notes.owner == {"gate": 0, "up": 0} and len(notes.grams) == 1, "one input, one matrix"
-    np.testing.assert_allclose(notes.grams[0], [part.T @ part for part in split(x, sizes)], rtol=1e-5, atol=1e-5)
+    assert notes.owner == {"gate": 0, "up": 0} and len(notes.raw) == 1, "one input, one matrix"
+    np.testing.assert_allclose(notes.raw[0], [part.T @ part for part in split(x, sizes)], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(notes.counts[0], sizes)
 
     def run(sink: jax.Array, rows: jax.Array) -> jax.Array:

@@ -147,7 +147,7 @@ def see_plainly(latent: Latent, format: FormatConfig, mask: jax.Array | None) ->
         stored = jax.lax.stop_gradient(exact.astype(grid.dtype).astype(jnp.float32))
         return (stored + share * (exact - jax.lax.stop_gradient(exact)))[..., None, :]
 
-    scale = store(to_scale(latent.exponent))
+    scale = store(latent.scale)
     start = store(jnp.zeros((1,)) if latent.minimum is None else latent.minimum)
     level = (groups - start) / scale
     inside = (level >= grid.low) & (level <= grid.high)
@@ -197,6 +197,9 @@ def test_learned_scales_and_clipped_weights_have_the_gradients_of_lsq(format: Fo
         if found.minimum is not None:
             np.testing.assert_allclose(found.minimum, wanted.minimum, rtol=1e-4, atol=1e-6, err_msg=name)
             assert np.abs(found.minimum).max() > 0.01
+        assert (latent.sign is None) == isinstance(format, Int4OffsetConfig | TernaryConfig)
+        if latent.sign is not None:
+            assert set(np.unique(latent.sign)) == {-1, 1} and not found.sign.any()
         assert 0.02 < np.mean(np.asarray(found.values) == 0) < 0.9  # something was clipped, and not everything
 
 

@@ -101,7 +101,7 @@ def make_case(
         x = np.repeat(EXTREMES[np.arange(rows) % len(EXTREMES)][:, None], contraction, axis=1)
     x = x.astype(DTYPES[dtype])
     exact = x.astype(np.float64)
-    scale = rng.uniform(0.01, 0.1, (groups, columns)).astype(DTYPES[scale_type])
+    scale = oracles.draw_scale(rng, groups, columns).astype(DTYPES[scale_type])
 
     minimum = scale[:0]
     if integer:
@@ -113,7 +113,7 @@ def make_case(
         values = oracles.pack(codes, bits) if packed else levels.astype(np.int8)
         weight = oracles.scale_rows(levels, scale)
         # Codes may be summed before the code of zero is taken off, so that errors follow codes of up to 15.
-        largest = oracles.scale_rows(np.full(codes.shape, 2**bits - 1), scale)
+        largest = oracles.scale_rows(np.full(codes.shape, 2**bits - 1), np.abs(scale))
         if offset:
             minimum = rng.uniform(-0.8, 0.2, scale.shape).astype(scale.dtype)
             weight += oracles.scale_rows(np.ones(codes.shape), minimum)

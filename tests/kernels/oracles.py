@@ -38,6 +38,11 @@ def find_zero(bits: int, centered: bool) -> float:
     return np.median(np.arange(2**bits)) if centered else 2**bits // 2
 
 
+def draw_scale(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """float64, of either sign, as those of 4-bit codes may have."""
+    return rng.uniform(0.01, 0.1, shape) * np.random.default_rng(shape).choice([-1.0, 1.0], shape)
+
+
 def scale_rows(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """float64 (D, F): row d of values times the scale of its group."""
     return values.astype(np.float64) * np.repeat(scale.astype(np.float64), values.shape[0] // scale.shape[0], axis=0)

@@ -35,7 +35,7 @@ def draw_quantized(shape: QuantizedShape, kind: str, dtype: str, *, centered: bo
     """(x, values, scale), and in float64: the product, and the magnitude of its terms."""
     rng = np.random.default_rng(shape.contraction + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
-    scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), jnp.float32)
+    scale = jnp.asarray(oracles.draw_scale(rng, shape.contraction // shape.group, shape.columns), jnp.float32)
     bits = BITS[kind]
     codes = rng.integers(0, 2**bits, (shape.contraction, shape.columns))
     levels = codes - oracles.find_zero(bits, centered)
@@ -53,7 +53,7 @@ def draw_sparse(shape: SparseShape, kind: str, dtype: str):
     if kind == "int4":
         codes = rng.integers(-8, 8, positions.shape)
         values = jnp.asarray(oracles.pack(codes + 8, 4))
-        scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), jnp.float32)
+        scale = jnp.asarray(oracles.draw_scale(rng, shape.contraction // shape.group, shape.columns), jnp.float32)
         kept = oracles.scale_rows(codes, np.asarray(scale, np.float64))
     else:
         values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None

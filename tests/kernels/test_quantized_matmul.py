@@ -43,7 +43,7 @@ def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "floa
     """x, values, scale, and in float64: x, the dense weight, and the largest weight a code can mean."""
     rng = np.random.default_rng(shape.contraction * 1000 + shape.columns)
     x = jnp.asarray(rng.standard_normal((*shape.lead, shape.contraction)), dtype)
-    scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
+    scale = jnp.asarray(oracles.draw_scale(rng, shape.contraction // shape.group, shape.columns), scale_dtype)
     if kind == "int8":
         levels = rng.integers(-128, 128, (shape.contraction, shape.columns))
         values = jnp.asarray(levels, jnp.int8)
@@ -60,7 +60,7 @@ def _draw(shape: QuantizedShape, kind: str, dtype: str, scale_dtype: str = "floa
         (x, values, scale),
         np.asarray(x, np.float64),
         oracles.scale_rows(levels, exact),
-        oracles.scale_rows(largest, exact),
+        oracles.scale_rows(largest, np.abs(exact)),
     )
 
 
@@ -197,7 +197,7 @@ def test_gradients_match_the_oracle(kind, implementation, dtype):
     rows, by_group = np.asarray(x, np.float64).T, (scale.shape[0], -1, scale.shape[1])
     steps = oracles.scale_rows(np.ones_like(weight), np.asarray(scale, np.float64))
     expected = ((rows @ exact) * weight / steps).reshape(by_group).sum(axis=1)
-    magnitude = (np.abs(rows) @ np.abs(exact) * largest / steps).reshape(by_group).sum(axis=1)
+    magnitude = (np.abs(rows) @ np.abs(exact) * largest / np.abs(steps)).reshape(by_group).sum(axis=1)
     assert_close(to_scale, expected, magnitude, dtype)
 
 

@@ -31,7 +31,7 @@ def _draw(shape: SparseShape, kind: str, dtype: str, scale_dtype: str = "float32
         zero = 8 if kind == "int4" else 128
         codes = rng.integers(-zero, zero, positions.shape)
         values = jnp.asarray(oracles.pack(codes + 8, 4) if kind == "int4" else codes.astype(np.int8))
-        scale = jnp.asarray(rng.uniform(0.01, 0.1, (shape.contraction // shape.group, shape.columns)), scale_dtype)
+        scale = jnp.asarray(oracles.draw_scale(rng, shape.contraction // shape.group, shape.columns), scale_dtype)
         kept = oracles.scale_rows(codes, np.asarray(scale, np.float64))
     else:
         values, scale = jnp.asarray(rng.standard_normal(positions.shape), kind), None
@@ -229,7 +229,7 @@ def test_gradients_match_the_oracle(kind, implementation):
         by_group = (scale.shape[0], -1, scale.shape[1])
         steps = oracles.scale_rows(np.ones_like(weight), np.asarray(scale, np.float64))
         expected = ((exact_x.T @ exact) * weight / steps).reshape(by_group).sum(axis=1)
-        magnitude = (np.abs(exact_x).T @ np.abs(exact) * np.abs(weight) / steps).reshape(by_group).sum(axis=1)
+        magnitude = (np.abs(exact_x).T @ np.abs(exact) * np.abs(weight) / np.abs(steps)).reshape(by_group).sum(axis=1)
         assert_close(to_scale, expected, magnitude, "float32")
     else:
         # The dense weight's gradient at the kept positions.

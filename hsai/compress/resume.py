@@ -2,7 +2,7 @@
 
 DIRECTORY/record.json           what is made of what, and by which hsai; another record is another run
 DIRECTORY/scales_0007.safetensors, scales_0007.json  one layer's scales of channels, and its rows; scales_head.* too
-DIRECTORY/trials_0007.json      what each candidate of one layer would cost
+DIRECTORY/trials_0007.json      what each candidate of one layer would cost; trials_tables.json too
 DIRECTORY/allocation.json       how the budget was spent, once it is known
 DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
 
@@ -33,7 +33,7 @@ from hsai.formats.storage import describe, fill, named_arrays, restore
 from hsai.models.transformer import Block
 
 RECORD, ALLOCATION, LOCK = "record.json", "allocation.json", ".lock"
-OWN = re.compile(r"\.?(record|allocation|scales(_\d+|_head)?|trials_\d+|layer_\d+)\..*|\.lock")
+OWN = re.compile(r"\.?(record|allocation|scales(_\d+|_head)?|trials_(\d+|tables)|layer_\d+)\..*|\.lock")
 """Names of files that a run writes or, of scales without a number, wrote; those of a write that was cut off too."""
 
 
@@ -101,12 +101,12 @@ class Workbench:
         """Keeps what was found."""
         self._save(_name_scales(layer), factors, [dataclasses.asdict(row) for row in rows])
 
-    def load_trials(self, layer: int) -> list[Item] | None:
-        """What was found of the layer's candidates, if they were tried."""
+    def load_trials(self, layer: int | None) -> list[Item] | None:
+        """What was found of the layer's candidates, or, for None, of the tables', if they were tried."""
         path = self._name_trials(layer)
         return [configuration.from_dict(Item, item) for item in read_json(path)] if path.exists() else None
 
-    def save_trials(self, layer: int, items: Sequence[Item]) -> None:
+    def save_trials(self, layer: int | None, items: Sequence[Item]) -> None:
         """Keeps what was found."""
         write_json_atomic(self._name_trials(layer), [configuration.to_dict(item) for item in items])
 
@@ -172,8 +172,8 @@ class Workbench:
             raise InputError(f"cannot read {path}: {error}; remove {self._directory} to begin anew") from error
         return arrays, read_json(path.with_suffix(".json"))
 
-    def _name_trials(self, layer: int) -> Path:
-        return self._directory / f"trials_{layer:04}.json"
+    def _name_trials(self, layer: int | None) -> Path:
+        return self._directory / ("trials_tables.json" if layer is None else f"trials_{layer:04}.json")
 
     def _list_own(self) -> Iterator[Path]:
         """The files that a run wrote, but for the lock."""
@@ -183,7 +183,8 @@ class Workbench:
         """What is here, for people."""
         layers = len(list(self._directory.glob("layer_*.json")))
         words = [f"{layers} solved layer{'s' * (layers > 1)}"] if layers else []
-        tried = len(list(self._directory.glob("trials_*.json")))
+        words += ["trials of tables"] if self._name_trials(None).exists() else []
+        tried = len(list(self._directory.glob("trials_[0-9]*.json")))
         words += [f"trials of {tried} layer{'s' * (tried > 1)}"] if tried else []
         words += ["its allocation"] if (self._directory / ALLOCATION).exists() else []
         scaled = len(list(self._directory.glob("scales_[0-9]*.json")))

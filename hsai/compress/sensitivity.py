@@ -66,7 +66,8 @@ def measure_sensitivities(
       batch: B, sequences at a time; N is a multiple of it.
       seed: draws the labels.
       plain: packs a weight that is not to be solved, or whose solve fails.
-      workbench: where each layer's prices are kept as soon as they are known, and those of an earlier run are found.
+      workbench: where each layer's prices, and those of tables, are kept as soon as they are known, and those of an
+        earlier run are found.
       progress: called with ("measuring gradients", sequences done, in all) and ("trying formats", layers done, in all).
     Raises:
       InputError: gradients are not finite; see `stream_blocks` and `check_observed`.
@@ -74,9 +75,14 @@ def measure_sensitivities(
     blocks = {name: found for name, found in candidates.items() if name.startswith("layers.")}
     moments = sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
     items: list[Item] = []
-    for name in candidates:
-        if name not in blocks:
-            items.append(_price_table(model, name, *candidates[name], moments, tokens, plain))
+    tables = [name for name in candidates if name not in blocks]
+    if tables:
+        priced = None if workbench is None else workbench.load_trials(None)
+        if priced is None:
+            priced = [_price_table(model, name, *candidates[name], moments, tokens, plain) for name in tables]
+            if workbench is not None:
+                workbench.save_trials(None, priced)
+        items += priced
 
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)

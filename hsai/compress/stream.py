@@ -134,7 +134,7 @@ def stream_blocks(
             grams = {name: sums[0][index] for name, index in owner.items()}
             counts = {name: np.asarray(sums[1][index]) for name, index in owner.items()}
             unlevel = {name: sums[2][index] for name, index in owner.items()} if raw else None
-            for name, gram in grams.items():
+            for name, gram in (*grams.items(), *(unlevel or {}).items()):
                 if not bool(jnp.all(jnp.isfinite(gram))):
                     raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
             solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets, raw=unlevel, counts=counts))

@@ -141,8 +141,8 @@ def read_bundle(directory: str | os.PathLike[str], *, verify: bool = True) -> Bu
       verify: compares the SHA-256 of every file; sizes are compared in any case.
     Raises:
       InputError: what `hsai.export.manifest.read_manifest` refuses; a file is missing, truncated or altered; weights or
-        tokenizer do not fit the model; a weight or a scale is NaN or infinite, or a scale negative; the bundle was
-        replaced meanwhile.
+        tokenizer do not fit the model; a weight or a scale is NaN or infinite, or a scale negative where its
+        format has none such; the bundle was replaced meanwhile.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)

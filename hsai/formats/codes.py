@@ -76,6 +76,7 @@ class Int4(Codes):
 
     bits = 4
     centered = False
+    signed_scale = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class _CodesConfig:
         if scale is None:
             scale = group_absmax(w, self.group) / (2**bits - 1 - find_zero(bits, centered))
         scale = scale.astype(jnp.bfloat16)
-        check_finite("the scale", scale)
+        check_finite("the scale", scale, negative=self.packed.signed_scale)
         return self.packed(pack_words(round_to_codes(w, scale, bits, centered=centered), bits), scale)
 
     def invariant_bits(self, contraction: int) -> float:

@@ -74,7 +74,7 @@ class Int4OffsetConfig:
                 f"{self.format} stores scales and minima as float16, at most {HIGHEST_FLOAT16:g}, and this weight "
                 f"needs {float(largest):g}"
             )
-        check_finite("the scale", step)
+        check_finite("the scale", step, negative=False)
         check_finite("the minimum", minimum)
         return Int4Offset(pack_words(round_from_minimum(w, step, minimum), 4), step, minimum)
 

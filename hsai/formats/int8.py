@@ -44,7 +44,7 @@ class Int8Config:
         check_finite("the weight", w)
         w = w.astype(jnp.float32)
         scale = (absmax_scale(w) if scale is None else scale).astype(jnp.float32)
-        check_finite("the scale", scale)
+        check_finite("the scale", scale, negative=False)
         return Int8(round_to_bytes(w, scale), scale)
 
     def invariant_bits(self, contraction: int) -> float:

@@ -51,6 +51,8 @@ class NMInt8(Sparse):
 class NMInt4(Sparse):
     """words uint32 (..., C / 8, F); indices as in NM; scale bfloat16 (..., D / group, F)."""
 
+    signed_scale = True
+
     words: jax.Array
     indices: jax.Array
     scale: jax.Array

@@ -7,7 +7,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ Dense = jax.Array
 class Packed(abc.ABC):
     """Base of the packed formats. Subclasses are frozen dataclasses registered as pytrees: arrays are leaves, the
     parameters of the layout (group, n, m) are static."""
+
+    signed_scale: ClassVar[bool] = False
+    """Whether scales may be negative, as those of 4-bit codes may (`hsai.formats.codes`)."""
 
     @property
     @abc.abstractmethod
@@ -123,8 +126,9 @@ def invert_scale(scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(scale) >= jnp.finfo(jnp.float32).tiny, 1.0 / scale, 0.0)
 
 
-def check_finite(name: str, x: Any) -> None:
-    """Raises `InputError` if an array holds a NaN or an infinity; it says which.
+def check_finite(name: str, x: Any, *, negative: bool = True) -> None:
+    """Raises `InputError` if an array holds a NaN or an infinity, or where that may not be a negative number; it says
+    which.
 
     Only of an array whose numbers are known here. While a program is traced they are not, nor those of an array that
     several processes hold parts of: there a NaN goes through, and makes NaN of what it meets.
@@ -134,12 +138,16 @@ def check_finite(name: str, x: Any) -> None:
         return
     numbers = np.asarray(x)
     fine = np.isfinite(numbers)
+    if not negative:
+        with np.errstate(invalid="ignore"):  # of NaNs, which are found already
+            fine &= ~(numbers < 0)
     if not fine.all():
         place = tuple(int(i) for i in np.unravel_index(np.argmin(fine), fine.shape))
         count = int(fine.size - np.count_nonzero(fine))
+        wanted = "finite" if negative else "finite and at least 0"
         raise InputError(
-            f"{name} holds {float(numbers[place]):g} at {list(place)}, and it must be finite ({count} of {fine.size} "
-            "numbers are not)"
+            f"{name} holds {float(numbers[place]):g} at {list(place)}, and it must be {wanted} "
+            f"({count} of {fine.size} numbers are not)"
         )
 
 

@@ -149,7 +149,7 @@ class SparseConfig(Values):
         levels, scale = self.encode(jnp.where(mask, w.astype(jnp.float32), 0.0), scale)
         arrays = self.select(levels, mask)
         if scale is not None:
-            check_finite("the scale", scale)
+            check_finite("the scale", scale, negative=self.packed.signed_scale)
             arrays["scale"] = scale
         if levels.dtype == jnp.uint8:
             arrays["words"] = pack_words(arrays.pop("values"), 4)

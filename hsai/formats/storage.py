@@ -178,7 +178,8 @@ def _restore_weight(name: str, record: Mapping[str, Any], arrays: Mapping[str, A
             names |= used
         else:
             _require(part in arrays, f"array {part!r} is missing")
-            check_finite(repr(part), arrays[part])
+            negative = field.name != "scale" or PACKED[kind].signed_scale
+            check_finite(repr(part), arrays[part], negative=negative)
             values[field.name] = arrays[part]
             names.add(part)
     value = PACKED[kind](**values)

@@ -52,7 +52,7 @@ class TernaryConfig:
         check_finite("the weight", w)
         groups = w.astype(jnp.float32).reshape(*stack, -1, self.group or size, outputs)
         scale = (self.absmean_scale(w) if scale is None else scale).astype(jnp.bfloat16)
-        check_finite("the scale", scale)
+        check_finite("the scale", scale, negative=False)
         # For the scale as it is stored; one of zero has an inverse of zero.
         codes = jnp.clip(jnp.round(groups * invert_scale(scale)[..., None, :]), -1, 1) + 2.0
         return Ternary(pack_words(codes.reshape(w.shape).astype(jnp.uint8), 2), scale)

@@ -71,6 +71,8 @@ class UnstructuredInt8(_Masked):
 class UnstructuredInt4(_Masked):
     """words uint32 (..., C / 8, F); bits uint32 (..., D / 32, F); scale bfloat16 (..., D / group, F)."""
 
+    signed_scale = True
+
     words: jax.Array
     bits: jax.Array
     scale: jax.Array

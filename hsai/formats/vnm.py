@@ -71,6 +71,8 @@ class VNMInt8(_Blocked):
 class VNMInt4(_Blocked):
     """words uint32 (..., C / 8, F); indices and choices as in VNM; scale bfloat16 (..., D / group, F)."""
 
+    signed_scale = True
+
     words: jax.Array
     indices: jax.Array
     scale: jax.Array

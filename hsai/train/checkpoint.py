@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from hsai.errors import InputError
@@ -132,6 +133,9 @@ class Checkpointer:
             raise _unreadable(path, error) from error
         if stored is None:
             raise _unreadable(path, FileNotFoundError("its index is missing"))
+        # Before scales could be negative there were no signs: all were 1, and had no moments.
+        signs = [name for name in names if name not in stored.tree and name.endswith(".sign")]
+        unsigned = {name: names.pop(name) for name in signs}
         for name in sorted(set(names) ^ {name for name in stored.tree if name.startswith(prefix)})[:1]:
             kind = "is missing" if name in names else "is unknown to this model"
             raise InputError(f"checkpoint {path} does not fit: array {name!r} {kind}")
@@ -143,6 +147,9 @@ class Checkpointer:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(names)
         arrays = self._read(step, "state", ocp.args.PyTreeRestore(names, restore_args=how, partial_restore=True))
+        for name, leaf in unsigned.items():
+            value = jnp.full(leaf.shape, name.startswith("model."), leaf.dtype)
+            arrays[name] = jax.device_put(value, leaf.sharding)
         return fill(like, {name.removeprefix(prefix): array for name, array in arrays.items()})
 
     def _find(self, step: int | None) -> int:

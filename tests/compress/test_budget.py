@@ -1,5 +1,6 @@
 """A whole model under a budget: bytes are kept, the ledger is true, and the divergence is below that of one format."""
 
+import dataclasses
 import io
 import json
 
@@ -7,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from rich.console import Console
 
 from hsai.compress import Ledger, RecipeConfig, Rule, compress
 from hsai.compress.allocate import AllocationConfig
+from hsai.compress.budget import count_least
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import name_format, name_ranges
+from hsai.compress.one_shot import pack_weight
 from hsai.compress.recipe import match_weights
 from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.errors import InputError
@@ -20,15 +24,17 @@ from hsai.formats import (
     DenseConfig,
     FormatConfig,
     Int4Config,
+    Int4OffsetConfig,
     Int8Config,
     NMInt4Config,
     Runs,
     TernaryConfig,
+    is_packed_as,
     nbytes,
     take_layer,
     to_dense,
 )
-from hsai.formats.storage import named_weights
+from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from tests.compress.trained import (
     CALIBRATION,
@@ -217,6 +223,66 @@ def test_dense_candidates_and_fixed_rules_stand_beside() -> None:
     rest = sum(row.bytes for row in ledger.rows if row.weight != "layers.mlp.down")
     smallest = 4 * 4.25 * 192 * 64 / 8
     assert ledger.allocation.least == rest + smallest
+
+
+def price_tables(model: Transformer, solver: FeedbackConfig | NearestConfig) -> tuple[Transformer, Ledger]:
+    """Of tables alone, whose formats are chosen."""
+    recipe = RecipeConfig(
+        rules=(
+            Rule(pattern="layers.*", format=DenseConfig(dtype="float32")),
+            Rule(
+                pattern="*embed", format=(Int8Config(), Int4OffsetConfig(group=32), Int4Config(group=64)), solver=solver
+            ),
+        ),
+        calibration=CALIBRATION,
+        allocation=AllocationConfig(bits_per_weight=32.0, windows=32),
+    )
+    budget = AllocationConfig(bytes=count_least_but(model, recipe), windows=32)
+    return compress(model, dataclasses.replace(recipe, allocation=budget), calibration=calibration_windows())
+
+
+def count_least_but(model: Transformer, recipe: RecipeConfig) -> int:
+    """Bytes with which one table may have five bits, or all have four."""
+    shapes = {name: param.get_value() for name, param in named_weights(model).items()}
+    least = count_least(shapes, {name: rule.formats for name, rule in match_weights(recipe, model).items()})
+    return least + shapes["embed"].size // 8
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_tables_that_are_multiplied_by_are_priced_as_they_will_be_solved(tied: bool) -> None:
+    """What is only looked up is rounded, and priced so; a head costs less than rounded, in every format. One that is
+    looked up as well may cost more there than it gains."""
+    model = trained_model()
+    if not tied:
+        config = dataclasses.replace(model.config, tie_embeddings=False)
+        untied = Transformer(config, rngs=nnx.Rngs(0))
+        given = {name: param.get_value() for name, param in named_weights(model).items()}
+        model = replace_weights(untied, given | {"unembed": given["embed"]})
+    head = "embed" if tied else "unembed"
+    found, ledger = price_tables(model, FeedbackConfig())
+    _, rounded = price_tables(model, NearestConfig())
+    assert ledger.allocation is not None and rounded.allocation is not None
+    pairs = {
+        one.weight: (one.options, other.options)
+        for one, other in zip(ledger.allocation.items, rounded.allocation.items, strict=True)
+    }
+    assert set(pairs) == ({"embed"} if tied else {"embed", "unembed"})
+    for name, (solved, plain) in pairs.items():
+        for one, other in zip(solved, plain, strict=True):
+            assert one.bytes == other.bytes
+            if name != head:
+                assert one.loss == other.loss
+            elif tied:
+                assert one.loss != other.loss and 0.5 < one.loss / other.loss < 1.5
+            else:
+                assert one.loss < 0.95 * other.loss
+    assert [row.weight for row in ledger.layers if row.layer is None] == [head]
+    (row,) = [row for row in ledger.layers if row.layer is None]
+    assert row.damping is not None and row.output_error is not None
+    chosen = dict(zip(pairs, ledger.allocation.options, strict=True))[head]
+    w, value = (named_weights(m)[head].get_value() for m in (model, found))
+    assert is_packed_as(value, chosen.format) and chosen.format != Int8Config()
+    assert not np.array_equal(to_dense(value), to_dense(pack_weight(w, chosen.format)))
 
 
 def test_what_cannot_be_is_refused_before_any_work() -> None:

@@ -47,13 +47,14 @@ MATRICES = ["embed", *(f"layers.attention.{w}" for w in "koqv"), *(f"layers.mlp.
 
 BUDGET_TABLES = (
     Int8Config(),
+    Int4OffsetConfig(group=32),
     Int4Config(group=32),
     Int4Config(group=64),
     Int3Config(group=64),
     Int2Config(group=64),
 )
 BUDGET_BLOCKS = (
-    *BUDGET_TABLES[:3],
+    *BUDGET_TABLES[:4],
     NMInt4Config(n=4, m=8, group=64),
     Int3Config(group=64),
     NMInt4Config(n=2, m=4, group=64),

@@ -104,5 +104,7 @@ def test_what_float16_cannot_say_is_refused() -> None:
     w = jnp.zeros((32, 2))
     with pytest.raises(InputError, match="as float16, at most 65504, and this weight needs 70000"):
         Int4OffsetConfig().pack(w.at[3, 1].set(-70000.0))
+    with pytest.raises(InputError, match=r"the scale holds -1 at \[0, 0\], and it must be finite and at least 0"):
+        Int4OffsetConfig().pack(w, join(-np.ones((1, 2)), np.zeros((1, 2))))
     with pytest.raises(InputError, match=r"int4_offset with groups of 64 needs a contraction that is a multiple of 64"):
         Int4OffsetConfig(group=64).pack(w)

@@ -180,7 +180,7 @@ def test_numbers_that_are_none_are_named_where_they_are_known(model: Transformer
     for name, value, place in (
         ("embed.scale", np.nan, "[0, 0]"),
         ("layers.attention.q.scale", -np.inf, "[0, 0, 0]"),
-        ("unembed.scale", np.inf, "[0, 0]"),
+        ("unembed.scale", -1.0, "[0, 0]"),
         ("layers.mlp.down.values", np.nan, "[0, 0, 0]"),
         ("layers.attention.k", np.inf, "[0, 0, 0]"),
     ):

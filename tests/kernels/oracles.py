@@ -128,7 +128,8 @@ def pull_product(
     if scale is not None:
         # A scale multiplies the levels of its group: its gradient is that of the weight, summed with them.
         steps, groups = scale_rows(np.ones(weight.shape), scale), (scale.shape[0], -1, scale.shape[1])
-        value, magnitude = ((a / steps).reshape(groups).sum(axis=1) for a in (to_weight * weight, terms * largest))
+        pairs = (to_weight * weight, steps), (terms * largest, np.abs(steps))
+        value, magnitude = ((a / b).reshape(groups).sum(axis=1) for a, b in pairs)
         found.append((value, magnitude))
     if rows is not None:
         found.append((np.take_along_axis(to_weight, rows, axis=0), np.take_along_axis(terms, rows, axis=0)))

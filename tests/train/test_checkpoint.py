@@ -1,18 +1,24 @@
 """Checkpoints: what is saved comes back bit for bit on any mesh, and what cannot be used is refused in one line."""
 
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from hsai.compress.latent import Latent
 from hsai.errors import InputError
 from hsai.files import read_json
+from hsai.formats import Int4Config
 from hsai.formats.storage import named_arrays
 from hsai.models import TransformerConfig
 from hsai.sharding import MeshConfig, make_mesh
 from hsai.train.checkpoint import CheckpointConfig, Checkpointer
+from hsai.train.formats import FormatRule
 from hsai.train.optimizer import OptimizerConfig, make_optimizer
 from hsai.train.seal import SEAL
 from hsai.train.state import TrainState, abstract_state, init_state
@@ -191,3 +197,28 @@ def test_an_empty_directory_has_no_checkpoint(tmp_path: Path) -> None:
 def test_configs_that_cannot_be(name: str) -> None:
     with pytest.raises(InputError, match=f"checkpoint.{name}=0 must be at least 1"):
         CheckpointConfig(**{name: 0})
+
+
+def test_learned_scales_of_before_they_had_signs(tmp_path: Path) -> None:
+    """All were positive: their signs are 1, and have no moments."""
+    mesh = mesh_of(2, 2, 2)
+    rules = (FormatRule(pattern="layers.mlp.*", format=Int4Config(group=32), scales="learned"),)
+    state = init_state(MODEL, OPTIMIZER, mesh, 0, rules)
+
+    def drop(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, sign=None) if isinstance(leaf, Latent) else leaf
+
+    without = jax.tree.map(drop, state, is_leaf=lambda leaf: isinstance(leaf, Latent))
+    with Checkpointer(tmp_path, CheckpointConfig(every=3)) as checkpointer:
+        assert checkpointer.save(3, without, RECORD)
+    like = abstract_state(MODEL, OPTIMIZER, mesh, 0, rules)
+    with Checkpointer(tmp_path, None) as checkpointer:
+        found = jax.device_get(named_arrays(checkpointer.restore(like)))
+        model = checkpointer.restore(like.model, prefix="model.")
+    signs = {name: array for name, array in found.items() if name.endswith(".sign")}
+    assert len(signs) == 3 * 3
+    for name, array in signs.items():
+        np.testing.assert_array_equal(array, 1 if name.startswith("model.") else 0, err_msg=name)
+    for name, array in named_arrays(without).items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    np.testing.assert_array_equal(model.layers.mlp.up.get_value().sign, 1)

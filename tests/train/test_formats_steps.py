@@ -67,9 +67,11 @@ def test_the_pull_is_the_same_for_every_batch_however_it_is_cut(model: Transform
         np.testing.assert_allclose(pulled[name] - plain[name], pull, rtol=0, atol=2e-6, err_msg=name)
 
 
-def walk(state: TrainState, rules: Rules, steps: int = 4) -> tuple[TrainState, list[float]]:
-    """Some steps of Adam on one batch, and their losses."""
-    optimizer = optax.adam(3e-3)
+def walk(
+    state: TrainState, rules: Rules, steps: int = 4, optimizer: optax.GradientTransformation | None = None
+) -> tuple[TrainState, list[float]]:
+    """Some steps on one batch, of Adam unless told otherwise, and their losses."""
+    optimizer = optimizer or optax.adam(3e-3)
     config = TrainConfig(steps=steps, batch_size=8, loss_chunk=16, formats=rules)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = make_train_step(optimizer, optax.constant_schedule(3e-3), config, shardings)
@@ -171,10 +173,15 @@ def test_scales_are_learned_and_not_decayed(model: Transformer) -> None:
     start = begin(model, rules)
     marks = named_arrays(matrix_mask(start))
     assert marks["layers.mlp.up.values"] is True and marks["layers.mlp.up.exponent"] is False
+    assert marks["layers.mlp.up.sign"] is False
     assert marks["embed"] is True and marks["layers.mlp_norm.gain"] is False
-    optimizer = optax.adam(3e-3)
-    state, _ = walk(TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, start), optimizer.init(start)), rules)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1), 100)
+    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, start), optimizer.init(start))
+    state, _ = walk(state, rules, optimizer=optimizer)
     for name, array in named_arrays(state.model).items():
+        if name.endswith("sign"):
+            np.testing.assert_array_equal(array, named_arrays(start)[name])
+            assert set(np.unique(array)) == {-1, 1}
         if name.endswith("exponent"):
             moved = np.abs(array - named_arrays(start)[name])
             assert 0.002 < moved.mean() < 0.02, name  # about the learning rate a step: a share of the scale

@@ -281,7 +281,7 @@ def test_nothing_that_is_read_is_changed(
 
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr("hsai.compress.calibrated.factorize", fail)
+            patch.setattr("hsai.compress.solved.factorize", fail)
             assert main(words) == 2
         assert "No space left on device" in capsys.readouterr().err
         assert snapshot(inputs) == before and not (place / "out" / name).exists()
@@ -329,7 +329,7 @@ def test_what_failed_is_told_on_the_console(
         raise FloatingPointError("no factor")
 
     (place / "mine.py").write_text(CALIBRATED)
-    monkeypatch.setattr("hsai.compress.calibrated.factorize", fail)
+    monkeypatch.setattr("hsai.compress.solved.factorize", fail)
     assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out"]) == 0
     assert "layers.mlp.down, layer 0, 1: rounded plainly: no factor\n" in capsys.readouterr().out
 

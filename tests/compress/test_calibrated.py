@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, calibrated, compress
+from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved
 from hsai.compress.calibrated import BlockSolver, check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.one_shot import pack_weight
@@ -194,14 +194,14 @@ def test_raised_damping_is_told(model: Transformer) -> None:
 def test_solved_layers_miss_less_of_their_outputs(model: Transformer, format) -> None:
     blocks = RecipeConfig(rules=(Rule(pattern="layers.*", format=format),))
     solver = FeedbackConfig()
-    solved = RecipeConfig(
+    recipe = RecipeConfig(
         rules=(Rule(pattern="layers.*", format=format, solver=solver), Rule(pattern="embed", format=Int8Config())),
         calibration=CALIBRATION,
     )
     tokens = jnp.asarray(TOKENS)
     want = model(tokens)[0]
     plain, _ = compress(model, blocks)
-    found, ledger = compress(model, solved, calibration=TOKENS)
+    found, ledger = compress(model, recipe, calibration=TOKENS)
     errors = [
         float(jnp.linalg.norm(m(tokens)[0] - want))
         for m in (plain, replace_weights(found, {"embed": model.embed.get_value()}))
@@ -243,7 +243,7 @@ def test_the_order_of_activations_is_asked_for_by_the_recipe(model: Transformer)
 
 
 def test_a_layer_that_fails_is_rounded_and_reported(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = calibrated.factorize, []
+    real, calls = solved.factorize, []
 
     def fail_once(gram, damping):
         calls.append(gram.shape)
@@ -251,7 +251,7 @@ def test_a_layer_that_fails_is_rounded_and_reported(model: Transformer, monkeypa
             raise FloatingPointError("no factor")
         return real(gram, damping)
 
-    monkeypatch.setattr(calibrated, "factorize", fail_once)
+    monkeypatch.setattr(solved, "factorize", fail_once)
     recipe = RecipeConfig(
         rules=(Rule(pattern="layers.mlp.*", format=Int4Config(group=32), solver=FeedbackConfig()),),
         calibration=CALIBRATION,
@@ -280,7 +280,7 @@ def test_the_head_is_solved_over_what_reaches_it(tied: bool, monkeypatch: pytest
     name, format = "embed" if tied else "unembed", Int4Config(group=32)
     errors, found = [], []
     for columns, solver in ((16384, NearestConfig()), (16384, FeedbackConfig()), (40, FeedbackConfig())):
-        monkeypatch.setattr(calibrated, "COLUMNS", columns)
+        monkeypatch.setattr(solved, "COLUMNS", columns)
         rules = (Rule(pattern=name, format=format, solver=solver),)
         calibration = CALIBRATION if isinstance(solver, FeedbackConfig) else None
         packed, ledger = compress(model, RecipeConfig(rules=rules, calibration=calibration), calibration=TOKENS)

@@ -123,6 +123,7 @@ def test_an_expert_without_tokens_is_rounded_and_reported(model: Transformer) ->
 
 
 def test_experts_are_scaled_by_their_own_tokens(model: Transformer) -> None:
+    # So uneven that there is much to scale: where tokens count the same, the loud channels of a few decide no longer.
     gains = model.layers.mlp_norm.gain.get_value() ** 3
     uneven = replace_weights(model, {"layers.mlp_norm.gain": gains})
     rules = (Rule(pattern="layers.mlp.[gud]*", format=FORMAT),)

@@ -77,7 +77,7 @@ def measure_blocks(packed) -> list[float]:
 @pytest.mark.parametrize(
     ("format", "share"),
     [
-        (Int2Config(group=32), 0.7),  # 0.67; what it is compared with, the solver alone, got better with level rows
+        (Int2Config(group=32), 0.7),  # 0.057 of 0.087; with Gram matrices of rows as they are 0.059 of 0.097
         (NMInt4Config(n=2, m=4, group=32), 0.6),
         (NMConfig(n=1, m=4, dtype="bfloat16"), 0.6),
     ],
@@ -297,7 +297,7 @@ def tune_pairs(format, config: ReconstructionConfig):
     dense = named_weights(block)["attention.v"].get_value()
     packed = {"attention.v": format.pack(dense)}
     tuner = Reconstructor(model, config, batch=8, seed=0)
-    streams = Streams(inputs=x, targets=targets, counts={})
+    streams = Streams(inputs=x, targets=targets, raw=None, counts={})
     (tuned, row), (again, _) = (tuner.tune(0, block, packed, {"attention.v": format}, streams) for _ in range(2))
     held = np.random.default_rng((0, 0)).permutation(8)[: config.count_held(8)]
     chosen = np.arange(64).reshape(8, 8)[held].ravel()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, calibrated, compress
+from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibrated import BlockSolver
 from hsai.compress.calibration import CalibrationConfig, draw_windows
@@ -177,7 +177,7 @@ def test_layers_are_pruned_one_behind_the_other(model: Transformer, monkeypatch:
         return compress(model, recipe, calibration=TOKENS)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "factorize", refuse)
+        patch.setattr(solved, "factorize", refuse)
         patch.setattr(calibrated, "stream_blocks", listen)
         found, ledger = run(WandaConfig())
     for name in ("mlp.down", "attention.o"):

@@ -252,7 +252,6 @@ def cut_gain(arrays: dict[str, np.ndarray]) -> None:
         (cut_scale, "'embed'"),
         (widen_words, "float32"),
         (spoil("embed.scale", np.nan), r"'embed.scale' holds nan at \[0, 1\], and it must be finite"),
-        (spoil("embed.scale", -1.0), r"'embed.scale' holds -1 at \[0, 1\], and it must be finite and at least 0"),
         (
             spoil("layers.mlp.up.scale", np.inf),
             r"'layers.mlp.up.scale' holds inf at \[0, 0, 1\].*\(1 of \d+ numbers are",

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress.calibrated import Factor, find_factor, find_outliers, pack_solved
 from hsai.compress.grid import grid_of, pattern_of
+from hsai.compress.solved import Factor, find_factor, find_outliers, pack_solved
 from hsai.compress.solver import solve
 from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.wanda import measure_norms
@@ -68,7 +68,7 @@ def test_outputs_that_share_a_choice_are_solved_together(columns: int, monkeypat
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
     whole = pack_solved(jnp.asarray(w), factor, format, config)
-    monkeypatch.setattr("hsai.compress.calibrated.COLUMNS", columns)
+    monkeypatch.setattr("hsai.compress.solved.COLUMNS", columns)
     parts = pack_solved(jnp.asarray(w), factor, format, config)
     np.testing.assert_array_equal(parts.kept(), whole.kept())
     np.testing.assert_allclose(to_dense(parts), to_dense(whole), rtol=1e-4, atol=1e-5)
@@ -81,7 +81,7 @@ def test_outputs_that_are_solved_in_parts_keep_the_same_apart(monkeypatch: pytes
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
     whole = pack_solved(jnp.asarray(w), factor, format, config)
-    monkeypatch.setattr("hsai.compress.calibrated.COLUMNS", 10)
+    monkeypatch.setattr("hsai.compress.solved.COLUMNS", 10)
     parts = pack_solved(jnp.asarray(w), factor, format, config)
     np.testing.assert_array_equal(parts.index, whole.index)
     np.testing.assert_allclose(to_dense(parts), to_dense(whole), rtol=1e-5)

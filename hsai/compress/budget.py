@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import AllocationConfig, choose
-from hsai.compress.calibrated import Compress, Progress
+from hsai.compress.block_solver import Compress
 from hsai.compress.ledger import Allocation
 from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
 from hsai.compress.solvers import NearestConfig
+from hsai.compress.stream import Progress
 from hsai.formats import FormatConfig, Weight, nbytes
 from hsai.formats.storage import named_weights
 from hsai.models import Transformer

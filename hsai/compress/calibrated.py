@@ -1,62 +1,28 @@
 """Compression with calibration: weights that are solved for what text makes of them (GPTQ, SparseGPT, Wanda, joint).
 
-One pass over the layers (`hsai.compress.stream`); each weight by `hsai.compress.solver`, or by
-`hsai.compress.wanda`. A weight whose solve fails, for want of a factor or because its numbers run away, is tried again
-with more damping and at last rounded plainly; its row says so, and the run goes on. Where a recipe reconstructs, the
-packed weights of a layer are then tuned together (`hsai.compress.reconstruct`).
+One pass over the layers (`hsai.compress.stream`); the weights of each by `hsai.compress.block_solver`. A row says how
+far a weight's outputs moved, and what went wrong; the run goes on. Where a recipe reconstructs, the packed weights of a
+layer are then tuned together (`hsai.compress.reconstruct`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.grid import Pattern, pattern_of
+from hsai.compress.block_solver import BlockSolver, Compress, Packing, is_decided
 from hsai.compress.ledger import BlockRow, LayerRow, keep_finite, name_format
-from hsai.compress.limits import check_held
 from hsai.compress.reconstruct import Reconstructor
-from hsai.compress.resume import Workbench
-from hsai.compress.solved import Factor, find_factor, pack_solved
-from hsai.compress.solvers import (
-    CalibratedConfig,
-    FeedbackConfig,
-    NearestConfig,
-    PlainConfig,
-    SolverConfig,
-    WandaConfig,
-)
-from hsai.compress.stream import Grams, Streams, stream_blocks
-from hsai.compress.wanda import measure_norms, pack_wanda
+from hsai.compress.resume import SolvedLayer, Workbench
+from hsai.compress.solvers import CalibratedConfig, SolverConfig
+from hsai.compress.stream import Grams, Progress, Streams, stream_blocks
 from hsai.errors import InputError
-from hsai.formats import (
-    DenseConfig,
-    FormatConfig,
-    Weight,
-    stack_layers,
-    to_dense,
-)
+from hsai.formats import FormatConfig, Weight, stack_layers, to_dense
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
-
-Progress = Callable[[str, int, int], None]
-Compress = Callable[[jax.Array, FormatConfig, PlainConfig], Weight]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packing:
-    """One weight, and how that went."""
-
-    weight: Weight
-
-    damping: float | None = None
-    """That the factorization took; None of a weight that needed none, or was packed by itself."""
-
-    note: str = ""
-    """Why it was, if the solve failed, or took more damping; and experts that had nothing to be solved for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,91 +33,10 @@ class SolvedLayers:
     """The packed weights by their names in the model; layers are stacked."""
 
     rows: tuple[LayerRow, ...]
-    """One a layer and weight."""
+    """One a layer and weight, and one of the head."""
 
     blocks: tuple[BlockRow, ...]
     """One a layer, where layers were reconstructed."""
-
-
-class BlockSolver:
-    """Packs the weights of one block; those with the same input share its factor."""
-
-    def __init__(self, grams: Grams, plain: Compress, *, layer: int | None = None, raw: Grams | None = None) -> None:
-        """Args:
-        grams: of the block's products.
-        plain: packs a weight (..., D, F) by itself.
-        layer: the block's number, to be named in errors; None of a table.
-        raw: of rows as they are, by which Wanda's masks go; None where there are none (`goes_by_norms`).
-        """
-        self._grams = grams
-        self._raw = raw
-        self._plain = plain
-        self._place = "" if layer is None else f"layer {layer}: "
-        self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
-
-    def pack(self, name: str, w: jax.Array, format: FormatConfig, config: SolverConfig) -> Packing:
-        """The weight (D, F), or of experts (E, D, F), called `name` within its block. One whose solve fails is packed
-        by itself, as are those of which its solver decides nothing (`is_decided`).
-
-        Raises:
-          InputError: the format cannot hold the weight by itself either.
-        """
-        if not isinstance(config, CalibratedConfig):
-            return Packing(weight=self._plain(w, format, config))
-        if not is_decided(format, config):
-            return Packing(weight=self._plain(w, format, NearestConfig()))
-        norms = None
-        if goes_by_norms(config):
-            assert self._raw is not None, f"{config} goes by norms"
-            norms = measure_norms(self._raw[name])
-        if isinstance(config, WandaConfig):
-            assert norms is not None
-            return Packing(weight=pack_wanda(w, norms, format))
-        gram = self._grams[name]
-        if w.ndim == 2:
-            return self._solve(name, 0, w, gram, norms, format, config)
-        packings = [
-            self._solve(name, expert, w[expert], gram[expert], None if norms is None else norms[expert], format, config)
-            for expert in range(len(w))
-        ]
-        weight: Weight = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(packing.weight for packing in packings))
-        dampings = [packing.damping for packing in packings if packing.damping is not None]
-        notes = [f"expert {expert}: {packing.note}" for expert, packing in enumerate(packings) if packing.note]
-        return Packing(weight=weight, damping=max(dampings, default=None), note="; ".join(notes))
-
-    def _solve(
-        self,
-        name: str,
-        expert: int,
-        w: jax.Array,
-        gram: jax.Array,
-        norms: jax.Array | None,
-        format: FormatConfig,
-        config: FeedbackConfig,
-    ) -> Packing:
-        """One weight (D, F), by the factor of its inputs."""
-        # Of formats, only a pattern makes a difference to the factor: its groups stay together in any order.
-        pattern = pattern_of(format) if config.order != "natural" else None
-        damping, fault = config.damping, ""
-        while True:
-            key = (id(self._grams[name]), expert, damping, pattern, config.order)
-            if key not in self._factors:
-                self._factors[key] = find_factor(gram, format, config, damping)
-            found = self._factors[key]
-            if isinstance(found, str):
-                break
-            try:
-                weight = pack_solved(w, found, format, config, norms)
-            except FloatingPointError as error:
-                fault, damping = str(error), 10.0 * found.damping
-            else:
-                raised = found.damping > config.damping
-                why = fault or f"there is no factor with {config.damping:g}"
-                note = f"damping was raised to {found.damping:g}: {why}" if raised else ""
-                return Packing(weight=weight, damping=found.damping, note=note)
-        weight = self._plain(w, format, NearestConfig())
-        check_held(f"{self._place}{name}", w, weight)
-        return Packing(weight=weight, note=f"rounded plainly: {fault or found}")
 
 
 def solve_layers(
@@ -174,128 +59,173 @@ def solve_layers(
         Those that are packed by themselves are not tuned, and the layers behind see their errors. The head may be among
         them, with one format and to be solved; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
-      batch: sequences at a time.
+      batch: sequences at a time; see `stream_blocks`.
       plain: packs a weight by itself: one that is solved so, or whose solve fails.
       packed: the model with tables as they are packed already, whose errors the layers then make up for.
       reconstructor: tunes each layer once its weights are packed.
-      workbench: where each layer is kept as soon as it is solved, and those of an earlier run are found.
+      workbench: where each layer and the head are kept as soon as they are solved, and those of an earlier run are
+        found; if it has all of them, calibration is not run.
       progress: as for `stream_blocks`.
     Raises:
       InputError: see `stream_blocks`, `check_observed` and `BlockSolver.pack`.
     """
-    blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
-    heads = {name: found for name, found in formats.items() if name not in blocks}
-    inner = {full: full.removeprefix("layers.") for full in blocks}
-    solved = [full for full, (_, config) in blocks.items() if isinstance(config, CalibratedConfig)]
-    by_norms = any(goes_by_norms(config) for _, config in formats.values())
-    parts: dict[str, list[Weight]] = {name: [] for name in formats}
-    rows: list[LayerRow] = []
-    tuned: list[BlockRow] = []
+    solver = _LayerSolver(model, formats, plain, reconstructor, workbench)
+    if not solver.is_done:
+        stream_blocks(
+            model,
+            tokens,
+            batch=batch,
+            solve=solver.solve_block,
+            recall=solver.recall,
+            finish=solver.solve_head if solver.heads else None,
+            packed=packed,
+            follow_dense=reconstructor is not None,
+            progress=progress,
+        )
+    return solver.collect()
 
-    def note(full: str, layer: int | None, w: jax.Array, held: jax.Array, gram: jax.Array, pack: Packing) -> None:
-        rows.append(
-            LayerRow(
-                weight=full,
-                layer=layer,
-                format=name_format(formats[full][0][layer or 0]),
-                output_error=keep_finite(measure_output(w, held, gram)),
-                damping=pack.damping,
-                note=pack.note,
+
+class _LayerSolver:
+    """What `stream_blocks` calls, and what came of it.
+
+    Attributes:
+      heads: formats and solvers of what is solved behind the layers.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        formats: Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]],
+        plain: Compress,
+        reconstructor: Reconstructor | None,
+        workbench: Workbench | None,
+    ) -> None:
+        self._model, self._plain, self._reconstructor, self._workbench = model, plain, reconstructor, workbench
+        self._blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
+        self.heads = {name: found for name, found in formats.items() if name not in self._blocks}
+        self._done: dict[int | None, SolvedLayer] = {}
+        places: list[int | None] = [*range(model.config.layers)] if self._blocks else []
+        self._places = [*places, *([None] if self.heads else [])]
+        shapes = {name: param.get_value().shape for name, param in named_weights(model).items()}
+        for place in self._places if workbench is not None else []:
+            like = (
+                {name: shapes[name] for name in self.heads}
+                if place is None
+                else {name: shapes[name][1:] for name in self._blocks}
             )
+            found = workbench.load_layer(place, like)
+            if found is not None:
+                self._done[place] = found
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier run solved all of it."""
+        return all(place in self._done for place in self._places)
+
+    def collect(self) -> SolvedLayers:
+        """All of it, in the order of the layers."""
+        layers = [self._done[place] for place in self._places]
+        weights: dict[str, Weight] = {
+            name: stack_layers([layer.weights[name] for layer in layers if name in layer.weights])
+            for name in self._blocks
+        }
+        weights |= {name: self._done[None].weights[name] for name in self.heads}
+        return SolvedLayers(
+            weights=weights,
+            rows=tuple(row for layer in layers for row in layer.rows),
+            blocks=tuple(row for layer in layers for row in layer.blocks),
         )
 
-    def solve_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
-        check_observed(solved, grams)
-        dense, solver = _read_weights(block), BlockSolver(grams, plain, layer=layer, raw=streams.raw)
-        chosen = {name: (blocks[full][0][layer], blocks[full][1]) for full, name in inner.items()}
-        packings = {name: solver.pack(name, dense[name], *how) for name, how in chosen.items()}
-        for name, packing in packings.items():
-            if is_decided(*chosen[name]) and (streams.counts[name] == 0).any():
-                idle = ", ".join(map(str, np.flatnonzero(streams.counts[name] == 0)))
-                told = f"no token went to expert {idle}"
-                packings[name] = dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
-        packed = {name: packing.weight for name, packing in packings.items()}
-        first = len(rows)
-        found: list[BlockRow] = []
-        if reconstructor is not None:
-            kinds = {inner[full]: chosen[inner[full]][0] for full in solved}
-            kinds = {name: format for name, format in kinds.items() if is_decided(*chosen[name])}
-            if kinds:
-                others = {name: to_dense(value) for name, value in packed.items() if name not in kinds}
-                given = replace_weights(block, {name: w.astype(dense[name].dtype) for name, w in others.items()})
-                changed, row = reconstructor.tune(layer, given, {name: packed[name] for name in kinds}, kinds, streams)
-                packed |= changed
-                found = [row]
-        held = {name: to_dense(value).astype(dense[name].dtype) for name, value in packed.items()}
-        for full, name in inner.items():
-            if name in grams:
-                note(full, layer, dense[name], held[name], grams[name], packings[name])
-            parts[full].append(packed[name])
-        tuned.extend(found)
-        if workbench is not None:
-            workbench.save_layer(layer, replace_weights(block, packed), rows[first:], found)
-        return replace_weights(block, held)
-
-    def recall(layer: int, block: Block) -> Block | None:
-        if not blocks:
+    def recall(self, layer: int, block: Block) -> Block | None:
+        """For `stream_blocks`: what is there already."""
+        if not self._blocks:
             return block
-        found = None if workbench is None else workbench.load_layer(layer, block)
-        if found is None:
-            return None
-        packed, dense = _read_weights(found[0]), _read_weights(block)
-        for full, name in inner.items():
-            parts[full].append(packed[name])
-        rows.extend(found[1])
-        tuned.extend(found[2])
-        return replace_weights(
-            block, {name: to_dense(packed[name]).astype(dense[name].dtype) for name in inner.values()}
+        return _replace_packed(block, self._done[layer].weights) if layer in self._done else None
+
+    def solve_block(self, layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
+        """For `stream_blocks`: packs a layer's weights, and tunes them."""
+        check_observed([name for name, (_, how) in self._blocks.items() if isinstance(how, CalibratedConfig)], grams)
+        dense = {f"layers.{name}": param.get_value() for name, param in named_weights(block).items()}
+        solver = BlockSolver(grams, streams.squares, self._plain, layer=layer)
+        chosen = {name: (formats[layer], how) for name, (formats, how) in self._blocks.items()}
+        packings: dict[str, Packing] = {}
+        for name, how in chosen.items():
+            packing = solver.pack(_inner(name), dense[name], *how)
+            if is_decided(*how):
+                packing = _tell_idle(packing, streams.counts[_inner(name)])
+            packings[name] = packing
+        weights = {name: packing.weight for name, packing in packings.items()}
+        blocks: tuple[BlockRow, ...] = ()
+        tuned = {_inner(name): how[0] for name, how in chosen.items() if is_decided(*how)}
+        if self._reconstructor is not None and tuned:
+            others = {name: value for name, value in weights.items() if _inner(name) not in tuned}
+            given = _replace_packed(block, others)
+            start = {name: weights[f"layers.{name}"] for name in tuned}
+            changed, row = self._reconstructor.tune(layer, given, start, tuned, streams)
+            weights |= {f"layers.{name}": value for name, value in changed.items()}
+            blocks = (row,)
+        rows = tuple(
+            _make_row(name, layer, chosen[name][0], dense[name], weights[name], grams[_inner(name)], packing)
+            for name, packing in packings.items()
+            if _inner(name) in grams
         )
+        self._keep(layer, SolvedLayer(weights=weights, rows=rows, blocks=blocks))
+        return _replace_packed(block, weights)
 
-    def solve_head(gram: jax.Array, raw: jax.Array | None) -> None:
-        for name, (chosen, config) in heads.items():
-            w = named_weights(model)[name].get_value()
-            solver = BlockSolver({name: gram}, plain, raw=None if raw is None else {name: raw})
-            packing = solver.pack(name, w, chosen[0], config)
-            note(name, None, w, to_dense(packing.weight).astype(w.dtype), gram, packing)
-            parts[name].append(packing.weight)
+    def solve_head(self, gram: jax.Array, squares: jax.Array) -> None:
+        """For `stream_blocks`: packs what the last normalization's outputs are multiplied by."""
+        weights: dict[str, Weight] = {}
+        rows: list[LayerRow] = []
+        for name, (formats, how) in self.heads.items():
+            w = to_dense(named_weights(self._model)[name].get_value())
+            packing = BlockSolver({name: gram}, {name: squares}, self._plain).pack(name, w, formats[0], how)
+            weights[name] = packing.weight
+            rows.append(_make_row(name, None, formats[0], w, packing.weight, gram, packing))
+        self._keep(None, SolvedLayer(weights=weights, rows=tuple(rows), blocks=()))
 
-    stream_blocks(
-        model,
-        tokens,
-        batch=batch,
-        solve=solve_block,
-        recall=recall,
-        finish=solve_head if heads else None,
-        packed=packed,
-        follow_dense=reconstructor is not None,
-        raw=by_norms,
-        progress=progress,
+    def _keep(self, place: int | None, solved: SolvedLayer) -> None:
+        self._done[place] = solved
+        if self._workbench is not None:
+            self._workbench.save_layer(place, solved)
+
+
+def _inner(name: str) -> str:
+    """A weight's name within its block."""
+    return name.removeprefix("layers.")
+
+
+def _replace_packed(block: Block, packed: Mapping[str, Weight]) -> Block:
+    """The block with packed weights, by their names in the model, made dense in the place of its own."""
+    own = named_weights(block)
+    values = {_inner(name): to_dense(value) for name, value in packed.items()}
+    return replace_weights(block, {name: w.astype(own[name].get_value().dtype) for name, w in values.items()})
+
+
+def _tell_idle(packing: Packing, counts: np.ndarray) -> Packing:
+    """With a note of experts to which no token went; `counts` (), or (E,), are how many did."""
+    if (counts > 0).all():
+        return packing
+    told = f"no token went to expert {', '.join(map(str, np.flatnonzero(counts == 0)))}"
+    return dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
+
+
+def _make_row(
+    name: str, layer: int | None, format: FormatConfig, w: jax.Array, held: Weight, gram: jax.Array, packing: Packing
+) -> LayerRow:
+    return LayerRow(
+        weight=name,
+        layer=layer,
+        format=name_format(format),
+        output_error=keep_finite(measure_output(w, to_dense(held).astype(w.dtype), gram)),
+        damping=packing.damping,
+        note=packing.note,
     )
-    weights = {name: stack_layers(each) if name in blocks else each[0] for name, each in parts.items()}
-    return SolvedLayers(weights=weights, rows=tuple(rows), blocks=tuple(tuned))
-
-
-def _read_weights(block: Block) -> dict[str, Any]:
-    return {name: param.get_value() for name, param in named_weights(block).items()}
-
-
-def is_decided(format: FormatConfig, config: SolverConfig) -> bool:
-    """Whether calibration has a say in what a weight in this format holds: a dense one has nothing to solve, and
-    Wanda's masks are of what prunes."""
-    if isinstance(config, WandaConfig):
-        return pattern_of(format) is not None
-    return isinstance(config, FeedbackConfig) and not isinstance(format, DenseConfig)
-
-
-def goes_by_norms(config: SolverConfig) -> bool:
-    """Whether masks are those of Wanda, which has norms of inputs as they are (2306.11695, eq. 1)."""
-    return isinstance(config, WandaConfig) or (isinstance(config, FeedbackConfig) and config.mask == "wanda")
 
 
 def check_observed(names: Iterable[str], grams: Grams) -> None:
     """Raises `InputError` for a weight of the layers that a block multiplies by nothing."""
     for name in names:
-        if name.removeprefix("layers.") not in grams:
+        if _inner(name) not in grams:
             raise InputError(f"{name} cannot be calibrated: no product reads it; give it the nearest solver")
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import math
 
 import numpy as np
 
 from hsai.errors import InputError
+from hsai.sharding import count_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class CalibrationConfig:
     """Tokens of a window; at most the model's longest text."""
 
     batch: int = 4
-    """Windows at a time on the devices."""
+    """Windows at a time on the devices, and that a layer is tuned on together; see `widen_batch`."""
 
     seed: int = 0
     """Draws where windows begin."""
@@ -56,6 +58,13 @@ def draw_windows(stream: np.ndarray, config: CalibrationConfig) -> np.ndarray:
     chosen = np.sort(np.random.default_rng(config.seed).permutation(available)[:count])
     windows = np.stack([stream[i * config.sequence_length : (i + 1) * config.sequence_length] for i in chosen])
     return windows.astype(np.int32)
+
+
+def widen_batch(batch: int, windows: int) -> int:
+    """How many of `windows` are on the devices at a time: `batch`, or on a mesh its least multiple that the devices
+    share evenly. Where the windows do not go into such batches, it stays, and every device works on all of it."""
+    wide = math.lcm(batch, count_parts("batch"))
+    return batch if windows % wide else wide
 
 
 def digest_windows(windows: np.ndarray) -> str:

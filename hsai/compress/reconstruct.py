@@ -35,6 +35,7 @@ from hsai.formats import FormatConfig, Weight, to_dense
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
+from hsai.sharding import lay_out
 
 Ways = tuple[tuple[str, Straight], ...]
 """How each weight of a block, by its name within the block, is seen."""
@@ -155,7 +156,7 @@ class Reconstructor:
 
         def take(index: int) -> tuple[jax.Array, jax.Array]:
             assert data.targets is not None
-            return jnp.asarray(data.inputs[batches[index]]), jnp.asarray(data.targets[batches[index]])
+            return tuple(lay_out(each[batches[index]], "batch", "seq", "embed") for each in (data.inputs, data.targets))
 
         def judge(latents: dict[str, Weight]) -> float:
             errors = [float(self._measure(latents, block, number, *take(i), ways=ways)) for i in held_out]

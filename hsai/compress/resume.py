@@ -4,7 +4,8 @@ DIRECTORY/record.json           what is made of what, and by which hsai; another
 DIRECTORY/scales_0007.safetensors, scales_0007.json  one layer's scales of channels, and its rows; scales_head.* too
 DIRECTORY/trials_0007.json      what each candidate of one layer would cost; trials_tables.json too
 DIRECTORY/allocation.json       how the budget was spent, once it is known
-DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows
+DIRECTORY/layer_0007.safetensors, layer_0007.json    one layer's packed weights, their formats, and its rows;
+                                layer_head.* of what comes behind the layers
 
 Each file appears by a rename, the JSON of two last, so that a layer is there as a whole or not at all. The residual
 stream is not kept: what the layers before make of the calibration is computed again, one pass without solving.
@@ -20,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
@@ -29,12 +32,26 @@ from hsai.compress.allocate import Item
 from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, lock_directory, read_json, write_json_atomic
-from hsai.formats.storage import describe, fill, named_arrays, restore
-from hsai.models.transformer import Block
+from hsai.formats import Weight
+from hsai.formats.storage import describe, fill, named_arrays, named_weights, restore
 
 RECORD, ALLOCATION, LOCK = "record.json", "allocation.json", ".lock"
-OWN = re.compile(r"\.?(record|allocation|scales(_\d+|_head)?|trials_(\d+|tables)|layer_\d+)\..*|\.lock")
+OWN = re.compile(r"\.?(record|allocation|scales(_\d+|_head)?|trials_(\d+|tables)|layer_(\d+|head))\..*|\.lock")
 """Names of files that a run writes or, of scales without a number, wrote; those of a write that was cut off too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolvedLayer:
+    """One layer, or what comes behind all of them, once it is solved."""
+
+    weights: Mapping[str, Weight]
+    """Packed, by their names in the model."""
+
+    rows: tuple[LayerRow, ...]
+    """One a weight."""
+
+    blocks: tuple[BlockRow, ...]
+    """One, where the layer was reconstructed."""
 
 
 class Workbench:
@@ -119,31 +136,36 @@ class Workbench:
         """Keeps what was chosen."""
         write_json_atomic(self._directory / ALLOCATION, configuration.to_dict(allocation))
 
-    def load_layer(self, layer: int, block: Block) -> tuple[Block, list[LayerRow], list[BlockRow]] | None:
-        """The layer with its packed weights, its rows, and how its reconstruction went; None if it is not there.
+    def load_layer(self, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> SolvedLayer | None:
+        """What was solved in a layer; None if it is not there.
 
         Args:
-          layer: its number.
-          block: with dense weights of the same shapes.
+          layer: its number; None of the head.
+          shapes: of its packed weights, by their names.
         Raises:
-          InputError: the files do not fit the block, or cannot be read.
+          InputError: the files do not fit `shapes`, or cannot be read.
         """
-        found = self._load(f"layer_{layer:04}")
+        found = self._load(_name_layer(layer))
         if found is None:
             return None
         arrays, content = found
-        rows = [LayerRow(**row) for row in content["rows"]]
-        tuned = [BlockRow(**row) for row in content["blocks"]]
-        return restore(block, content["formats"], arrays), rows, tuned
+        outline = {name: nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32)) for name, shape in shapes.items()}
+        weights = named_weights(restore(outline, content["formats"], arrays))
+        return SolvedLayer(
+            weights={name: param.get_value() for name, param in weights.items()},
+            rows=tuple(LayerRow(**row) for row in content["rows"]),
+            blocks=tuple(BlockRow(**row) for row in content["blocks"]),
+        )
 
-    def save_layer(self, layer: int, block: Block, rows: Sequence[LayerRow], tuned: Sequence[BlockRow] = ()) -> None:
-        """Keeps a layer's weights and rows."""
+    def save_layer(self, layer: int | None, solved: SolvedLayer) -> None:
+        """Keeps what was solved."""
+        weights = {name: nnx.Param(value) for name, value in solved.weights.items()}
         content = {
-            "formats": describe(block),
-            "rows": [dataclasses.asdict(row) for row in rows],
-            "blocks": [dataclasses.asdict(row) for row in tuned],
+            "formats": describe(weights),
+            "rows": [dataclasses.asdict(row) for row in solved.rows],
+            "blocks": [dataclasses.asdict(row) for row in solved.blocks],
         }
-        self._save(f"layer_{layer:04}", named_arrays(block), content)
+        self._save(_name_layer(layer), named_arrays(weights), content)
 
     def remove(self) -> None:
         """Throws all of it away, and closes: the run is whole, and stands elsewhere."""
@@ -181,8 +203,9 @@ class Workbench:
 
     def _describe(self) -> str:
         """What is here, for people."""
-        layers = len(list(self._directory.glob("layer_*.json")))
+        layers = len(list(self._directory.glob("layer_[0-9]*.json")))
         words = [f"{layers} solved layer{'s' * (layers > 1)}"] if layers else []
+        words += ["the head"] if (self._directory / f"{_name_layer(None)}.json").exists() else []
         words += ["trials of tables"] if self._name_trials(None).exists() else []
         tried = len(list(self._directory.glob("trials_[0-9]*.json")))
         words += [f"trials of {tried} layer{'s' * (tried > 1)}"] if tried else []
@@ -204,6 +227,10 @@ def check_unfinished(directory: Path) -> None:
             f"{directory}, where unfinished work is kept, holds something else (no {RECORD}); move it away, or give "
             "another --out"
         )
+
+
+def _name_layer(layer: int | None) -> str:
+    return "layer_head" if layer is None else f"layer_{layer:04}"
 
 
 def _name_scales(layer: int | None) -> str:

@@ -6,8 +6,9 @@ errors are then smaller by s, and its neighbours' a little larger, for the scale
 best is searched (section 3.2, eqs. 4 and 5): s = a^alpha, with a the channel's activations and alpha one number for all
 that reads the same channels, by the output error of what the recipe's formats make of it.
 
-Here a is the root mean square over calibration, and not the mean magnitude, so that with the Gram matrix X^T X of the
-solvers everything is known: the output error of v is tr((w - v)^T X^T X (w - v)).
+Here a is the root mean square over calibration, and not the mean magnitude, each token's channels scaled to one norm as
+the solvers have them (`hsai.formats.observed.level_rows`), so that with their Gram matrix X^T X everything is known: the
+output error of v is tr((w - v)^T X^T X (w - v)).
 
 What is found of a layer is kept (`hsai.compress.resume`): a search that is killed goes on at the layer it was in.
 
@@ -23,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.calibrated import Compress, Progress, check_observed, measure_output
+from hsai.compress.block_solver import Compress
+from hsai.compress.calibrated import check_observed, measure_output
 from hsai.compress.folds import (
     Fold,
     channel_folds,
@@ -36,7 +38,7 @@ from hsai.compress.folds import (
 from hsai.compress.ledger import ScaleRow, keep_finite
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import NearestConfig
-from hsai.compress.stream import Grams, Streams, stream_blocks
+from hsai.compress.stream import Grams, Progress, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig, to_dense
 from hsai.formats.storage import named_weights, replace_weights
@@ -150,7 +152,7 @@ def find_scales(
         search(layer, weights, {f"layers.{name}": gram for name, gram in grams.items()})
         return block
 
-    def search_head(gram: jax.Array, _: jax.Array | None) -> None:
+    def search_head(gram: jax.Array, _: jax.Array) -> None:
         (name,) = last[0].readers
         search(None, {name: named_weights(model)[name].get_value()}, {name: gram})
 
@@ -178,7 +180,8 @@ def find_scales(
 
 
 def measure_channels(fold: Fold, gram: jax.Array, config: TransformerConfig) -> jax.Array:
-    """The root mean square of each channel that the source of a fold makes, but for a common factor: (..., D)."""
+    """The root mean square of each channel that the source of a fold makes, over level rows and but for a common
+    factor: (..., D)."""
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     if fold.source.endswith(".v"):  # query heads of one kv head read its channels each in its own mixture
         heads = squares.reshape(*squares.shape[:-1], config.kv_heads, -1, config.head_dim)

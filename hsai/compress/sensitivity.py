@@ -16,6 +16,7 @@ tokens; the gradient of the head is known: E[g_f^2] = p_f (1 - p_f).
 B batch, T query, D contraction, F outputs, V vocabulary, C positions in a chunk.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -23,13 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import Item, Option
-from hsai.compress.calibrated import BlockSolver, Compress, Progress, check_observed
+from hsai.compress.block_solver import BlockSolver, Compress
+from hsai.compress.calibrated import check_observed
+from hsai.compress.calibration import widen_batch
+from hsai.compress.ledger import keep_finite
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import SolverConfig
-from hsai.compress.stream import Grams, Streams, stream_blocks
+from hsai.compress.stream import Grams, Progress, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Weight, nbytes, to_dense
-from hsai.formats.observed import Tapped, level_rows, sum_squares
+from hsai.formats.observed import Tapped, level_rows, sum_products
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.transformer import Block
@@ -63,7 +67,7 @@ def measure_sensitivities(
       model: with dense weights.
       candidates: formats of weights by their names in the model, and how they would be solved.
       tokens: int32 (N, T).
-      batch: B, sequences at a time; N is a multiple of it.
+      batch: sequences at a time, B, of which N is a multiple; see `widen_batch`.
       seed: draws the labels.
       plain: packs a weight that is not to be solved, or whose solve fails.
       workbench: where each layer's prices, and those of tables, are kept as soon as they are known, and those of an
@@ -73,13 +77,17 @@ def measure_sensitivities(
       InputError: gradients are not finite; see `stream_blocks` and `check_observed`.
     """
     blocks = {name: found for name, found in candidates.items() if name.startswith("layers.")}
-    moments = sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
+
+    @functools.cache
+    def find_moments() -> Moments:  # not before they are needed: an earlier run may have left all prices
+        return sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
+
     items: list[Item] = []
     tables = [name for name in candidates if name not in blocks]
     if tables:
         priced = None if workbench is None else workbench.load_trials(None)
         if priced is None:
-            priced = [_price_table(model, name, *candidates[name], moments, tokens, plain) for name in tables]
+            priced = [_price_table(model, name, *candidates[name], find_moments(), tokens, plain) for name in tables]
             if workbench is not None:
                 workbench.save_trials(None, priced)
         items += priced
@@ -87,15 +95,15 @@ def measure_sensitivities(
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
         assert streams.raw is not None
-        params, solver = named_weights(block), BlockSolver(grams, plain, layer=layer, raw=streams.raw)
+        params, solver = named_weights(block), BlockSolver(grams, streams.squares, plain, layer=layer)
         first = len(items)
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
-            w, options = params[name].get_value(), []
+            w, moment, options = params[name].get_value(), find_moments()[full][layer], []
             for format in formats:
                 packed = solver.pack(name, w, format, config).weight
-                loss = _price(w, packed, streams.raw[name], moments[full][layer], streams.counts[name], tokens.size)
-                options.append(Option(format=format, bytes=nbytes(packed), loss=float(loss)))
+                loss = _price(w, packed, streams.raw[name], moment, streams.counts[name], tokens.size)
+                options.append(Option(format=format, bytes=nbytes(packed), loss=keep_finite(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
         if workbench is not None:
             workbench.save_trials(layer, items[first:])
@@ -135,7 +143,7 @@ def sum_gradients(
     """
 
     @jax.jit
-    def pull(model: Transformer, tokens: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    def pull(model: Transformer, tokens: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
         params = {name: named_weights(model)[name].get_value() for name in (*names, LOOKUP)}
 
         def forward(sinks: dict[str, jax.Array]) -> jax.Array:
@@ -146,14 +154,16 @@ def sum_gradients(
         sinks = {name: jnp.zeros((*w.shape[:-2], 1, w.shape[-1]), jnp.float32) for name, w in params.items()}
         sinks[LOOKUP] = jnp.zeros((1, model.config.embed), jnp.float32)
         hidden, back = jax.vjp(forward, sinks)
-        d_hidden, labels, inputs, level = draw_labels(model, hidden, key)
+        d_hidden, labels, inputs, level = draw_labels(model, hidden, keys)
         found = {name: sink[..., 0, :] for name, sink in back(d_hidden)[0].items()}
         return found | {LABELS: labels, INPUTS: inputs, LEVEL: level}
 
     sums: dict[str, jax.Array] = {}
+    batch = widen_batch(batch, len(tokens))
     for start in range(0, len(tokens), batch):
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        found = pull(model, lay_out(tokens[start : start + batch], "batch", "seq"), key)
+        # A sequence draws its own labels, however many are on the devices at a time.
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), start + jnp.arange(batch))
+        found = pull(model, lay_out(tokens[start : start + batch], "batch", "seq"), keys)
         sums = found if not sums else {name: sums[name] + found[name] for name in sums}
         if progress is not None:
             progress("measuring gradients", start + batch, len(tokens))
@@ -167,10 +177,10 @@ def sum_gradients(
     return sums
 
 
-def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[jax.Array, ...]:
-    """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position;
-    the sum of p (1 - p), float32 (V,); and those of x x^T, float32 (D, D), as x is and of level rows. Logits exist for
-    a chunk at a time."""
+def draw_labels(model: Transformer, hidden: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
+    """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position, by
+    the sequence's own of `keys` (B,); the sum of p (1 - p), float32 (V,); and those of x x^T, float32 (D, D), as x is
+    and of level rows. Logits exist for a chunk at a time."""
     batch, length, width = hidden.shape
     chunk = min(CHUNK, length)
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))
@@ -184,11 +194,11 @@ def draw_labels(model: Transformer, hidden: jax.Array, key: jax.Array) -> tuple[
         logits, back = jax.vjp(model.logits, x)
         there = (start + jnp.arange(chunk) < length)[None, :, None]
         p = jax.nn.softmax(logits, axis=-1)
-        label = jax.random.categorical(jax.random.fold_in(key, start), logits)
+        label = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, start), row))(keys, logits)
         (d_x,) = back(jnp.where(there, p - jax.nn.one_hot(label, p.shape[-1]), 0.0))
         rows = jnp.where(there, x, 0)
         labels = sums[0] + jnp.sum(jnp.where(there, p * (1.0 - p), 0.0), axis=(0, 1))
-        return (labels, sums[1] + sum_squares(rows), sums[2] + sum_squares(level_rows(rows))), d_x
+        return (labels, sums[1] + sum_products(rows), sums[2] + sum_products(level_rows(rows))), d_x
 
     square = jnp.zeros((width, width), jnp.float32)
     zeros: tuple[jax.Array, ...] = (jnp.zeros(model.config.vocab, jnp.float32), square, square)
@@ -207,8 +217,9 @@ def _price_table(
     plain: Compress,
 ) -> Item:
     """The table of embeddings, the head, or both in one."""
-    w = named_weights(model)[name].get_value()
-    solver = BlockSolver({name: moments[LEVEL]}, plain, raw={name: moments[INPUTS]})
+    w = to_dense(named_weights(model)[name].get_value())
+    squares = jnp.diagonal(moments[INPUTS])
+    solver = BlockSolver({name: moments[LEVEL]}, {name: squares}, plain)
     counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
     options = []
     for format in formats:
@@ -218,7 +229,7 @@ def _price_table(
             loss += float(_price_lookup(w, packed, counts, moments[LOOKUP], tokens.size))
         if name != LOOKUP or model.config.tie_embeddings:
             loss += float(_price(w, packed, moments[INPUTS], moments[LABELS], tokens.size, tokens.size))
-        options.append(Option(format=format, bytes=nbytes(packed), loss=loss))
+        options.append(Option(format=format, bytes=nbytes(packed), loss=keep_finite(loss)))
     return Item(weight=name, layer=None, options=tuple(options))
 
 

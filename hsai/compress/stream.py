@@ -14,19 +14,24 @@ N sequences, B of them in a batch, T tokens each, D embed.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai.compress.calibration import widen_batch
 from hsai.errors import InputError
 from hsai.formats import take_layer, to_dense
-from hsai.formats.observed import Notes, Observed, level_rows, sum_squares
+from hsai.formats.observed import Notes, Observed, level_rows, sum_products, sum_squares
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 from hsai.models.layers import RMSNorm, is_matrix
 from hsai.models.transformer import Block
 from hsai.sharding import lay_out
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and how much there is in all."""
 
 Grams = Mapping[str, jax.Array]
 """X^T X (D, D) float32 of the input of each of a block's matrices, by the weight's name within the block; of experts
@@ -44,6 +49,9 @@ class Streams:
     targets: np.ndarray | None
     """(N, T, D): what the block gives in the dense model; None where that is not followed."""
 
+    squares: Mapping[str, jax.Array]
+    """Of each position the sum of squares of what `Grams` are of, rows as they are: float32 (D,) or (E, D)."""
+
     raw: Grams | None
     """Of rows as they are; None where these are not summed."""
 
@@ -58,31 +66,31 @@ def stream_blocks(
     batch: int,
     solve: Callable[[int, Block, Grams, Streams], Block],
     recall: Callable[[int, Block], Block | None] | None = None,
-    finish: Callable[[jax.Array, jax.Array | None], None] | None = None,
+    finish: Callable[[jax.Array, jax.Array], None] | None = None,
     packed: Transformer | None = None,
     follow_dense: bool = False,
     raw: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Calls `solve` with each block in turn, on what the blocks that it returned before make of `tokens`.
 
     Args:
       model: with dense weights.
       tokens: int32 (N, T) in [0, V).
-      batch: B, sequences at a time.
+      batch: sequences at a time; see `widen_batch`.
       solve: (number of the layer, block with dense weights, grams, streams) -> the block that the next one follows.
       recall: (number, block with dense weights) -> what `solve` returned for it in an earlier run, or None.
-      finish: called last with X^T X (D, D) float32 of what the head is multiplied by, and with that of rows as they are
-        if these are summed.
+      finish: called last with X^T X (D, D) float32 of what the head is multiplied by, and with the squares (D,) of it.
       packed: the model whose embedding the first block reads, where that is packed already; None for `model`.
       follow_dense: computes what the dense model gives as well, for `Streams.targets`.
-      raw: also sums the rows of X as they are, for `Streams.raw` and `finish`.
+      raw: also has `Streams.raw`.
       progress: called with ("calibrating", layers done, layers in all).
     Raises:
       InputError: activations are not finite, naming the layer.
     """
     config = model.config
     count, length = tokens.shape
+    batch = widen_batch(batch, count)
     starts = range(0, count, batch)
     embed = jax.jit(lambda model, tokens: model.embed_tokens(tokens))
 
@@ -105,7 +113,7 @@ def stream_blocks(
         }
         apply_block(model, replace_weights(block, weights), layer, x)
         owner.update(notes.owner)
-        return notes.grams, notes.counts, notes.raw
+        return notes.grams, notes.counts, notes.squares, notes.raw
 
     @functools.partial(jax.jit, donate_argnums=2)
     def forward(block: Block, layer: jax.Array, x: jax.Array) -> jax.Array:
@@ -118,6 +126,30 @@ def stream_blocks(
         for start in starts:
             stream[start : start + batch] = forward(block, number, read(stream, start))
 
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(sums: Any, more: Any) -> Any:
+        return jax.tree.map(jnp.add, sums, more)
+
+    def look(layer: int, block: Block, number: jax.Array) -> tuple[Grams, Streams]:
+        # A function of its own, so that no matrix outlives the solving of its block.
+        sums = observe(block, number, read(hidden, starts[0]))
+        for start in starts[1:]:
+            sums = add(sums, observe(block, number, read(hidden, start)))
+        for name, index in owner.items():
+            if not all(bool(jnp.all(jnp.isfinite(each[index]))) for each in sums if each):
+                raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
+        grams, counts, squares, unlevel = (
+            {name: each[i] for name, i in owner.items()} if each else {} for each in sums
+        )
+        streams = Streams(
+            inputs=hidden,
+            targets=targets,
+            squares=squares,
+            raw=unlevel if raw else None,
+            counts={name: np.asarray(count) for name, count in counts.items()},
+        )
+        return grams, streams
+
     owner: dict[str, int] = {}
     for layer in range(config.layers):
         block = take_block(model, layer)
@@ -126,18 +158,7 @@ def stream_blocks(
             advance(targets, block, number)
         solved = None if recall is None else recall(layer, block)
         if solved is None:
-            sums: tuple[list[jax.Array], ...] | None = None
-            for start in starts:
-                found = observe(block, number, read(hidden, start))
-                sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-            assert sums is not None
-            grams = {name: sums[0][index] for name, index in owner.items()}
-            counts = {name: np.asarray(sums[1][index]) for name, index in owner.items()}
-            unlevel = {name: sums[2][index] for name, index in owner.items()} if raw else None
-            for name, gram in (*grams.items(), *(unlevel or {}).items()):
-                if not bool(jnp.all(jnp.isfinite(gram))):
-                    raise InputError(f"layer {layer}: what {name} is multiplied by is NaN or infinite in calibration")
-            solved = solve(layer, block, grams, Streams(inputs=hidden, targets=targets, raw=unlevel, counts=counts))
+            solved = solve(layer, block, *look(layer, block, number))
         if layer + 1 < config.layers or finish is not None:
             advance(hidden, solved, number)
         if progress is not None:
@@ -145,13 +166,13 @@ def stream_blocks(
     if finish is not None:
 
         @jax.jit
-        def measure(norm: RMSNorm, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def measure(norm: RMSNorm, x: jax.Array) -> tuple[jax.Array, jax.Array]:
             rows = norm(x)
-            return sum_squares(level_rows(rows)), sum_squares(rows) if raw else None
+            return sum_products(level_rows(rows)), sum_squares(rows)
 
-        last = measure(model.final_norm, read(hidden, 0))
+        last = measure(model.final_norm, read(hidden, starts[0]))
         for start in starts[1:]:
-            last = jax.tree.map(jnp.add, last, measure(model.final_norm, read(hidden, start)))
+            last = add(last, measure(model.final_norm, read(hidden, start)))
         finish(*last)
 
 

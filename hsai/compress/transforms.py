@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hsai.compress.calibrated import Compress, Progress
+from hsai.compress.block_solver import Compress
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import ScaleRow
 from hsai.compress.resume import Workbench
 from hsai.compress.rotation import RotationConfig, rotate_model
 from hsai.compress.scaling import ScalingConfig, apply_scales, find_scales
+from hsai.compress.stream import Progress
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, Packed
 from hsai.formats.storage import named_weights, replace_weights

@@ -54,13 +54,12 @@ def pack_wanda(w: jax.Array, norms: jax.Array, format: FormatConfig) -> Packed:
     return prune_to_mask(w, format.mask(scores), format)
 
 
-def measure_norms(gram: jax.Array) -> jax.Array:
-    """||x_i||_2 of each position, float32 (..., D, 1), from X^T X (..., D, D).
+def measure_norms(squares: jax.Array) -> jax.Array:
+    """||x_i||_2 of each position, float32 (..., D, 1), from the sums of its squares (..., D).
 
     Positions that calibration never excited get next to nothing, as `factorize` has it: they are the first to be
     pruned, among themselves by magnitude. Where none was excited, magnitudes alone decide.
     """
-    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     largest = jnp.max(squares, axis=-1, keepdims=True)
     least = jnp.where(largest > 0, DEAD * largest, 1.0)
     return jnp.sqrt(jnp.where(squares > 0, squares, least))[..., None]

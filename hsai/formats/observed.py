@@ -21,17 +21,18 @@ ROWS = 128
 
 
 class Notes:
-    """Gram matrices of the inputs of observed weights, in which every row counts the same (`level_rows`); weights with
-    the same input share one."""
+    """Gram matrices of the inputs of observed weights, in which every row counts the same (`level_rows`), and sums of
+    squares of rows as they are; weights with the same input share one."""
 
     def __init__(self, *, raw: bool = False) -> None:
         """Args:
-        raw: sums rows as they are as well, each counting by the square of its norm.
+        raw: also has Gram matrices of rows as they are, each counting by the square of its norm.
         """
         self._wants_raw = raw
         self._inputs: list[jax.Array] = []
         self._grams: list[jax.Array] = []
         self._raw: list[jax.Array] = []
+        self._squares: list[jax.Array] = []
         self._counts: list[jax.Array] = []
         self._owner: dict[str, int] = {}
 
@@ -42,7 +43,8 @@ class Notes:
         if index == len(self._inputs):
             self._inputs.append(x)
             for rows, sums in ((level_rows(x), self._grams), *([(x, self._raw)] if self._wants_raw else [])):
-                sums.append(sum_squares(rows) if sizes is None else sum_squares_sorted(rows, sizes))
+                sums.append(sum_products(rows) if sizes is None else sum_products_sorted(rows, sizes))
+            self._squares.append(sum_squares(x, sizes))
             self._counts.append(jnp.asarray(x.size // x.shape[-1] if sizes is None else sizes, jnp.float32))
         if name in self._owner:
             raise ValueError(f"{name} was multiplied by twice in one pass; its inputs would be mixed up")
@@ -57,6 +59,11 @@ class Notes:
     def raw(self) -> list[jax.Array]:
         """The same of rows as they are; empty unless they were asked for."""
         return self._raw
+
+    @property
+    def squares(self) -> list[jax.Array]:
+        """The diagonals of those, which are always there: float32 (D,), or (E, D)."""
+        return self._squares
 
     @property
     def counts(self) -> list[jax.Array]:
@@ -83,13 +90,23 @@ def level_rows(x: jax.Array) -> jax.Array:
     return wide * jnp.where(squares == 0, 0.0, factor)
 
 
-def sum_squares(x: jax.Array) -> jax.Array:
+def sum_squares(x: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
+    """Of each position the sum of x^2 over rows (..., D), float32 (D,); with `sizes`, int32 (E,), over each expert's of
+    rows (R, D) that are sorted by expert, (E, D)."""
+    squares = jnp.square(x.astype(jnp.float32))
+    if sizes is None:
+        return jnp.sum(squares, axis=tuple(range(x.ndim - 1)))
+    owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    return jax.ops.segment_sum(squares, owner, sizes.shape[0])
+
+
+def sum_products(x: jax.Array) -> jax.Array:
     """X^T X of (..., D), float32 (D, D); on a mesh each device has some rows of it."""
     wide = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     return constrain(jnp.matmul(wide.T, wide, precision=jax.lax.Precision.HIGHEST), "gram", None)
 
 
-def sum_squares_sorted(x: jax.Array, sizes: jax.Array) -> jax.Array:
+def sum_products_sorted(x: jax.Array, sizes: jax.Array) -> jax.Array:
     """X^T X of each expert's rows, float32 (E, D, D), of rows (R, D) that are sorted by expert; sizes int32 (E,).
 
     Experts take their rows in blocks of one length, the last of them not full: work and memory are those of all rows
@@ -176,11 +193,7 @@ def _tap_forward(
 def _tap_backward(saved: tuple[jax.Array, jax.Array | None], grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     # No gradient of anything, but a sum over rows that adds up over batches as one does.
     sink, sizes = saved
-    squares = jnp.square(grad.astype(jnp.float32))
-    if sizes is None:
-        return grad, jnp.sum(squares, axis=tuple(range(grad.ndim - 1))).reshape(sink.shape), None
-    owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(grad.shape[0]), side="right")
-    return grad, jax.ops.segment_sum(squares, owner, sizes.shape[0]).reshape(sink.shape), None
+    return grad, sum_squares(grad, sizes).reshape(sink.shape), None
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

@@ -1,15 +1,14 @@
 """llama.cpp's own quantization through llama-cpp-python, with an importance matrix of our calibration text.
 
-llama-imatrix gathers, for every product of a block, the mean square of each input over a text: the diagonals of the
-Gram matrices that our solvers see, but for those counting every token the same. So both sides calibrate on the same
-text. The embedding and the head have no importance there.
+llama-imatrix gathers, for every product of a block, the mean square of each input over a text, of an expert's over the
+tokens that it got: what Wanda's norms are made of here. So both sides calibrate on the same text. The embedding and the
+head have no importance there.
 """
 
 import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.stream import Grams, Streams, stream_blocks
@@ -36,7 +35,8 @@ def read_kind(text: str) -> str:
 
 
 def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) -> dict[str, np.ndarray]:
-    """The mean square of each input of each block's products, float32 (D,) by the tensor's name in GGUF.
+    """The mean square of each input of each block's products, float32 (D,), of experts (E D,), by the tensor's name in
+    GGUF.
 
     Args:
       model: dense.
@@ -46,12 +46,12 @@ def measure_importance(model: Transformer, tokens: np.ndarray, *, batch: int) ->
     found: dict[tuple[str, int], np.ndarray] = {}
 
     def keep(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
-        assert streams.raw is not None
-        for name, gram in streams.raw.items():
-            found[f"layers.{name}", layer] = np.asarray(jnp.diagonal(gram) / tokens.size, np.float32)
+        for name, squares in streams.squares.items():
+            rows = np.maximum(streams.counts[name], 1)[..., None]
+            found[f"layers.{name}", layer] = (np.asarray(squares) / rows).astype(np.float32).reshape(-1)
         return block
 
-    stream_blocks(model, tokens, batch=batch, solve=keep, raw=True)
+    stream_blocks(model, tokens, batch=batch, solve=keep)
     entries = list_entries(ARCHITECTURES["llama"], model.config)
     return {
         entry.name: found[entry.leaf, entry.index[0]]

@@ -1,6 +1,7 @@
 """Calibration sees what the blocks see, and weights solved over it disturb the model less than rounded ones."""
 
 import dataclasses
+import gc
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved
-from hsai.compress.calibrated import BlockSolver, check_observed
+from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved, stream
+from hsai.compress.block_solver import BlockSolver
+from hsai.compress.calibrated import check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.recipe import match_weights
@@ -66,6 +68,45 @@ def test_blocks_are_observed_on_what_reaches_them(model: Transformer) -> None:
         np.testing.assert_allclose(seen[2][name], normed.T @ normed, rtol=2e-4, atol=2e-3)
     assert seen[2]["mlp.down"].shape == (128, 128)
     assert not np.allclose(seen[2]["mlp.gate"], seen[2]["attention.q"], rtol=0.01)
+
+
+def test_memory_holds_one_block_and_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model: one set of matrices while a block is observed and solved, and none behind it, however many
+    layers and windows there are; arrays that are alive whenever a batch is laid out, and as a block is solved."""
+    model = Transformer(dataclasses.replace(CONFIG, layers=5), rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(0).integers(0, 96, (16, 32)).astype(np.int32)
+    real = stream.lay_out
+
+    def count() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays()) - before
+
+    def lay_out(*arguments):
+        at_batches.append(count())
+        return real(*arguments)
+
+    def keep(layer, block, grams, streams):
+        at_blocks.append(count())
+        sizes["grams"] = sum({id(gram): gram.nbytes for gram in grams.values()}.values())
+        sizes["block"] = sum(leaf.nbytes for leaf in jax.tree.leaves(block))
+        return block
+
+    sizes: dict[str, int] = {}
+    monkeypatch.setattr(stream, "lay_out", lay_out)
+    found = []
+    for windows in (4, 16):
+        at_batches: list[int] = []
+        at_blocks: list[int] = []
+        before = 0
+        before = count()
+        stream_blocks(model, tokens[:windows], batch=2, solve=keep)
+        found.append((max(at_batches), max(at_blocks)))
+        assert len(at_batches) == windows // 2 * (1 + 5 + 4) and len(set(at_blocks[1:])) == 1
+    assert found[0] == found[1]
+    batch = 2 * 32 * 64 * 4
+    for most in found[0]:
+        assert most < sizes["block"] + sizes["grams"] + 3 * batch, (most, sizes)
+    assert sizes["grams"] > 3 * batch, "a second set of matrices would not be seen"
 
 
 def test_a_block_follows_what_became_of_the_one_before(model: Transformer) -> None:
@@ -170,7 +211,7 @@ def test_raised_damping_is_told(model: Transformer) -> None:
     gram = np.eye(64, dtype=np.float32)
     gram[0, 1] = gram[1, 0] = 1.05
     w = model.layers.mlp.up.get_value()[0]
-    solver = BlockSolver({"up": jnp.asarray(gram)}, pack_weight)
+    solver = BlockSolver({"up": jnp.asarray(gram)}, {}, pack_weight)
     packing = solver.pack("up", w, Int4Config(group=32), FeedbackConfig(damping=0.001))
     assert packing.damping == pytest.approx(0.1)
     assert packing.note == "damping was raised to 0.1: there is no factor with 0.001"

@@ -161,7 +161,9 @@ def test_moments_of_experts_are_those_of_their_tokens() -> None:
 
     zeros = {name: jnp.zeros((4, *tokens.shape, 64 if name == "down" else 32)) for name in NAMES}
     hidden, back = jax.vjp(forward, zeros)
-    (wanted,) = back(draw_labels(one, hidden, jax.random.fold_in(jax.random.key(3), 0))[0])
+    (wanted,) = back(
+        draw_labels(one, hidden, jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(4)))[0]
+    )
     for name in NAMES:
         squares = np.square(np.asarray(wanted[name], np.float64)).sum(axis=(1, 2))
         assert squares.min() > 0

@@ -297,7 +297,7 @@ def tune_pairs(format, config: ReconstructionConfig):
     dense = named_weights(block)["attention.v"].get_value()
     packed = {"attention.v": format.pack(dense)}
     tuner = Reconstructor(model, config, batch=8, seed=0)
-    streams = Streams(inputs=x, targets=targets, raw=None, counts={})
+    streams = Streams(inputs=x, targets=targets, squares={}, raw=None, counts={})
     (tuned, row), (again, _) = (tuner.tune(0, block, packed, {"attention.v": format}, streams) for _ in range(2))
     held = np.random.default_rng((0, 0)).permutation(8)[: config.count_held(8)]
     chosen = np.arange(64).reshape(8, 8)[held].ravel()

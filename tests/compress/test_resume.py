@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hsai.compress import RecipeConfig, Rule, calibrated, compress
+from hsai.compress import RecipeConfig, Rule, block_solver, calibrated, compress
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import FeedbackConfig
-from hsai.compress.stream import take_block
 from hsai.errors import InputError
 from hsai.formats import Int4Config, Int8Config, NMInt4Config
+from hsai.formats.storage import named_weights
 from hsai.models import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(
@@ -62,7 +62,7 @@ def test_a_killed_run_ends_in_the_same_bits(
 ) -> None:
     whole, ledger, told = run(model, None)
     assert told == ["measuring gradients", "trying formats", "calibrating", "compressing"]
-    real, solved = calibrated.pack_solved, []
+    real, solved = block_solver.pack_solved, []
 
     def fail_in_second_layer(*arguments):
         solved.append(1)
@@ -71,7 +71,7 @@ def test_a_killed_run_ends_in_the_same_bits(
         return real(*arguments)
 
     per_run = 3 * 3 * 2  # each candidate of each layer was tried before
-    monkeypatch.setattr(calibrated, "pack_solved", fail_in_second_layer)
+    monkeypatch.setattr(block_solver, "pack_solved", fail_in_second_layer)
     with pytest.raises(Killed):
         run(model, tmp_path / "bench")
     assert len(list((tmp_path / "bench").glob("layer_*.json"))) == 1
@@ -89,7 +89,7 @@ def test_a_run_that_was_killed_at_its_trials_repeats_none(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, ledger, _ = run(model, None)
-    real, solved = calibrated.pack_solved, []
+    real, solved = block_solver.pack_solved, []
 
     def fail_in_second_layer(*arguments):
         solved.append(1)
@@ -97,17 +97,54 @@ def test_a_run_that_was_killed_at_its_trials_repeats_none(
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(calibrated, "pack_solved", fail_in_second_layer)
+    monkeypatch.setattr(block_solver, "pack_solved", fail_in_second_layer)
     with pytest.raises(Killed):
         run(model, tmp_path / "bench")
     assert [path.name for path in (tmp_path / "bench").glob("*_*")] == ["trials_0000.json"]
     with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
         assert workbench._describe() == "trials of 1 layer"
-    monkeypatch.setattr(calibrated, "pack_solved", lambda *arguments: solved.append(1) or real(*arguments))
+    monkeypatch.setattr(block_solver, "pack_solved", lambda *arguments: solved.append(1) or real(*arguments))
     solved.clear()
     _, again, told = run(model, tmp_path / "bench")
     assert told == ["measuring gradients", "trying formats", "calibrating", "compressing"]
     assert len(solved) == 2 * 3 * 2 + 3 * 7 and again == ledger
+
+
+def test_a_run_that_was_killed_behind_its_layers_solves_none_again(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the head: the layers are recalled, and calibration passes them once. Behind the head: nothing is run."""
+    rule = Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig())
+    recipe = RecipeConfig(rules=(rule,), calibration=CALIBRATION)
+    whole, ledger = compress(model, recipe, calibration=TOKENS)
+    assert [row.weight for row in ledger.layers if row.layer is None] == ["embed"]
+    real, count = block_solver.pack_solved, [0]
+
+    def fail(*arguments):
+        count[0] += 1
+        if count[0] == limit:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(block_solver, "pack_solved", fail)
+    limit = 3 * 7 + 1
+    with Workbench(tmp_path / "bench", {}) as workbench, pytest.raises(Killed):
+        compress(model, recipe, calibration=TOKENS, workbench=workbench)
+    monkeypatch.setattr("hsai.compress.one_shot.measure_error", lambda *_: 1 / 0)
+    limit, count[0] = 100, 0
+    with Workbench(tmp_path / "bench", {}) as workbench, pytest.raises(ZeroDivisionError):
+        assert workbench.found == "3 solved layers"
+        compress(model, recipe, calibration=TOKENS, workbench=workbench)
+    assert count[0] == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(block_solver, "pack_solved", lambda *_: 1 / 0)
+    monkeypatch.setattr(calibrated, "stream_blocks", lambda *_, **__: 1 / 0)
+    with Workbench(tmp_path / "bench", {}) as workbench:
+        assert workbench.found == "3 solved layers, the head"
+        again, ledger_again = compress(model, recipe, calibration=TOKENS, workbench=workbench)
+    assert ledger_again.to_dict() == ledger.to_dict()
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> None:
@@ -167,12 +204,13 @@ def test_a_layer_without_its_json_is_not_there(model: Transformer, tmp_path: Pat
     run(model, tmp_path / "bench")
     with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
         assert workbench.found == "3 solved layers, trials of 3 layers, its allocation"
-        block = take_block(model, 1)
-        assert workbench.load_layer(1, block) is not None
+        shapes = {name: p.get_value().shape[1:] for name, p in named_weights(model).items() if "norm" not in name}
+        shapes = {name: shape for name, shape in shapes.items() if name.startswith("layers.")}
+        solved = workbench.load_layer(1, shapes)
+        assert solved is not None and set(solved.weights) == set(shapes) and len(solved.rows) == 7
         (tmp_path / "bench" / "layer_0001.json").unlink()
-        assert workbench.load_layer(1, block) is None
-        other = Transformer(dataclasses.replace(CONFIG, mlp=64), rngs=nnx.Rngs(0))
+        assert workbench.load_layer(1, shapes) is None
         with pytest.raises(InputError, match="do not fit"):
-            workbench.load_layer(0, take_block(other, 0))
+            workbench.load_layer(0, shapes | {"layers.mlp.up": (64, 64)})
         workbench.remove()
     assert not (tmp_path / "bench").exists()

@@ -95,7 +95,7 @@ def test_a_mask_of_another_takes_no_place_for_what_is_apart(mask: str) -> None:
     config = FeedbackConfig(mask=mask)  # type: ignore[arg-type]
     factor = find_factor(jnp.asarray(gram), format, config)
     assert isinstance(factor, Factor)
-    norms = measure_norms(jnp.asarray(gram)) if mask == "wanda" else None
+    norms = measure_norms(jnp.asarray(np.diagonal(gram))) if mask == "wanda" else None
     packed = pack_solved(jnp.asarray(w), factor, format, config, norms)
     (apart,) = packed.index[:, 0].tolist()
     rest = np.abs(w if norms is None else w * np.sqrt(np.diagonal(gram))[:, None])

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress.calibrated import BlockSolver
+from hsai.compress.block_solver import BlockSolver
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.solvers import FeedbackConfig
 from hsai.formats import Int4Config, project, to_dense
-from hsai.formats.observed import Notes, Observed, level_rows, sum_squares
+from hsai.formats.observed import Notes, Observed, level_rows, sum_products
 
 
 def draw_rows(*shape: int) -> np.ndarray:
@@ -37,12 +37,12 @@ def test_what_is_not_finite_is_seen_in_the_sums(bad: float) -> None:
     """1e30 has no square: a row whose norm is infinite must not pass for one of zeros."""
     x = draw_rows(6, 8)
     x[2, 3] = bad
-    assert not np.isfinite(sum_squares(level_rows(jnp.asarray(x)))).all()
+    assert not np.isfinite(sum_products(level_rows(jnp.asarray(x)))).all()
 
 
 @pytest.mark.parametrize("raw", [True, False])
 def test_notes_are_sums_over_level_rows(raw: bool) -> None:
-    """And over rows as they are, where these are asked for."""
+    """And over rows as they are, where these are asked for; their squares are always there."""
     x, w = draw_rows(4, 9, 8), draw_rows(8, 5)
     notes = Notes(raw=raw)
     y = project(jnp.asarray(x), Observed(jnp.asarray(w), "up", notes), out_axes=(None, None, None))
@@ -52,6 +52,7 @@ def test_notes_are_sums_over_level_rows(raw: bool) -> None:
         flat = np.asarray(rows, np.float64).reshape(-1, 8)
         np.testing.assert_allclose(grams[0], flat.T @ flat, rtol=0, atol=1e-5 * (flat.T @ flat).max())
     assert len(notes.raw) == raw
+    np.testing.assert_allclose(notes.squares[0], np.square(x, dtype=np.float64).sum(axis=(0, 1)), rtol=1e-5)
 
 
 def test_one_enormous_token_does_not_decide_for_all() -> None:
@@ -63,7 +64,7 @@ def test_one_enormous_token_does_not_decide_for_all() -> None:
     others = np.delete(x, 17, axis=0).astype(np.float64)
     errors = []
     for rows in (level_rows(jnp.asarray(x)), jnp.asarray(x)):
-        solver = BlockSolver({"up": sum_squares(rows)}, pack_weight)
+        solver = BlockSolver({"up": sum_products(rows)}, {}, pack_weight)
         held = to_dense(solver.pack("up", jnp.asarray(w), Int4Config(group=32), FeedbackConfig()).weight)
         errors.append(np.linalg.norm(others @ (w - np.asarray(held, np.float64))))
     assert errors[0] < 0.8 * errors[1], errors

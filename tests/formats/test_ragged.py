@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hsai.formats import Int8Config, project_sorted
-from hsai.formats.observed import ROWS, Notes, Observed, Tapped, sum_squares_sorted
+from hsai.formats.observed import ROWS, Notes, Observed, Tapped, sum_products_sorted
 
 SIZES = [(3, 0, 5, 1), (0, 0, 0, 0), (0, 0, 12, 0), (1, 1, 1, 1)]
 
@@ -25,7 +25,7 @@ def draw(rows: int, *shape: int) -> tuple[np.ndarray, np.ndarray]:
 def test_each_experts_rows_have_a_matrix(sizes: tuple[int, ...]) -> None:
     """Blocks that are full, ragged, empty; and rows behind the last expert's, which are nobody's."""
     x, _ = draw(max(ROWS + 44, sum(sizes) + 7) if sum(sizes) > 20 else 14, 4, 6, 1)
-    found = sum_squares_sorted(jnp.asarray(x), jnp.asarray(sizes))
+    found = sum_products_sorted(jnp.asarray(x), jnp.asarray(sizes))
     wanted = np.stack([part.T.astype(np.float64) @ part for part in split(x, sizes)])
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
 
@@ -55,6 +55,8 @@ def test_those_that_look_on_note_inputs_and_gradients() -> None:
         np.testing.assert_array_equal(y, plain)
     assert notes.owner == {"gate": 0, "up": 0} and len(notes.raw) == 1, "one input, one matrix"
     np.testing.assert_allclose(notes.raw[0], [part.T @ part for part in split(x, sizes)], rtol=1e-5, atol=1e-5)
+    squares = [np.square(part).sum(axis=0) for part in split(x, sizes)]
+    np.testing.assert_allclose(notes.squares[0], squares, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(notes.counts[0], sizes)
 
     def run(sink: jax.Array, rows: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The weights of one block, each solved over what it is multiplied by (`hsai.compress.solved`, `hsai.compress.wanda`).
 
-A weight whose solve fails, for want of a factor or because its numbers run away, is tried again with more damping and at
-last rounded plainly.
+A weight whose solve fails, for want of a factor or because its numbers run away, is tried again with more damping and
+at last rounded plainly.
 
 D contraction, F outputs, E experts.
 """

@@ -6,9 +6,9 @@ errors are then smaller by s, and its neighbours' a little larger, for the scale
 best is searched (section 3.2, eqs. 4 and 5): s = a^alpha, with a the channel's activations and alpha one number for all
 that reads the same channels, by the output error of what the recipe's formats make of it.
 
-Here a is the root mean square over calibration, and not the mean magnitude, each token's channels scaled to one norm as
-the solvers have them (`hsai.formats.observed.level_rows`), so that with their Gram matrix X^T X everything is known: the
-output error of v is tr((w - v)^T X^T X (w - v)).
+Here a is the root mean square over calibration, and not the mean magnitude, each token's channels scaled to one norm
+as the solvers have them (`hsai.formats.observed.level_rows`), so that with their Gram matrix X^T X everything is known:
+the output error of v is tr((w - v)^T X^T X (w - v)).
 
 What is found of a layer is kept (`hsai.compress.resume`): a search that is killed goes on at the layer it was in.
 

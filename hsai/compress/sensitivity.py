@@ -16,7 +16,6 @@ tokens; the gradient of the head is known: E[g_f^2] = p_f (1 - p_f).
 B batch, T query, D contraction, F outputs, V vocabulary, C positions in a chunk.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -77,52 +76,51 @@ def measure_sensitivities(
       InputError: gradients are not finite; see `stream_blocks` and `check_observed`.
     """
     blocks = {name: found for name, found in candidates.items() if name.startswith("layers.")}
-
-    @functools.cache
-    def find_moments() -> Moments:  # not before they are needed: an earlier run may have left all prices
-        return sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
-
-    items: list[Item] = []
     tables = [name for name in candidates if name not in blocks]
-    if tables:
-        priced = None if workbench is None else workbench.load_trials(None)
-        if priced is None:
-            priced = [_price_table(model, name, *candidates[name], find_moments(), tokens, plain) for name in tables]
-            if workbench is not None:
-                workbench.save_trials(None, priced)
-        items += priced
+    places = [*([None] if tables else []), *(range(model.config.layers) if blocks else [])]
+    found: dict[int | None, list[Item]] = {}
+    for place in places:
+        kept = None if workbench is None else workbench.load_trials(place)
+        if kept is not None:
+            found[place] = kept
+    if len(found) < len(places):
+        moments = sum_gradients(model, list(blocks), tokens, batch=batch, seed=seed, progress=progress)
+
+    def keep(place: int | None, items: list[Item]) -> None:
+        found[place] = items
+        if workbench is not None:
+            workbench.save_trials(place, items)
 
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
         assert streams.raw is not None
         params, solver = named_weights(block), BlockSolver(grams, streams.squares, plain, layer=layer)
-        first = len(items)
+        items = []
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
-            w, moment, options = params[name].get_value(), find_moments()[full][layer], []
+            w, options = params[name].get_value(), []
             for format in formats:
                 packed = solver.pack(name, w, format, config).weight
-                loss = _price(w, packed, streams.raw[name], moment, streams.counts[name], tokens.size)
+                loss = _price(w, packed, streams.raw[name], moments[full][layer], streams.counts[name], tokens.size)
                 options.append(Option(format=format, bytes=nbytes(packed), loss=keep_finite(loss)))
             items.append(Item(weight=full, layer=layer, options=tuple(options)))
-        if workbench is not None:
-            workbench.save_trials(layer, items[first:])
+        keep(layer, items)
         return block
 
     def recall(layer: int, block: Block) -> Block | None:
-        found = None if workbench is None else workbench.load_trials(layer)
-        items.extend(found or ())
-        return None if found is None else block
+        return block if layer in found else None
 
     def report(_: str, done: int, total: int) -> None:
         if progress is not None:
             progress("trying formats", done, total)
 
-    if blocks:
+    if tables and None not in found:
+        keep(None, [_price_table(model, name, *candidates[name], moments, tokens, plain) for name in tables])
+    if len(found) < len(places):
         # Solved for level rows, as it will be, and priced for rows as they are: what an error adds to the divergence
         # grows with the activations that it is multiplied by.
         stream_blocks(model, tokens, batch=batch, solve=try_block, recall=recall, raw=True, progress=report)
-    return items
+    return [item for place in places for item in found[place]]
 
 
 def sum_gradients(
@@ -178,9 +176,9 @@ def sum_gradients(
 
 
 def draw_labels(model: Transformer, hidden: jax.Array, keys: jax.Array) -> tuple[jax.Array, ...]:
-    """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position, by
-    the sequence's own of `keys` (B,); the sum of p (1 - p), float32 (V,); and those of x x^T, float32 (D, D), as x is
-    and of level rows. Logits exist for a chunk at a time."""
+    """Of hidden states (B, T, D): the gradient (B, T, D) of -log p(label) with a label drawn from p at each position,
+    by the sequence's own of `keys` (B,); the sum of p (1 - p), float32 (V,); and those of x x^T, float32 (D, D), as x
+    is and of level rows. Logits exist for a chunk at a time."""
     batch, length, width = hidden.shape
     chunk = min(CHUNK, length)
     padded = jnp.pad(hidden, ((0, 0), (0, -length % chunk), (0, 0)))

@@ -1,7 +1,6 @@
 """A run that is killed goes on where it was, and ends in the same bits; what does not belong to it is not used."""
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 import jax

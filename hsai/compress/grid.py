@@ -128,7 +128,7 @@ def search_scale(w: jax.Array, importance: jax.Array | float, grid: Grid) -> jax
     One after the other, so that the search needs the memory of a few copies of w, however many there are. Of a grid
     with signed scales (`Grid.is_signed`) the largest magnitude goes to the side of the lowest level, as in ggml's Q4_0:
     of normal and Student-t weights that takes a tenth off the squared error that positive scales leave, and trying both
-    signs would take no more (`tests/compress/test_quantize.py`).
+    signs would take no more (`tests/compress/test_plain.py`).
 
     Args:
       w: float32, groups of G positions that share a scale.

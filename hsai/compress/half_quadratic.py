@@ -22,10 +22,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from hsai.compress.grid import Grid, grid_of
-from hsai.compress.held import find_mask, find_scale, split_groups
+from hsai.compress.grid import Grid
 from hsai.errors import InputError
-from hsai.formats import FormatConfig, Weight
 from hsai.formats.packed import invert_scale
 
 STRENGTH, GROWTH = 3.0, 1.01
@@ -51,22 +49,6 @@ class HalfQuadraticConfig:
             raise InputError(f"solver norm={self.norm:g} must be above 0 and below 1")
         if self.iterations < 1:
             raise InputError(f"solver iterations={self.iterations} must be at least 1")
-
-
-def pack_half_quadratic(w: jax.Array, format: FormatConfig, config: HalfQuadraticConfig) -> Weight:
-    """A weight (D, F) in a format with scales, of which the search begins with the nearest solver's; a sparse format
-    keeps the largest magnitudes."""
-    grid = grid_of(format)
-    assert grid is not None, f"{format} has no scales"
-    w = w.astype(jnp.float32)
-    mask = find_mask(w, format)
-    start = find_scale(w, format, mask)
-    assert start is not None
-    groups = split_groups(w if mask is None else jnp.where(mask, w, 0.0), grid.group)
-    scale = refine_scale(groups, start[..., None, :], grid, config)[..., 0, :]
-    words = {"scale": scale} | ({} if mask is None else {"mask": mask})
-    packed: Weight = format.pack(w, **words)
-    return packed
 
 
 def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadraticConfig) -> jax.Array:

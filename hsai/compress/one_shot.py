@@ -18,31 +18,22 @@ import numpy as np
 
 from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import SolvedLayers, solve_layers
-from hsai.compress.grid import grid_of
-from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
+from hsai.compress.half_quadratic import HalfQuadraticConfig
+from hsai.compress.held import find_mask
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.limits import check_finite, check_held, check_range
-from hsai.compress.prune import prune
-from hsai.compress.quantize import map_layers, round_codes, round_int8
+from hsai.compress.plain import map_layers, pack_to_mask
 from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights, reads_calibration
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import CalibratedConfig, NearestConfig, PlainConfig
 from hsai.compress.transforms import transform_model
 from hsai.formats import (
-    DenseConfig,
     FormatConfig,
-    Int2Config,
-    Int3Config,
-    Int4Config,
-    Int4OffsetConfig,
-    Int8Config,
     Outliers,
     OutliersConfig,
     Packed,
     Runs,
-    SparseConfig,
-    TernaryConfig,
     Weight,
     nbytes,
     stack_layers,
@@ -204,19 +195,8 @@ def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEARES
     """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
     if isinstance(format, OutliersConfig):
         return map_layers(functools.partial(_keep_outliers, format=format, solver=solver), w)
-    if isinstance(solver, HalfQuadraticConfig) and grid_of(format) is not None:
-        return map_layers(lambda layer: pack_half_quadratic(layer, format, solver), w)
-    match format:
-        case DenseConfig():
-            return format.pack(w)
-        case Int8Config():
-            return round_int8(w, format)
-        case Int4Config() | Int4OffsetConfig() | Int3Config() | Int2Config():
-            return round_codes(w, format)
-        case TernaryConfig():
-            return map_layers(format.pack, w)
-        case SparseConfig():
-            return prune(w, format)
+    refine = solver if isinstance(solver, HalfQuadraticConfig) else None
+    return map_layers(lambda layer: pack_to_mask(layer, format, find_mask(layer, format), refine), w)
 
 
 def _keep_outliers(w: jax.Array, format: OutliersConfig, solver: PlainConfig) -> Outliers:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.folds import WRITERS, Weights, norm_folds, read_gain, scale_rows, store_gain
-from hsai.compress.quantize import map_layers
+from hsai.compress.plain import map_layers
 from hsai.errors import InputError
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer, TransformerConfig

@@ -1,6 +1,6 @@
 """Solvers by their names: how the weights that a rule decides for are compressed.
 
-What they stand for is in `hsai.compress.quantize`, `prune`, `half_quadratic`, `wanda`, and `calibrated`.
+What they stand for is in `hsai.compress.plain`, `half_quadratic`, `solver`, and `wanda`.
 """
 
 import dataclasses

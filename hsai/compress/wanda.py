@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from hsai.compress.factor import DEAD
-from hsai.compress.prune import prune_to_mask
+from hsai.compress.plain import pack_to_mask
 from hsai.formats import FormatConfig, OutliersConfig, Packed, SparseConfig
 
 
@@ -48,10 +48,13 @@ def pack_wanda(w: jax.Array, norms: jax.Array, format: FormatConfig) -> Packed:
         index = format.find_largest(scores)
         base = format.base
         assert isinstance(base, SparseConfig), f"{base} prunes nothing"
-        rest = prune_to_mask(format.rest(w, index), base.mask(format.rest(scores, index)), base)
+        rest = pack_to_mask(format.rest(w, index), base, base.mask(format.rest(scores, index)))
+        assert isinstance(rest, Packed)
         return format.join(w, index, rest)
     assert isinstance(format, SparseConfig), f"{format} prunes nothing"
-    return prune_to_mask(w, format.mask(scores), format)
+    kept = pack_to_mask(w, format, format.mask(scores))
+    assert isinstance(kept, Packed)
+    return kept
 
 
 def measure_norms(squares: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import pytest
 
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.grid import Grid, grid_of, search_scale
-from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic, refine_scale
+from hsai.compress.half_quadratic import HalfQuadraticConfig, refine_scale
 from hsai.compress.ledger import name_format
 from hsai.compress.one_shot import pack_weight
 from hsai.configuration import from_dict, to_dict
@@ -175,7 +175,7 @@ def test_zero_groups_and_stacks() -> None:
     w = jnp.asarray(draw("heavy", 2, 64, 8)).at[0, :32].set(0.0)
     packed = pack_weight(w, Int4Config(group=32), CONFIG)
     assert not np.asarray(packed.dense()[0, :32]).any() and bool(jnp.all(jnp.isfinite(packed.scale)))
-    alone = pack_half_quadratic(w[1], Int4Config(group=32), CONFIG)
+    alone = pack_weight(w[1], Int4Config(group=32), CONFIG)
     np.testing.assert_array_equal(packed.dense()[1], alone.dense())
 
 

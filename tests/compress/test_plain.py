@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from hsai.compress.grid import Grid, grid_of
 from hsai.compress.grid import search_scale as search_grid
-from hsai.compress.prune import prune
-from hsai.compress.quantize import round_codes, round_int8, search_scale
+from hsai.compress.held import find_scale
+from hsai.compress.ledger import name_format
+from hsai.compress.one_shot import pack_weight
 from hsai.formats import (
     Int2Config,
     Int3Config,
@@ -45,7 +46,7 @@ def draw(seed: int, kind: str) -> np.ndarray:
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]), config=st.sampled_from(CODES))
 def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, kind: str, config) -> None:
     w, grid = draw(seed, kind), grid_of(config)
-    found = group_errors(w, round_codes(jnp.asarray(w), config).dense())
+    found = group_errors(w, pack_weight(jnp.asarray(w), config).dense())
     plain = group_absmax(jnp.asarray(w), GROUP) / grid.high
     if grid.is_signed:  # the lowest level for the largest magnitude, whatever its sign
         groups = w.reshape(-1, GROUP, w.shape[-1])
@@ -60,7 +61,7 @@ def test_no_group_is_rounded_worse_than_by_any_share_of_its_largest(seed: int, k
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(["normal", "heavy"]))
 def test_no_group_is_rounded_worse_than_by_its_span(seed: int, kind: str) -> None:
     w, config = jnp.asarray(draw(seed, kind)), Int4OffsetConfig(group=GROUP)
-    found, plain = (group_errors(np.asarray(w), value.dense()) for value in (round_codes(w, config), config.pack(w)))
+    found, plain = (group_errors(np.asarray(w), value.dense()) for value in (pack_weight(w, config), config.pack(w)))
     assert (found <= plain * (1 + 1e-5)).all() and found.sum() < 0.97 * plain.sum()
 
 
@@ -68,7 +69,7 @@ def test_no_group_is_rounded_worse_than_by_its_span(seed: int, kind: str) -> Non
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
 def test_the_search_is_worth_its_while(kind: str, make) -> None:
     w, config = draw(0, kind), make(group=GROUP)
-    plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), round_codes(w, config)))
+    plain, found = (group_errors(w, value.dense()).sum() for value in (config.pack(w), pack_weight(w, config)))
     assert 0.05 < 1 - found / plain < 0.35
 
 
@@ -103,7 +104,7 @@ def test_centered_levels_are_what_the_formats_say_they_are_for() -> None:
 
     groups = w.reshape(-1, 64, 64)
     for config, low, table, worse in ((Int2Config(group=64), -2, 0.345, 1.1), (Int3Config(group=64), -4, 0.194, 1.03)):
-        centered = miss(round_codes(w, config).dense())
+        centered = miss(pack_weight(w, config).dense())
         assert 0.93 * table < centered < table
         lopsided = Grid(low=low, high=-low - 1, group=64, dtype="bfloat16")
         largest = jnp.max(jnp.abs(groups), axis=1, keepdims=True) / lopsided.high
@@ -123,35 +124,36 @@ def test_representable_weights_stay_exact(least: int, largest: int) -> None:
     codes = rng.integers(least, max(largest, 7) + 1, (128, 4)).astype(np.float32)
     codes[::GROUP] = largest
     w = codes * np.repeat(2.0 ** rng.integers(-9, 2, (4, 4)), GROUP, axis=0).astype(np.float32)
-    np.testing.assert_array_equal(round_codes(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
+    np.testing.assert_array_equal(pack_weight(jnp.asarray(w), Int4Config(group=GROUP)).dense(), w)
 
 
 @pytest.mark.parametrize("config", CODES, ids=lambda c: c.format)
 def test_groups_of_zeros_have_scale_zero(config) -> None:
-    assert not search_scale(jnp.zeros((64, 3)), config).any()
-    assert not round_codes(jnp.zeros((64, 3)), config).dense().any()
+    assert not find_scale(jnp.zeros((64, 3)), config).any()
+    assert not pack_weight(jnp.zeros((64, 3)), config).dense().any()
 
 
 @pytest.mark.parametrize(
-    ("pack", "config"),
+    "config",
     [
-        (round_int8, Int8Config()),
-        (round_codes, Int4Config(group=GROUP)),
-        (round_codes, Int4OffsetConfig(group=GROUP)),
-        (round_codes, Int3Config(group=GROUP)),
-        (round_codes, Int2Config(group=GROUP)),
-        (prune, NMConfig(n=2)),
-        (prune, NMInt8Config(n=2)),
-        (prune, NMInt4Config(n=2, group=GROUP)),
+        Int8Config(),
+        Int4Config(group=GROUP),
+        Int4OffsetConfig(group=GROUP),
+        Int3Config(group=GROUP),
+        Int2Config(group=GROUP),
+        TernaryConfig(group=GROUP),
+        NMConfig(n=2),
+        NMInt8Config(n=2),
+        NMInt4Config(n=2, group=GROUP),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=name_format,
 )
-def test_a_stack_is_packed_layer_by_layer(pack, config) -> None:
+def test_a_stack_is_packed_layer_by_layer(config) -> None:
     w = jnp.stack([jnp.asarray(draw(seed, "heavy")[:64]) for seed in range(3)])
-    together = pack(w, config)
+    together = pack_weight(w, config)
     assert together.shape == w.shape
     for layer in range(3):
-        alone = pack(w[layer], config)
+        alone = pack_weight(w[layer], config)
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[layer], together), alone)  # noqa: B023
 
 
@@ -159,9 +161,9 @@ def test_pruning_keeps_the_largest_and_scales_for_them_alone() -> None:
     w = jnp.asarray(draw(1, "normal"))
     w = w[:64]
     mask = nm_mask(w, 2, 4)
-    np.testing.assert_array_equal(prune(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
-    packed = prune(w, NMInt4Config(group=GROUP))
-    np.testing.assert_array_equal(packed.scale, search_scale(jnp.where(mask, w, 0), NMInt4Config(group=GROUP)))
+    np.testing.assert_array_equal(pack_weight(w, NMConfig(dtype="float32")).dense(), jnp.where(mask, w, 0))
+    packed = pack_weight(w, NMInt4Config(group=GROUP))
+    np.testing.assert_array_equal(packed.scale, find_scale(w, NMInt4Config(group=GROUP), mask))
     kept = np.asarray(jnp.where(mask, w, 0))
     plain = NMInt4Config(group=GROUP).pack(w).dense()
     assert (group_errors(kept, packed.dense()) <= group_errors(kept, plain) * (1 + 1e-5)).all()

@@ -70,8 +70,14 @@ class Option:
     bytes: int
     """What its arrays would hold."""
 
-    loss: float
-    """The sensitivity: by how much the model's loss is expected to rise, in nats a token."""
+    loss: float | None
+    """The sensitivity: by how much the model's loss is expected to rise, in nats a token; None where that came out as
+    no number."""
+
+    @property
+    def price(self) -> float:
+        """`loss`, of which one that is no number is taken to be infinite."""
+        return math.inf if self.loss is None else self.loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,8 +104,8 @@ def check_budget(budget: int, least: int) -> None:
 
 
 def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """The index of the option that each item gets: of all choices within the budget one with the least sum of losses,
-    a NaN counted as an infinite one, and of those one with the fewest bytes.
+    """The index of the option that each item gets: of all choices within the budget one with the fewest losses that
+    are no numbers, of those one with the least sum of the others, and of those one with the fewest bytes.
 
     Where the budget is more than `UNITS` of the sizes' greatest common divisor, what an option takes beyond its item's
     smallest is rounded up to 1 / UNITS of it: the choice is then the best of a budget that is smaller by at most as
@@ -112,7 +118,9 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
       InputError: the smallest options exceed it.
     """
     sizes = [np.array([option.bytes for option in item]) for item in items]
-    losses = [np.nan_to_num([option.loss for option in item], nan=np.inf, posinf=np.inf) for item in items]
+    known = [option.loss for item in items for option in item if option.loss is not None]
+    worst = 1.0 + 2.0 * sum(known)  # more than all of the others together: where one must be taken, they still count
+    losses = [np.array([min(option.price, worst) for option in item]) for item in items]
     least = sum(int(size.min()) for size in sizes)
     check_budget(budget, least)
     left = min(budget, sum(int(size.max()) for size in sizes)) - least

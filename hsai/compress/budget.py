@@ -61,7 +61,7 @@ def spend_budget(
     items = measure_sensitivities(
         model, candidates, windows, batch=batch, seed=seed, plain=plain, workbench=workbench, progress=progress
     )
-    best = [min(item.options, key=lambda option: (option.loss, option.bytes)) for item in items]
+    best = [min(item.options, key=lambda option: (option.price, option.bytes)) for item in items]
     return Allocation(
         budget=budget,
         least=rest + sum(min(option.bytes for option in item.options) for item in items),

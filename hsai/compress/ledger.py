@@ -170,9 +170,10 @@ class Allocation:
         return found
 
     @property
-    def loss(self) -> float:
-        """The sum of what was measured for the choice, in nats a token: a forecast of the divergence."""
-        return sum(option.loss for option in self.options)
+    def loss(self) -> float | None:
+        """The sum of what was measured for the choice, in nats a token: a forecast of the divergence; None where that
+        of one is no number."""
+        return sum_losses(self.options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the totals, and for each item its choice and all candidates."""
@@ -206,8 +207,15 @@ class Allocation:
             for layer, option in choices:
                 layers.setdefault(name_format(option.format), []).extend([] if layer is None else [layer])
             formats = [f"{name}: {name_ranges(numbers)}" if numbers else name for name, numbers in layers.items()]
-            table.add_row(weight, "; ".join(formats), f"{sum(option.loss for _, option in choices):.2g}")
+            loss = sum_losses([option for _, option in choices])
+            table.add_row(weight, "; ".join(formats), "no number" if loss is None else f"{loss:.2g}")
         return table
+
+
+def sum_losses(options: Sequence[Option]) -> float | None:
+    """What they cost together; None where that of one is no number."""
+    losses = [option.loss for option in options if option.loss is not None]
+    return sum(losses) if len(losses) == len(options) else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

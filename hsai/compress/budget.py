@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.allocate import AllocationConfig, choose
+from hsai.compress.allocate import Allocation, AllocationConfig, choose
 from hsai.compress.calibrated import Compress, Progress
-from hsai.compress.ledger import Allocation
 from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
 from hsai.compress.solvers import NearestConfig

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.grid import Pattern, pattern_of
-from hsai.compress.ledger import BlockRow, LayerRow, keep_finite, name_format
+from hsai.compress.ledger import BlockRow, LayerRow, keep_finite
 from hsai.compress.limits import check_held
+from hsai.compress.names import name_format
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solved import Factor, find_factor, pack_solved

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai.compress.allocate import Allocation
 from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import SolvedLayers, solve_layers
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
-from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
+from hsai.compress.ledger import Ledger, LedgerRow
 from hsai.compress.limits import check_finite, check_held, check_range
+from hsai.compress.names import name_format, name_formats
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
 from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights, reads_calibration

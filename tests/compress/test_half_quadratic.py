@@ -8,7 +8,7 @@ import pytest
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.grid import Grid, grid_of, search_scale
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic, refine_scale
-from hsai.compress.ledger import name_format
+from hsai.compress.names import name_format
 from hsai.compress.one_shot import pack_weight
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError

@@ -85,8 +85,8 @@ def draw_sensitivities(choices: Sequence[dict[str, Any]]) -> str:
         axes.plot(steps, _hide_zeros([row["loss"] for row in rows]), "o", color=color, markersize=4)
         unknown = [row["layer"] for row in rows if row["loss"] is None]
         # Clipped, half of each mark would be outside.
-        bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(unknown, [0.0] * len(unknown), "x", color=color, markersize=9, **bottom)
+        bottom = axes.get_xaxis_transform()
+        axes.plot(unknown, [0.0] * len(unknown), "x", color=color, markersize=9, transform=bottom, clip_on=False)
     axes.set_yscale("log")
     axes.set_xlabel("layer", color=MUTED)
     axes.set_ylabel("nats a token: smallest candidate, and choice (points)", color=MUTED)

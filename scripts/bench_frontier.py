@@ -2,17 +2,20 @@
 """Perplexity against bytes: bundles that `hsai compress` made beside llama.cpp's quantizations of the same model.
 
     python scripts/bench_frontier.py MODEL BUNDLE ... [--calibration TEXT --text HELDOUT]
-        [--kinds Q4_K_M IQ2_XS/IQ4_NL ...] [--chunks 32] [--window 512] [--json FILE] [--quick]
+        [--kinds Q4_K_M IQ2_XS/IQ4_NL ...] [--chunks 32] [--window 512] [--json FILE [--resume]] [--quick]
 
 MODEL is the dense one (what `hsai compress` takes). llama.cpp quantizes it, written as float32, with an importance
 matrix of the calibration text, and measures its own files; hsai measures MODEL and each BUNDLE. A kind is what
 llama-quantize calls so, by itself or with the kind of its table behind a slash. All read the same chunks of the
 held-out text, spread evenly over it. Without texts they are those of the corpus that MODEL was trained on, as for
 `hsai compress`. llama.cpp multiplies by quantized weights with activations of 8 bits; hsai is measured with float32
-ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on other
-tokens is refused, and chunks that stand in the calibration text are left out. Ratios to the dense model are of each
-side's own, with the standard error of the differences, token by token. Bytes are those of all weights, norm gains
-included; --quick takes 4 chunks and one kind.
+ones and, where a bundle's weights are of integers, with those of 8 bits as well. A bundle that was calibrated on
+another text is refused; llama.cpp's matrix is of the same windows as the bundles', and where they saw different ones of
+the largest calibration among them: rows say how many tokens each saw. Chunks that stand in the calibration text are
+left out. Ratios to the dense model are of each side's own, with the standard error of the differences, token by token.
+Bytes are those of all weights, norm gains included; --quick takes 4 chunks and one kind.
+FILE is written line by line. With --resume, the same command of the same hsai leaves the lines that are in it, but for
+those of the dense model, without whose losses there are no ratios, and of bundles that have changed.
 Needs llama-cpp-python: pip install '.[peers]'.
 """
 
@@ -22,27 +25,35 @@ import dataclasses
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from bench.frontier import check_calibration, choose_chunks, digest
+from bench.frontier_record import (
+    NOTHING,
+    FrontierRecord,
+    Row,
+    choose_calibration,
+    choose_chunks,
+    describe_bundle,
+    digest,
+    list_calibrations,
+)
 from bench.llama_quantize import KINDS, measure_importance, quantize, read_kind
 from bench.perplexities import cut_text, measure_llama, measure_ours, open_llama
 
 from hsai.cli.corpora import open_own_corpus
 from hsai.compress.calibration import CalibrationConfig, draw_windows
+from hsai.configuration import to_dict
 from hsai.errors import InputError
 from hsai.evaluate.metrics import Metric, compare
 from hsai.evaluate.perplexity import read_text
 from hsai.export.gguf import export_gguf
 from hsai.export.source import ModelSource, inspect_model, open_model
-from hsai.files import write_json_atomic
 from hsai.formats import nbytes
 from hsai.formats.activations import take_activations
 from hsai.formats.storage import named_weights
-from hsai.machine import describe_machine
+from hsai.machine import describe_machine, digest_sources
 from hsai.progress import ProgressBar, say
 
 
@@ -57,15 +68,25 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=32)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
+    try:
+        _measure(arguments)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    if arguments.resume and arguments.json is None:
+        raise InputError("--resume goes on with the record of --json FILE; give one")
     kinds = arguments.kinds[:1] if arguments.quick else arguments.kinds
     source = open_model(arguments.model)
     texts = _read_texts(source, arguments)
-    for path in arguments.bundles:
-        check_calibration(path.name, inspect_model(path).origin, texts.calibration)
+    abouts, calibrations = _inspect(arguments.bundles, texts.calibration)
+    config = choose_calibration(calibrations)
+    windows = draw_windows(texts.calibration, config) if kinds else None
     size = sum(param.get_value().size for param in named_weights(source.model).values())
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, ProgressBar() as progress:
         dense = Path(scratch) / "dense.gguf"
         export_gguf(dense, source, dtype="f32")
@@ -75,52 +96,80 @@ def main() -> None:
         pairs = choose_chunks(pairs, most, texts.calibration)
         if len(pairs) < most:
             say(f"{len(pairs)} chunks are left of the {most} that were asked for: others stand in the calibration text")
-
+        words = [word for word in sys.argv if word != "--resume"]
+        header = {
+            "machine": describe_machine() | {"command": shlex.join(["python", *words])},
+            "calibration": texts.calibration_name,
+            "importance": to_dict(config) if kinds else None,
+            "text": texts.heldout_name,
+            "tokens_sha256": digest(pairs),
+            "dense_sha256": source.sha256,
+            "sources_sha256": digest_sources(),
+        }
+        known = {name: about["sha256"] for name, about in abouts.items()}
+        record = FrontierRecord(arguments.json, header, resumed=arguments.resume, sha256=known)
         dense_of: dict[str, Metric] = {}
 
         def note(
-            name: str, side: str, held: int, found: Metric, rounded: Metric | None = None, recipe: str | None = None
+            name: str, side: str, held: int, found: Metric, about: Row = NOTHING, rounded: Metric | None = None
         ) -> None:
             # Of the same tokens, one by one: that some of them are hard is no error of the ratio.
             ratio = compare(dense_of.setdefault(side, found), found)
-            rows.append(
-                {
-                    "dense": arguments.model.name,
-                    "model": name,
-                    "side": side,
-                    "recipe": recipe,
-                    "bytes": held,
-                    "bits_per_weight": 8 * held / size,
-                    "perplexity": found.value,
-                    "standard_error": found.standard_error,
-                    "ratio": ratio.value,
-                    "ratio_standard_error": ratio.standard_error,
-                    "rounded": None if rounded is None else rounded.value,
-                    "n": found.n,
-                }
-            )
-            say(f"{side:9} {name:24} {held / 1e6:8.2f} MB {8 * held / size:6.3f} bits {found.value:10.4f}")
+            numbers = {
+                "dense": arguments.model.name,
+                "model": name,
+                "side": side,
+                "bytes": held,
+                "bits_per_weight": 8 * held / size,
+                "perplexity": found.value,
+                "standard_error": found.standard_error,
+                "ratio": ratio.value,
+                "ratio_standard_error": ratio.standard_error,
+                "rounded": None if rounded is None else rounded.value,
+                "n": found.n,
+            }
+            record.add(numbers | about)
+            tell(numbers | about)
+
+        def tell(row: Row) -> None:
+            line = f"{row['side']:9} {row['model']:24} {row['bytes'] / 1e6:8.2f} MB {row['bits_per_weight']:6.3f} bits"
+            line += f" {row['perplexity']:10.4f}"
+            line += f", {row['calibration_tokens']:,} tokens of calibration" if row["calibration_tokens"] else ""
+            line += f", made at {row['commit']} on {row['date']}" if row["commit"] else ""
+            say(line)
+
+        def is_kept(name: str, side: str) -> bool:
+            row = record.find(name, side)
+            if row is not None:
+                tell(row)
+            return row is not None
 
         note("F32", "llama.cpp", _count_bytes(dense), measure_llama(llama, pairs, progress, "llama.cpp F32"))
         del llama
         note("dense", "hsai", _count_weights(source), measure_ours(source.model, pairs, progress, "dense"))
         for path in arguments.bundles:
-            bundle, name = open_model(path), path.name
+            name = path.name
+            if is_kept(name, "hsai"):
+                continue
+            bundle = open_model(path)
             found = measure_ours(bundle.model, pairs, progress, name)
             inexact = rounded = None
             with contextlib.suppress(InputError):  # no weight of integers
                 inexact = take_activations(bundle.model, "int8")
             if inexact is not None:
                 rounded = measure_ours(inexact, pairs, progress, f"{name}, activations of 8 bits")
-            note(name, "hsai", _count_weights(bundle), found, rounded, bundle.origin.get("recipe_name"))
-        for kind, path in _quantize_all(source, dense, kinds, texts.calibration, Path(scratch)):
+            note(name, "hsai", _count_weights(bundle), found, abouts[name], rounded)
+        left = [kind for kind in kinds if not is_kept(kind, "llama.cpp")]
+        importance = {}
+        if left and windows is not None:
+            importance = measure_importance(source.model, windows, batch=config.batch)
+        for kind in left:
+            path = Path(scratch) / f"{kind.replace('/', '-')}.gguf"
+            quantize(dense, path, kind, importance)
             found = measure_llama(open_llama(path, arguments.window), pairs, progress, kind)
-            note(kind, "llama.cpp", _count_bytes(path), found)
+            note(kind, "llama.cpp", _count_bytes(path), found, NOTHING | {"calibration_tokens": config.tokens})
             path.unlink()
-    if arguments.json is not None:
-        machine = describe_machine() | {"command": shlex.join(["python", *sys.argv])}
-        names = {"calibration": texts.calibration_name, "text": texts.heldout_name, "tokens_sha256": digest(pairs)}
-        write_json_atomic(arguments.json, {"machine": machine, **names, "frontier": rows})
+        record.close()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,16 +211,22 @@ def _read_texts(source: ModelSource, arguments: argparse.Namespace) -> Texts:
     return Texts(calibration=calibration, calibration_name=calibration_name, heldout=heldout, heldout_name=heldout_name)
 
 
-def _quantize_all(
-    source: ModelSource, dense: Path, kinds: Sequence[str], calibration: np.ndarray, scratch: Path
-) -> Iterator[tuple[str, Path]]:
-    """Each kind's file, for as long as the next one is not asked for."""
-    config = CalibrationConfig()
-    importance = measure_importance(source.model, draw_windows(calibration, config), batch=config.batch)
-    for kind in kinds:
-        path = scratch / f"{kind.replace('/', '-')}.gguf"
-        quantize(dense, path, kind, importance)
-        yield kind, path
+def _inspect(paths: Sequence[Path], stream: np.ndarray) -> tuple[dict[str, Row], list[CalibrationConfig]]:
+    """What rows say of bundles, by their names, and what all of them were calibrated on.
+
+    Raises:
+      InputError: two have one name, or one was calibrated on another text.
+    """
+    abouts: dict[str, Row] = {}
+    calibrations: list[CalibrationConfig] = []
+    for path in paths:
+        if path.name in ("dense", *abouts):
+            raise InputError(f"{path}: rows have the names of bundles, and {path.name} is another's; rename it")
+        found = inspect_model(path)
+        own = list_calibrations(path.name, found.origin, stream)
+        abouts[path.name] = describe_bundle(found, own)
+        calibrations += own
+    return abouts, calibrations
 
 
 def _count_weights(source: ModelSource) -> int:

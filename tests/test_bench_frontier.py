@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hsai.cli import main
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.configuration import to_dict
+from hsai.errors import InputError
 from hsai.evaluate import Pair
 from hsai.interop.gguf_write import write_gguf
 from tests.interop.gguf_files import CONFIGS, random_model, train_tokenizer
@@ -39,7 +41,8 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
         return subprocess.run([*command, *texts, *words], cwd=ROOT, capture_output=True, text=True, check=False)
 
     out = tmp_path / "frontier.json"
-    done = measure("--kinds", "Q8_0", "Q8_0/Q4_0", "Q4_0", "--window", "128", "--chunks", "3", "--json", str(out))
+    words = ("--kinds", "Q8_0", "Q8_0/Q4_0", "Q4_0", "--window", "128", "--chunks", "3", "--json", str(out))
+    done = measure(*words)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert (found["calibration"], found["text"]) == ("calibration.txt", "heldout.txt")
@@ -75,6 +78,29 @@ def test_models_of_both_sides_lie_where_they_belong(tmp_path: Path) -> None:
         < rows["F32"]["bytes"]
         == rows["dense"]["bytes"]
     )
+    assert found["complete"] is True and found["importance"] == to_dict(CalibrationConfig())
+    assert {name for name, row in rows.items() if row["calibration_tokens"]} == {"Q8_0", "Q8_0/Q4_0", "Q4_0"}
+    manifest = json.loads((tmp_path / "ours" / "manifest.json").read_text())["extra"]
+    assert rows["ours"]["commit"] == manifest["commit"]
+    assert rows["ours"]["date"] == manifest["cost"]["machine"]["date"] is not None
+
+    # Cut off after its fourth line, it goes on with the fifth; the fourth is not measured again.
+    rows["Q8_0"]["perplexity"] = 7.0
+    out.write_text(json.dumps(found | {"frontier": found["frontier"][:4]}))
+    done = measure(*words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["frontier"] == list(rows.values())
+
+    done = measure(*words[:1], "--window", "128", "--chunks", "3", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [row["model"] for row in found["frontier"]] == ["F32", "dense", "ours"] and found["importance"] is None
+
+    (tmp_path / "calibration.txt").write_text("the quick brown fox")
+    out.unlink()
+    done = measure(*words)
+    assert done.returncode == 2 and not out.exists()
+    assert re.search("^error: calibration.tokens=65536 exceeds the text, which has .* tokens", done.stderr, re.M)
 
 
 def test_kinds_are_those_of_llama_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,28 +113,98 @@ def test_kinds_are_those_of_llama_quantize(monkeypatch: pytest.MonkeyPatch) -> N
             read_kind(text)
 
 
-def test_who_saw_other_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_saw_another_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench.frontier import check_calibration, choose_chunks, digest
+    from bench.frontier_record import choose_calibration, list_calibrations
 
     stream = np.random.default_rng(0).integers(0, 500, 4000).astype(np.int32)
     config = CalibrationConfig(tokens=512, sequence_length=64, batch=4, seed=3)
     seen = digest_windows(draw_windows(stream, config))
     origin = {"recipe": {"calibration": to_dict(config)}, "calibration_sha256": seen}
-    check_calibration("mine", origin, stream)
-    check_calibration("plain", {"recipe": {"calibration": None}}, stream)
-    with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
-        check_calibration("mine", origin, stream[1:])
-    # What it was made of, and what training began from, saw them too.
+    assert list_calibrations("mine", origin, stream) == [config]
+    assert list_calibrations("plain", {"recipe": {"calibration": None}}, stream) == []
+    for other in (stream[1:], stream[:500]):  # the second has not as many tokens as that bundle read
+        with pytest.raises(InputError, match="mine was calibrated on another text"):
+            list_calibrations("mine", origin, other)
+    # What it was made of, and what training began from, saw text too.
     entry = {"directory": "/models/first", "sha256": "ab", "origin": origin}
     for later in ({"made_of": entry}, {"sources": {"initialize_from": entry, "teacher": entry}}):
-        check_calibration("mine", {"recipe": {"calibration": None}} | later, stream)
-        with pytest.raises(ValueError, match="mine was calibrated on other tokens"):
-            check_calibration("mine", {"recipe": {"calibration": None}} | later, stream[1:])
-    check_calibration("mine", {"sources": {"teacher": entry}}, stream[1:])
+        plain = {"recipe": {"calibration": None}} | later
+        assert list_calibrations("mine", plain, stream) == [config]
+        assert list_calibrations("mine", origin | later, stream) == [config, config]
+        with pytest.raises(InputError, match="mine was calibrated on another text"):
+            list_calibrations("mine", plain, stream[1:])
+    assert list_calibrations("mine", {"sources": {"teacher": entry}}, stream[1:]) == []
+    # llama.cpp gets what all of ours got, or what the one got that saw most.
+    assert choose_calibration([config, config]) == config
+    more = dataclasses.replace(config, tokens=1024, seed=0)
+    assert choose_calibration([config, more, config]) == more
+    assert choose_calibration([]) == CalibrationConfig()
+
+
+def test_chunks_stand_in_no_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier_record import choose_chunks, digest
+
+    stream = np.random.default_rng(0).integers(0, 500, 4000).astype(np.int32)
     pairs = [Pair(context=[1], continuation=[7] * 30), Pair(context=[1], continuation=stream[70:99].tolist())]
     assert choose_chunks(pairs, 2, stream) == pairs[:1]
     many = [Pair(context=[1], continuation=[500 + i] * 30) for i in range(10)]
     assert choose_chunks(many, 3, stream) == [many[0], many[3], many[6]]
     assert choose_chunks(many, 20, stream) == many
     assert digest(pairs) != digest(pairs[:1]) and digest(pairs) == digest(list(pairs))
+
+
+def test_a_record_is_whole_after_every_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier_record import FrontierRecord
+
+    path = tmp_path / "frontier.json"
+    header: dict[str, Any] = dict.fromkeys(("calibration", "importance", "text", "tokens_sha256", "dense_sha256"), "x")
+    header |= {"sources_sha256": "x", "machine": {"command": "bench", "date": "1"}}
+
+    def row(name: str, side: str, sha256: str | None = None, perplexity: float = 1.0) -> dict[str, Any]:
+        return {"model": name, "side": side, "sha256": sha256, "perplexity": perplexity}
+
+    rows = [row("dense", "hsai"), row("a", "hsai", "aa"), row("b", "hsai", "bb"), row("Q4_0", "llama.cpp")]
+    first = FrontierRecord(path, header, resumed=False, sha256={})
+    for count, one in enumerate(rows):
+        first.add(one)
+        found = json.loads(path.read_text())
+        assert found == header | {"complete": False, "frontier": rows[: count + 1]}
+    first.close()
+    assert json.loads(path.read_text())["complete"] is True
+
+    later = header | {"machine": {"command": "bench", "date": "2"}}
+    again = FrontierRecord(path, later, resumed=True, sha256={"a": "aa", "b": "changed"})
+    names = (("dense", "hsai"), ("a", "hsai"), ("b", "hsai"), ("Q4_0", "llama.cpp"), ("Q4_0", "hsai"))
+    assert [again.find(*name) for name in names] == [rows[0], rows[1], None, rows[3], None]
+    again.add(row("dense", "hsai", perplexity=2.0))
+    found = json.loads(path.read_text())
+    assert found["machine"]["date"] == "2" and found["complete"] is False
+    assert found["frontier"] == [row("dense", "hsai", perplexity=2.0), rows[1], rows[3]]
+    for change in ({"importance": "y"}, {"sources_sha256": "y"}, {"machine": {"command": "bench --quick"}}):
+        with pytest.raises(InputError, match=f"{path} is of another run: its .* is '(x|bench)', not"):
+            FrontierRecord(path, header | change, resumed=True, sha256={})
+    anew = FrontierRecord(path, header, resumed=False, sha256={"a": "aa"})
+    assert anew.find("a", "hsai") is None
+
+
+def test_tables_say_how_much_text_each_side_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier import write_tables
+
+    numbers = {"perplexity": 2.0, "standard_error": 0.1, "bits_per_weight": 4.0, "rounded": None, "recipe": None}
+    seen = {("dense", "hsai"): None, ("a", "hsai"): 16384, ("b", "hsai"): 65536, ("F32", "llama.cpp"): None}
+    rows = [
+        {"dense": "d", "model": model, "side": side, "bytes": 9, "n": 8, "calibration_tokens": tokens, **numbers}
+        for (model, side), tokens in (seen | {("Q4_0", "llama.cpp"): 65536}).items()
+    ]
+    machine = dict.fromkeys(("command", "commit", "processor", "cores", "jax", "date"), "x")
+    run = {"machine": machine, "calibration": "c", "text": "t", "tokens_sha256": "s", "frontier": rows}
+    text = write_tables([run | {"complete": True}])
+    assert "of the same text (65,536 tokens of it, ours 16,384 to 65,536)," in text and "cut off" not in text
+    assert "It was cut off before its last line." in write_tables([run | {"complete": False}])
+    for row in rows:
+        del row["calibration_tokens"]  # a record of before this was told
+    assert "of the same text,\n" in write_tables([run])

@@ -28,8 +28,8 @@ from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
 from hsai.compress import RecipeConfig, compress, reads_calibration
+from hsai.compress.allocate import Allocation
 from hsai.compress.calibration import digest_windows, draw_windows
-from hsai.compress.ledger import Allocation
 from hsai.compress.recipe import match_weights
 from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config

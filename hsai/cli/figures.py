@@ -72,7 +72,8 @@ def draw_blocks(blocks: Sequence[dict[str, Any]]) -> str:
 def draw_sensitivities(choices: Sequence[dict[str, Any]]) -> str:
     """A line a weight over the layers: the forecast loss of its smallest candidate, and as points that of the choice.
 
-    Zeros, of candidates that hold a weight exactly, are left out: the axis is logarithmic.
+    Zeros, of candidates that hold a weight exactly, are left out: the axis is logarithmic. A choice whose loss is no
+    number is marked at the bottom.
     """
     figure, axes = _start_figure(4.2)
     names = list(dict.fromkeys(row["weight"] for row in choices if row["layer"] is not None))
@@ -82,6 +83,10 @@ def draw_sensitivities(choices: Sequence[dict[str, Any]]) -> str:
         smallest = [min(row["candidates"], key=lambda option: option["bytes"])["loss"] for row in rows]
         axes.plot(steps, _hide_zeros(smallest), color=color, linewidth=1.5, label=name.removeprefix("layers."))
         axes.plot(steps, _hide_zeros([row["loss"] for row in rows]), "o", color=color, markersize=4)
+        unknown = [row["layer"] for row in rows if row["loss"] is None]
+        # Clipped, half of each mark would be outside.
+        bottom = axes.get_xaxis_transform()
+        axes.plot(unknown, [0.0] * len(unknown), "x", color=color, markersize=9, transform=bottom, clip_on=False)
     axes.set_yscale("log")
     axes.set_xlabel("layer", color=MUTED)
     axes.set_ylabel("nats a token: smallest candidate, and choice (points)", color=MUTED)
@@ -89,8 +94,10 @@ def draw_sensitivities(choices: Sequence[dict[str, Any]]) -> str:
     return _finish(figure)
 
 
-def _hide_zeros(values: Sequence[float]) -> np.ndarray:
-    return np.where(np.asarray(values) > 0, values, np.nan)
+def _hide_zeros(values: Sequence[float | None]) -> np.ndarray:
+    """NaN for them, and for what is no number."""
+    numbers = np.asarray(values, float)
+    return np.where(numbers > 0, numbers, np.nan)
 
 
 def _start_figure(height: float) -> tuple[Figure, Axes]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hsai.cli.figures import draw_blocks, draw_frontier, draw_layers, draw_sensitivities
-from hsai.compress.ledger import write_error
+from hsai.compress.names import write_error
 from hsai.evaluate.report import write_change, write_value
 from hsai.export.history import tell_history
 

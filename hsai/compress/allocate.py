@@ -11,10 +11,12 @@ have large common divisors, in whose units the budget of most models is a small 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from rich.table import Table
 
+from hsai.compress.names import name_format, name_ranges
 from hsai.errors import InputError
 from hsai.formats import FormatConfig
 
@@ -70,8 +72,14 @@ class Option:
     bytes: int
     """What its arrays would hold."""
 
-    loss: float
-    """The sensitivity: by how much the model's loss is expected to rise, in nats a token."""
+    loss: float | None
+    """The sensitivity: by how much the model's loss is expected to rise, in nats a token; None where that came out as
+    no number."""
+
+    @property
+    def price(self) -> float:
+        """`loss`, of which one that is no number is taken to be infinite."""
+        return math.inf if self.loss is None else self.loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,87 @@ class Item:
     """In the order of the rule's formats."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """How a budget was spent."""
+
+    budget: int
+    """Bytes that all parameters might hold."""
+
+    least: int
+    """What they would hold with the smallest candidates."""
+
+    most: int
+    """What they would hold with the candidates of least loss: a larger budget buys nothing."""
+
+    items: tuple[Item, ...]
+    """What was to be chosen, and among what."""
+
+    chosen: tuple[int, ...]
+    """Which option of each item."""
+
+    @property
+    def options(self) -> list[Option]:
+        """What each item got."""
+        return [item.options[index] for item, index in zip(self.items, self.chosen, strict=True)]
+
+    @property
+    def formats(self) -> dict[str, tuple[FormatConfig, ...]]:
+        """Of each weight by its name: that of each layer, or the one of a table."""
+        found: dict[str, tuple[FormatConfig, ...]] = {}
+        for item, option in zip(self.items, self.options, strict=True):
+            found[item.weight] = (*found.get(item.weight, ()), option.format)
+        return found
+
+    @property
+    def loss(self) -> float | None:
+        """The sum of what was measured for the choice, in nats a token: a forecast of the divergence; None where that
+        of one is no number."""
+        return _sum_losses(self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the totals, and for each item its choice and all candidates."""
+
+        def describe(option: Option) -> dict[str, Any]:
+            return {"format": name_format(option.format), "bytes": option.bytes, "loss": option.loss}
+
+        choices = [
+            {
+                "weight": item.weight,
+                "layer": item.layer,
+                **describe(option),
+                "candidates": [describe(other) for other in item.options],
+            }
+            for item, option in zip(self.items, self.options, strict=True)
+        ]
+        totals = {"budget": self.budget, "least": self.least, "most": self.most, "loss": self.loss}
+        return {**totals, "choices": choices}
+
+    def table(self) -> Table:
+        """For the console, of any width: a row a weight, with the layers of each of its formats."""
+        table = Table()
+        table.add_column("weight", no_wrap=True)
+        table.add_column("formats: layers")
+        table.add_column("nats a token", justify="right", no_wrap=True)
+        rows: dict[str, list[tuple[int | None, Option]]] = {}
+        for item, option in zip(self.items, self.options, strict=True):
+            rows.setdefault(item.weight, []).append((item.layer, option))
+        for weight, choices in rows.items():
+            layers: dict[str, list[int]] = {}
+            for layer, option in choices:
+                layers.setdefault(name_format(option.format), []).extend([] if layer is None else [layer])
+            formats = [f"{name}: {name_ranges(numbers)}" if numbers else name for name, numbers in layers.items()]
+            loss = _sum_losses([option for _, option in choices])
+            table.add_row(weight, "; ".join(formats), "no number" if loss is None else f"{loss:.2g}")
+        return table
+
+
+def _sum_losses(options: Sequence[Option]) -> float | None:
+    """What they cost together; None where that of one is no number."""
+    losses = [option.loss for option in options if option.loss is not None]
+    return sum(losses) if len(losses) == len(options) else None
+
+
 def check_budget(budget: int, least: int) -> None:
     """Raises `InputError` for a budget below the least bytes that a model can have with these candidates."""
     if budget < least:
@@ -98,8 +187,8 @@ def check_budget(budget: int, least: int) -> None:
 
 
 def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
-    """The index of the option that each item gets: of all choices within the budget one with the least sum of losses,
-    a NaN counted as an infinite one, and of those one with the fewest bytes.
+    """The index of the option that each item gets: of all choices within the budget one with the fewest losses that
+    are no numbers, of those one with the least sum of the others, and of those one with the fewest bytes.
 
     Where the budget is more than `UNITS` of the sizes' greatest common divisor, what an option takes beyond its item's
     smallest is rounded up to 1 / UNITS of it: the choice is then the best of a budget that is smaller by at most as
@@ -112,7 +201,9 @@ def choose(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
       InputError: the smallest options exceed it.
     """
     sizes = [np.array([option.bytes for option in item]) for item in items]
-    losses = [np.nan_to_num([option.loss for option in item], nan=np.inf, posinf=np.inf) for item in items]
+    known = [option.loss for item in items for option in item if option.loss is not None]
+    worst = 1.0 + 2.0 * sum(known)  # more than all of the others together: where one must be taken, they still count
+    losses = [np.array([min(option.price, worst) for option in item]) for item in items]
     least = sum(int(size.min()) for size in sizes)
     check_budget(budget, least)
     left = min(budget, sum(int(size.max()) for size in sizes)) - least

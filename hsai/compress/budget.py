@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.allocate import AllocationConfig, choose
+from hsai.compress.allocate import Allocation, AllocationConfig, choose
 from hsai.compress.block_solver import Compress
-from hsai.compress.ledger import Allocation
 from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
 from hsai.compress.solvers import NearestConfig
@@ -62,7 +61,7 @@ def spend_budget(
     items = measure_sensitivities(
         model, candidates, windows, batch=batch, seed=seed, plain=plain, workbench=workbench, progress=progress
     )
-    best = [min(item.options, key=lambda option: (option.loss, option.bytes)) for item in items]
+    best = [min(item.options, key=lambda option: (option.price, option.bytes)) for item in items]
     return Allocation(
         budget=budget,
         least=rest + sum(min(option.bytes for option in item.options) for item in items),

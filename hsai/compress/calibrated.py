@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.block_solver import BlockSolver, Compress, Packing, is_decided
-from hsai.compress.ledger import BlockRow, LayerRow, keep_finite, name_format
+from hsai.compress.ledger import BlockRow, LayerRow, keep_finite
+from hsai.compress.names import name_format
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import SolvedLayer, Workbench
 from hsai.compress.solvers import CalibratedConfig, SolverConfig

@@ -26,17 +26,22 @@ def factorize(gram: jax.Array, damping: float) -> tuple[jax.Array, float]:
       gram: X^T X, symmetric, float32.
       damping: share of the mean of the diagonal that is added to it; raised tenfold until a factor exists.
     Raises:
-      FloatingPointError: gram is not finite, or damping beyond MOST_DAMPING does not help either.
+      FloatingPointError: gram is not finite, damping is above MOST_DAMPING, or none up to there gives a factor.
     """
     if not bool(jnp.all(jnp.isfinite(gram))):
         raise FloatingPointError("the Gram matrix of the activations is not finite")
+    if damping > MOST_DAMPING:
+        raise FloatingPointError(f"a damping of {damping:g} times the Gram matrix's mean is above {MOST_DAMPING:g}")
     share = damping
-    while share <= MOST_DAMPING:
+    while True:
         upper = _factorize(gram, jnp.float32(share))
         if bool(jnp.all(jnp.isfinite(upper))):
             return upper, share
+        if 10.0 * share > MOST_DAMPING:
+            raise FloatingPointError(
+                f"the Gram matrix has no Cholesky factor with a damping of {share:g} times its mean"
+            )
         share *= 10.0
-    raise FloatingPointError(f"the Gram matrix has no Cholesky factor with a damping of {share / 10:g} times its mean")
 
 
 @jax.jit

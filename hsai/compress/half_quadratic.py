@@ -77,7 +77,9 @@ def refine_scale(w: jax.Array, scale: jax.Array, grid: Grid, config: HalfQuadrat
         meant = jnp.sign(w - held) * jnp.maximum(shrunk, 0.0) * jnp.abs(scale)
         found = _fit(level, w - meant, scale, grid)
         error = measure(found)
-        better = (error < least) & ((found * first)[..., : w.shape[-1]] >= 0)
+        # By their bits: the product of two small scales is zero, whatever their signs.
+        turned = (jnp.signbit(found) != jnp.signbit(first))[..., : w.shape[-1]]
+        better = (error < least) & ~turned
         kept = jnp.tile(better, 2) if grid.has_minimum else better
         return (found, jnp.where(kept, found, best), jnp.where(better, error, least)), None
 

@@ -4,33 +4,17 @@ Everything counts: norm gains, scales, indices, and weights that no rule touched
 bytes on disk over parameters of the model, or it is not comparable with anybody's.
 """
 
-import collections
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 from rich.table import Table
 
-from hsai.compress.allocate import Item, Option
+from hsai.compress.allocate import Allocation
+from hsai.compress.names import write_error
 from hsai.files import write_json_atomic
-from hsai.formats import (
-    DenseConfig,
-    FormatConfig,
-    Int2Config,
-    Int3Config,
-    Int4Config,
-    Int4OffsetConfig,
-    Int8Config,
-    OutliersConfig,
-    Packed,
-    SparseConfig,
-    TernaryConfig,
-    Weight,
-)
-from hsai.formats.storage import NAMES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,79 +122,6 @@ class ScaleRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """How a budget was spent."""
-
-    budget: int
-    """Bytes that all parameters might hold."""
-
-    least: int
-    """What they would hold with the smallest candidates."""
-
-    most: int
-    """What they would hold with the candidates of least loss: a larger budget buys nothing."""
-
-    items: tuple[Item, ...]
-    """What was to be chosen, and among what."""
-
-    chosen: tuple[int, ...]
-    """Which option of each item."""
-
-    @property
-    def options(self) -> list[Option]:
-        """What each item got."""
-        return [item.options[index] for item, index in zip(self.items, self.chosen, strict=True)]
-
-    @property
-    def formats(self) -> dict[str, tuple[FormatConfig, ...]]:
-        """Of each weight by its name: that of each layer, or the one of a table."""
-        found: dict[str, tuple[FormatConfig, ...]] = {}
-        for item, option in zip(self.items, self.options, strict=True):
-            found[item.weight] = (*found.get(item.weight, ()), option.format)
-        return found
-
-    @property
-    def loss(self) -> float:
-        """The sum of what was measured for the choice, in nats a token: a forecast of the divergence."""
-        return sum(option.loss for option in self.options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: the totals, and for each item its choice and all candidates."""
-
-        def describe(option: Option) -> dict[str, Any]:
-            return {"format": name_format(option.format), "bytes": option.bytes, "loss": option.loss}
-
-        choices = [
-            {
-                "weight": item.weight,
-                "layer": item.layer,
-                **describe(option),
-                "candidates": [describe(other) for other in item.options],
-            }
-            for item, option in zip(self.items, self.options, strict=True)
-        ]
-        totals = {"budget": self.budget, "least": self.least, "most": self.most, "loss": self.loss}
-        return {**totals, "choices": choices}
-
-    def table(self) -> Table:
-        """For the console, of any width: a row a weight, with the layers of each of its formats."""
-        table = Table()
-        table.add_column("weight", no_wrap=True)
-        table.add_column("formats: layers")
-        table.add_column("nats a token", justify="right", no_wrap=True)
-        rows: dict[str, list[tuple[int | None, Option]]] = {}
-        for item, option in zip(self.items, self.options, strict=True):
-            rows.setdefault(item.weight, []).append((item.layer, option))
-        for weight, choices in rows.items():
-            layers: dict[str, list[int]] = {}
-            for layer, option in choices:
-                layers.setdefault(name_format(option.format), []).extend([] if layer is None else [layer])
-            formats = [f"{name}: {name_ranges(numbers)}" if numbers else name for name, numbers in layers.items()]
-            table.add_row(weight, "; ".join(formats), f"{sum(option.loss for _, option in choices):.2g}")
-        return table
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Ledger:
     """What a compressed model consists of."""
 
@@ -312,44 +223,3 @@ def keep_finite(x: jax.Array | float) -> float | None:
     """A measured number as a ledger holds it: None for NaN and infinities, which JSON has no words for."""
     number = float(x)
     return number if math.isfinite(number) else None
-
-
-def write_error(relative_error: float | None) -> str:
-    """A row's `relative_error` for people."""
-    if relative_error is None:
-        return "as it was"
-    return f"{relative_error:.2%}" if relative_error else "-"
-
-
-def name_ranges(numbers: Sequence[int]) -> str:
-    """Of ascending numbers: "0-3, 7"."""
-    starts = [n for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]
-    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or n != numbers[i + 1] - 1]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
-
-
-def name_formats(formats: Sequence[FormatConfig]) -> str:
-    """Of a weight whose layers have these formats: "int4 g64", or "3 x int8, 9 x int4 g64"."""
-    counts = collections.Counter(map(name_format, formats))
-    return ", ".join(f"{count} x {name}" if len(counts) > 1 else name for name, count in counts.items())
-
-
-def name_format(format: FormatConfig | Weight) -> str:
-    """A few words for a format or for the value that a weight already has."""
-    match format:
-        case DenseConfig():
-            return format.dtype
-        case Int8Config():
-            return "int8"
-        case Int4Config() | Int4OffsetConfig() | Int3Config() | Int2Config():
-            return f"{format.format} g{format.group}"
-        case TernaryConfig():
-            return f"ternary g{format.group}" if format.group else "ternary"
-        case SparseConfig():
-            return f"{format.pattern_name} {format.value_name}"
-        case OutliersConfig():
-            return f"{name_format(format.base)}, {format.share:.3g} apart"
-        case Packed():
-            return NAMES[type(format)]
-        case _:
-            return str(format.dtype)

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hsai.compress.allocate import Allocation
 from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import SolvedLayers, solve_layers
 from hsai.compress.half_quadratic import HalfQuadraticConfig
 from hsai.compress.held import find_mask
-from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
+from hsai.compress.ledger import Ledger, LedgerRow
 from hsai.compress.limits import check_finite, check_held, check_range
+from hsai.compress.names import name_format, name_formats
 from hsai.compress.plain import map_layers, pack_to_mask
 from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights, reads_calibration
 from hsai.compress.reconstruct import Reconstructor

@@ -19,7 +19,7 @@ from hsai.compress.budget import count_least
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig
-from hsai.compress.ledger import name_format
+from hsai.compress.names import name_format
 from hsai.compress.reconstruct import ReconstructionConfig
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.solvers import CalibratedConfig, FeedbackConfig, NearestConfig, SolverConfig, WandaConfig

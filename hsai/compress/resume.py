@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from hsai import configuration
-from hsai.compress.allocate import Item
-from hsai.compress.ledger import Allocation, BlockRow, LayerRow, ScaleRow
+from hsai.compress.allocate import Allocation, Item
+from hsai.compress.ledger import BlockRow, LayerRow, ScaleRow
 from hsai.errors import InputError
 from hsai.files import atomic_write, lock_directory, read_json, write_json_atomic
 from hsai.formats import Weight

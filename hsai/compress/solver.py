@@ -1,19 +1,14 @@
 """Rounding and pruning with error feedback: GPTQ (2210.17323), SparseGPT (2301.00774), and both decided together.
 
 What is lost at position i of the contraction is made up for by the positions behind it, in the least-squares sense of
-the activations that calibration saw. With U of `hsai.compress.factor`, an error e_i = (w_i - v_i) / U_ii costs e_i^2 of
-the squared output error, and the rows behind i become w_j - U_ij e_i. So the loss of a whole weight is the sum of all
-e_i^2, and everything that is chosen on the way (scales, masks) is chosen to keep that sum small:
+the activations that calibration saw, each token's scaled to one norm (`hsai.formats.observed.level_rows`). With U of
+`hsai.compress.factor`, an error e_i = (w_i - v_i) / U_ii costs e_i^2 of the squared output error, and the rows behind i
+become w_j - U_ij e_i. So the loss of a whole weight is the sum of all e_i^2, and everything that is chosen on the way
+(scales, masks: `hsai.compress.groups`) is chosen to keep that sum small.
 
-  - a scale is searched among shares of the largest weight, errors weighted by 1 / U_ii^2;
-  - a mask N:M is searched among all binomial(M, N) of a group, each tried with its rounding and its feedback within the
-    group: that is the joint solve. Where there are too many, or where V outputs share a choice, positions are ranked by
-    what pruning costs beyond rounding, (w^2 - (w - v)^2) / U_ii^2. A group too large to be solved in one piece has its
-    mask ranked at its start, as SparseGPT ranks 128 positions at a time.
-
-1 / U_ii^2 is what the activation at i has that those behind it do not tell. The last positions have nobody to make up
-for them and count in full, so another order than the natural one may serve better: that of falling activations, the
-"act-order" of 2210.17323's authors (in their code `desc_act`, with `static_groups`).
+The last positions have nobody to make up for them and count in full, so another order than the natural one may serve
+better: that of falling activations, the "act-order" of 2210.17323's authors (in their code `desc_act`, with
+`static_groups`).
 
 Positions that a format keeps apart (`hsai.formats.outliers`) are in no group's scale and need no place in a mask; they
 make up for errors before them like others, and leave next to none.
@@ -23,23 +18,25 @@ D contraction, F outputs, G positions of a scale group, M positions of a sparsit
 
 import dataclasses
 import functools
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hsai.compress.grid import Grid, Pattern, search_scale
-from hsai.formats.nm import nm_mask
-from hsai.formats.vnm import CHOSEN
+from hsai.compress.grid import Grid, Pattern
+from hsai.compress.groups import (
+    choose_mask,
+    feed_back,
+    leave_out,
+    rank_roughly,
+    search_scales,
+    spread_scales,
+    weigh_positions,
+)
 from hsai.sharding import constrain
 
 BLOCK = 128
 """Positions whose errors reach the rows behind them in one product (2210.17323, step 2)."""
-
-MOST_MASKS = 70
-"""Masks of a group that are all tried: those of 4:8."""
 
 MOST_SPAN = 16
 """Positions of a sparsity group that is solved in one piece, in a program that is as long as their pairs are many."""
@@ -49,12 +46,11 @@ MOST_SPAN = 16
 @dataclasses.dataclass(frozen=True)
 class Solved:
     """values (D, F) float32 that the format holds exactly; mask bool (D, F), all true without a pattern; scale
-    (D / G, F) or (1, F), None without a grid; loss: the sum of e^2 over all positions and outputs, float32 ()."""
+    (D / G, F) or (1, F), None without a grid."""
 
     values: jax.Array
     mask: jax.Array
     scale: jax.Array | None
-    loss: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "pattern"))
@@ -85,19 +81,21 @@ def solve(
     # No output needs another one: on a mesh each device solves its share of them.
     w = constrain(w.astype(jnp.float32), None, "columns")
     apart = jnp.zeros(w.shape[0], bool) if apart is None else apart
-    rest = _leave_out(w, apart)
+    rest = leave_out(w, apart)
     if order is None:
         fixed = None
         if grid is not None and grid.group is None:
-            fixed = _search_scales(rest, _weigh(upper, apart), grid, pattern, mask)
-        spread = None if fixed is None else _spread(fixed, w)
-        values, kept, scales, loss = _solve(w, upper, apart, grid, pattern, mask, spread)
-        return Solved(values, kept, scales if fixed is None else fixed, loss)
+            fixed = search_scales(rest, weigh_positions(upper, apart), grid, pattern, mask)
+        spread = None if fixed is None else spread_scales(fixed, w)
+        values, kept, scales = _solve(w, upper, apart, grid, pattern, mask, spread)
+        return Solved(values, kept, scales if fixed is None else fixed)
     back = jnp.argsort(order)
-    fixed = None if grid is None else _search_scales(rest, _weigh(upper, apart[order])[back], grid, pattern, mask)
-    spread, given = (None if fixed is None else _spread(fixed, w)[order]), (None if mask is None else mask[order])
-    values, kept, _, loss = _solve(w[order], upper, apart[order], grid, pattern, given, spread)
-    return Solved(values[back], kept[back], fixed, loss)
+    fixed = (
+        None if grid is None else search_scales(rest, weigh_positions(upper, apart[order])[back], grid, pattern, mask)
+    )
+    spread, given = (None if fixed is None else spread_scales(fixed, w)[order]), (None if mask is None else mask[order])
+    values, kept, _ = _solve(w[order], upper, apart[order], grid, pattern, given, spread)
+    return Solved(values[back], kept[back], fixed)
 
 
 def order_positions(gram: jax.Array, pattern: Pattern | None) -> jax.Array:
@@ -109,33 +107,6 @@ def order_positions(gram: jax.Array, pattern: Pattern | None) -> jax.Array:
     return (first[:, None] + jnp.arange(span)).reshape(-1)
 
 
-def _leave_out(w: jax.Array, apart: jax.Array) -> jax.Array:
-    """w (D, F) with zeros at what is kept apart, which no scale has to reach."""
-    return jnp.where(apart[:, None], 0.0, w)
-
-
-def _weigh(upper: jax.Array, apart: jax.Array) -> jax.Array:
-    """What an error costs at each position, float32 (D, 1); nothing where it is kept apart."""
-    return jnp.where(apart, 0.0, jnp.square(1.0 / jnp.diagonal(upper)))[:, None]
-
-
-def _search_scales(
-    w: jax.Array, importance: jax.Array, grid: Grid, pattern: Pattern | None, mask: jax.Array | None
-) -> jax.Array:
-    """The scales (D / G, F), or (D / G, 2 F) with minima, of all groups of w (D, F), as they are stored, before
-    anything is made up for."""
-    if pattern is not None:
-        w = jnp.where(_rank(w, w, importance, pattern) if mask is None else mask, w, 0.0)
-    size, outputs = w.shape
-    group = grid.group or size
-    return search_scale(w.reshape(-1, group, outputs), importance.reshape(-1, group, 1), grid)[:, 0]
-
-
-def _spread(scale: jax.Array, w: jax.Array) -> jax.Array:
-    """The scale of each position, float32 (D, F), or (D, 2 F) with minima."""
-    return jnp.repeat(scale.astype(jnp.float32), w.shape[0] // scale.shape[0], axis=0)
-
-
 def _solve(
     w: jax.Array,
     upper: jax.Array,
@@ -144,9 +115,9 @@ def _solve(
     pattern: Pattern | None,
     mask: jax.Array | None,
     fixed: jax.Array | None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """values (D, F), mask (D, F), the scales (D / G, F) that were searched, and the loss; `fixed` (D, F) are scales to
-    be taken as they are."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """values (D, F), mask (D, F), and the scales (D / G, F) that were searched; `fixed` (D, F) are scales to be taken
+    as they are."""
     size, outputs = w.shape
     group = grid.group if grid is not None and grid.group is not None and fixed is None else 1
     unit = math.lcm(group, pattern.m if pattern is not None else 1)
@@ -162,7 +133,7 @@ def _solve(
     )
 
     def step(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        w, values, kept, scales, loss = state
+        w, values, kept, scales = state
         start = index * block
         rows = jax.lax.dynamic_slice_in_dim(w, start, block)
         factor = jax.lax.dynamic_slice(upper, (start, start), (block, block))
@@ -174,15 +145,13 @@ def _solve(
         values = jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
         kept = jax.lax.dynamic_update_slice_in_dim(kept, mask, start, 0)
         scales = jax.lax.dynamic_update_slice_in_dim(scales, scale, start // group, 0)
-        return w, values, kept, scales, loss + jnp.sum(jnp.square(errors))
+        return w, values, kept, scales
 
     width = outputs if grid is None else grid.count_scales(outputs)
     shapes = (jnp.zeros_like(w), jnp.ones(w.shape, bool), jnp.zeros((w.shape[0] // group, width), jnp.float32))
-    _, values, kept, scales, loss = jax.lax.fori_loop(
-        0, w.shape[0] // block, step, (w, *shapes, jnp.zeros((), jnp.float32))
-    )
+    _, values, kept, scales = jax.lax.fori_loop(0, w.shape[0] // block, step, (w, *shapes))
     searched = None if grid is None or fixed is not None else scales[: size // group].astype(grid.dtype)
-    return values[:size], kept[:size], searched, loss
+    return values[:size], kept[:size], searched
 
 
 def _solve_block(
@@ -199,7 +168,7 @@ def _solve_block(
     """values (B, F), mask (B, F), scales (B / G, F) float32, errors (B, F) of one lazy block."""
     span = pattern.m if pattern is not None and pattern.m <= MOST_SPAN else 1
     ranked = pattern is not None and span < pattern.m and given is None
-    importance = _weigh(upper, apart)
+    importance = weigh_positions(upper, apart)
 
     def cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size)
@@ -211,9 +180,9 @@ def _solve_block(
         if pattern is not None and ranked:
 
             def rank() -> jax.Array:
-                rows, weight = _leave_out(cut(w, start, unit), cut(apart, start, unit)), cut(importance, start, unit)
+                rows, weight = leave_out(cut(w, start, unit), cut(apart, start, unit)), cut(importance, start, unit)
                 known = None if fixed is None else cut(fixed, start, unit)
-                mask = _rank_roughly(rows, weight, known, grid, pattern)
+                mask = rank_roughly(rows, weight, known, grid, pattern)
                 return jax.lax.dynamic_update_slice_in_dim(kept, mask, start, 0)
 
             kept = jax.lax.cond(start % unit == 0, rank, lambda: kept)
@@ -221,8 +190,8 @@ def _solve_block(
 
             def search() -> jax.Array:
                 part = cut(kept, first, group) if ranked or given is not None else None
-                rows, weight = _leave_out(cut(w, first, group), cut(apart, first, group)), cut(importance, first, group)
-                return _search_scales(rows, weight, grid, pattern, part).astype(jnp.float32)
+                rows, weight = leave_out(cut(w, first, group), cut(apart, first, group)), cut(importance, first, group)
+                return search_scales(rows, weight, grid, pattern, part).astype(jnp.float32)
 
             old = cut(scales, first // group, 1)
             scale = jax.lax.cond(start == first, search, lambda: old)
@@ -235,10 +204,10 @@ def _solve_block(
         mask = None
         if pattern is not None:
             if given is None and not ranked:
-                mask = _choose(rows, factor, scale, alone, grid, pattern)
+                mask = choose_mask(rows, factor, scale, alone, grid, pattern)
                 kept = jax.lax.dynamic_update_slice_in_dim(kept, mask, start, 0)
             mask = cut(kept, start, span)
-        rounded, missed = _feed_back(rows, factor, scale, alone, grid, mask)
+        rounded, missed = feed_back(rows, factor, scale, alone, grid, mask)
         behind = cut(upper, start, span) * (jnp.arange(w.shape[0]) >= start + span)
         w = w - jnp.matmul(behind.T, missed, precision=jax.lax.Precision.HIGHEST)
         values = jax.lax.dynamic_update_slice_in_dim(values, rounded, start, 0)
@@ -250,65 +219,3 @@ def _solve_block(
     state = (w, zeros, jnp.ones(w.shape, bool) if given is None else given, scales, zeros)
     _, values, kept, scales, errors = jax.lax.fori_loop(0, w.shape[0] // span, step, state)
     return values, kept, scales, errors
-
-
-def _feed_back(
-    w: jax.Array, upper: jax.Array, scale: jax.Array, apart: jax.Array, grid: Grid | None, mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """values and errors (..., M, F) of a group, one position after the other; `scale` is (M, F), `apart` (M,), `mask`
-    (..., M, F) or None keeps all."""
-    rows = [w[..., i, :] for i in range(w.shape[-2])]
-    values, errors = [], []
-    for i, row in enumerate(rows):
-        value = row if grid is None else grid.round(row, scale[i])
-        # What the format holds of a zero, where it has no level there, stays below what is kept apart.
-        under = jnp.zeros_like(row) if grid is None else grid.round(jnp.zeros_like(row), scale[i])
-        if mask is not None:
-            value = jnp.where(mask[..., i, :], value, 0.0)
-        value = jnp.where(apart[i], under + (row - under).astype(jnp.bfloat16).astype(jnp.float32), value)
-        error = (row - value) / upper[i, i]
-        for j in range(i + 1, len(rows)):
-            rows[j] = rows[j] - upper[i, j] * error
-        values.append(value)
-        errors.append(error)
-    return jnp.stack(values, axis=-2), jnp.stack(errors, axis=-2)
-
-
-def _choose(
-    w: jax.Array, upper: jax.Array, scale: jax.Array, apart: jax.Array, grid: Grid | None, pattern: Pattern
-) -> jax.Array:
-    """The mask (M, F) of a group: the best of all, or the best ranked."""
-    if pattern.v is not None or math.comb(pattern.m, pattern.n) > MOST_MASKS:
-        rounded = w if grid is None else grid.round(w, scale)
-        return _rank(w, rounded, _weigh(upper, apart), pattern)
-    kept = itertools.combinations(range(pattern.m), pattern.n)
-    masks = np.array([[i in chosen for i in range(pattern.m)] for chosen in kept])
-    tried = jnp.broadcast_to(masks[:, :, None], (*masks.shape, w.shape[1]))
-    _, errors = _feed_back(jnp.broadcast_to(w, tried.shape), upper, scale, apart, grid, tried)
-    best = jnp.argmin(jnp.sum(jnp.square(errors), axis=1), axis=0)
-    return jnp.asarray(masks)[best].T
-
-
-def _rank_roughly(
-    w: jax.Array, importance: jax.Array, scale: jax.Array | None, grid: Grid | None, pattern: Pattern
-) -> jax.Array:
-    """The mask of whole groups (.., F) before anything of them is solved; scales (.., F) that are not known yet are
-    those of the weight as it is."""
-    if grid is None:
-        return _rank(w, w, importance, pattern)
-    if scale is None:
-        scale = _spread(_search_scales(w, importance, grid, pattern, None), w)
-    return _rank(w, grid.round(w, scale), importance, pattern)
-
-
-def _rank(w: jax.Array, rounded: jax.Array, importance: jax.Array, pattern: Pattern) -> jax.Array:
-    """The mask (.., F) that keeps what pruning would cost most beyond rounding, group by group of m positions."""
-    cost = importance * (jnp.square(w) - jnp.square(w - rounded))
-    cost = jnp.maximum(cost, 0.0)  # a clipped weight may be nearer to zero than to its level
-    if pattern.v is None:
-        return nm_mask(cost, pattern.n, pattern.m)
-    size, outputs = cost.shape
-    shared = jnp.sum(cost.reshape(size, outputs // pattern.v, pattern.v), axis=-1)
-    chosen = jnp.repeat(nm_mask(shared, CHOSEN, pattern.m), pattern.v, axis=-1)
-    # Among the chosen the n largest; the others rank below any of them, even below what costs nothing.
-    return nm_mask(jnp.where(chosen, jnp.maximum(cost, jnp.finfo(jnp.float32).tiny), 0.0), pattern.n, pattern.m)

@@ -7,6 +7,7 @@ checkpoint is restored onto any mesh.
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -113,13 +114,21 @@ class Checkpointer:
         record: dict[str, Any] = self._read(step, "record", ocp.args.JsonRestore())
         return record
 
-    def restore(self, like: T, step: int | None = None, *, prefix: str = "") -> T:
+    def restore(
+        self,
+        like: T,
+        step: int | None = None,
+        *,
+        prefix: str = "",
+        fill_new: Callable[[str], float | None] = lambda name: None,
+    ) -> T:
         """The state at `step` (default: the newest), laid out like the abstract tree `like`.
 
         Args:
           like: `jax.ShapeDtypeStruct`s with shardings.
           step: of the checkpoint.
           prefix: where `like` stands within what was saved, such as "model."; the rest is then not read.
+          fill_new: what an array holds, by its name, that older checkpoints had not; None of one that must be there.
         Raises:
           InputError: there is no such checkpoint, it was altered, or its arrays are not those of `like`.
         """
@@ -133,9 +142,8 @@ class Checkpointer:
             raise _unreadable(path, error) from error
         if stored is None:
             raise _unreadable(path, FileNotFoundError("its index is missing"))
-        # Before scales could be negative there were no signs: all were 1, and had no moments.
-        signs = [name for name in names if name not in stored.tree and name.endswith(".sign")]
-        unsigned = {name: names.pop(name) for name in signs}
+        absent = {name: fill_new(name) for name in names if name not in stored.tree}
+        filled = {name: (names.pop(name), value) for name, value in absent.items() if value is not None}
         for name in sorted(set(names) ^ {name for name in stored.tree if name.startswith(prefix)})[:1]:
             kind = "is missing" if name in names else "is unknown to this model"
             raise InputError(f"checkpoint {path} does not fit: array {name!r} {kind}")
@@ -147,9 +155,8 @@ class Checkpointer:
                 )
         how = ocp.checkpoint_utils.construct_restore_args(names)
         arrays = self._read(step, "state", ocp.args.PyTreeRestore(names, restore_args=how, partial_restore=True))
-        for name, leaf in unsigned.items():
-            value = jnp.full(leaf.shape, name.startswith("model."), leaf.dtype)
-            arrays[name] = jax.device_put(value, leaf.sharding)
+        for name, (leaf, value) in filled.items():
+            arrays[name] = jax.device_put(jnp.full(leaf.shape, value, leaf.dtype), leaf.sharding)
         return fill(like, {name.removeprefix(prefix): array for name, array in arrays.items()})
 
     def _find(self, step: int | None) -> int:

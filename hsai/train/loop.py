@@ -42,7 +42,7 @@ from hsai.train.origin import (
     read_tokenizer,
     write_assets,
 )
-from hsai.train.state import TrainState, abstract_state, adopt_state, init_state, place_model
+from hsai.train.state import TrainState, abstract_state, adopt_state, fill_signs, init_state, place_model
 from hsai.train.step import Metrics, make_train_step
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _resume(
             raise InputError(
                 f"{checkpointer.directory.parent} was trained with another {name} than {found['directory']} holds now"
             )
-    return checkpointer.restore(like), int(record["next_step"]), kept
+    return checkpointer.restore(like, fill_new=fill_signs), int(record["next_step"]), kept
 
 
 def _check_stored(run: "RunConfig", directory: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from hsai.train.checkpoint import Checkpointer
 from hsai.train.directory import is_run
 from hsai.train.formats import begin, pack_trained
 from hsai.train.origin import read_tokenizer
+from hsai.train.state import fill_signs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def read_run(directory: Path) -> TrainedModel:
         formats = run.train.formats
         shapes = jax.eval_shape(lambda model: begin(model, formats), abstract_transformer(run.model))
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
-        model = checkpointer.restore(like, prefix="model.")
+        model = checkpointer.restore(like, prefix="model.", fill_new=fill_signs)
     tokenizer = read_tokenizer(directory, record)
     return TrainedModel(
         run=run,

@@ -64,6 +64,14 @@ def adopt_state(
         return jax.jit(build, out_shardings=shardings)(placed)
 
 
+def fill_signs(name: str) -> float | None:
+    """For `Checkpointer.restore`: before scales could be negative there were no signs; all were 1, and had no
+    moments."""
+    if not name.endswith(".sign"):
+        return None
+    return 1.0 if name.startswith("model.") else 0.0
+
+
 def place_model(model: Transformer, mesh: Mesh) -> Transformer:
     """A model that every process holds, on the mesh: each device gets its part."""
 

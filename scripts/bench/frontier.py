@@ -3,21 +3,15 @@
 Records are what scripts/bench_frontier.py wrote, a list of its runs.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
-from hsai.configuration import from_dict
-from hsai.evaluate import Pair
-from hsai.export.history import list_steps
 from hsai.files import atomic_write
 from hsai.train.plot import GRID, MUTED
 
@@ -41,31 +35,6 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def check_calibration(name: str, origin: Mapping[str, Any], stream: np.ndarray) -> None:
-    """Raises ValueError if a bundle, by what it says in `origin`, was calibrated on other tokens than this stream's; or
-    one was that it was made of or trained from."""
-    for step in list_steps(origin):
-        seen = step.get("calibration_sha256")
-        if seen is not None:
-            config = from_dict(CalibrationConfig, step["recipe"]["calibration"])
-            if digest_windows(draw_windows(stream, config)) != seen:
-                raise ValueError(f"{name} was calibrated on other tokens than those that llama.cpp gets")
-
-
-def choose_chunks(pairs: Sequence[Pair], most: int, stream: np.ndarray) -> list[Pair]:
-    """At most `most` chunks, spread evenly over the text, but for those whose scored half stands in the stream that is
-    calibrated on: texts repeat themselves."""
-    seen = np.asarray(stream, "<i4").tobytes()
-    spread = [pairs[index * len(pairs) // most] for index in range(most)] if len(pairs) > most else pairs
-    return [pair for pair in spread if np.asarray(pair.continuation, "<i4").tobytes() not in seen]
-
-
-def digest(pairs: Sequence[Pair]) -> str:
-    """SHA-256 of the tokens that are measured on."""
-    tokens = [token for pair in pairs for token in (*pair.context, *pair.continuation)]
-    return hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest()
-
-
 def write_tables(runs: Sequence[Run]) -> str:
     """A table in Markdown for each dense model, and who measured it."""
     return "\n".join(_write_table(name, rows, runs) for name, rows in group_runs(runs).items())
@@ -87,8 +56,9 @@ def _write_table(name: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run])
         )
     lines.append(
         f"\nPerplexity of {rows[0]['text']}, {rows[0]['n']} tokens that calibration ({rows[0]['calibration']}) did not"
-        " see;\nllama.cpp quantizes with an importance matrix of the same calibration, and measures its own files,\n"
-        "with activations of 8 bits where weights are quantized. Ours are float32, in the last column of 8 bits too.\n"
+        f" see;\nllama.cpp quantizes with an importance matrix of the same text{_write_tokens(rows)},\n"
+        "and measures its own files, with activations of 8 bits where weights are quantized. Ours are float32, in the\n"
+        "last column of 8 bits too.\n"
     )
     if any(row.get("ratio_standard_error") for row in rows):
         lines.append("A ratio's standard error is of the differences to the dense model's losses, token by token.\n")
@@ -98,8 +68,19 @@ def _write_table(name: str, rows: Sequence[dict[str, Any]], runs: Sequence[Run])
             where = (
                 f"commit {machine['commit']}, {machine['processor']}, {machine['cores']} cores, jax {machine['jax']}"
             )
-            lines.append(f"- `{machine['command']}`: {where}, {machine['date']}.")
+            cut = "" if run.get("complete", True) else " It was cut off before its last line."
+            lines.append(f"- `{machine['command']}`: {where}, {machine['date']}.{cut}")
     return "\n".join(lines) + "\n"
+
+
+def _write_tokens(rows: Sequence[dict[str, Any]]) -> str:
+    """How much of the text each side saw, as far as records say so."""
+    seen = {side: {row.get("calibration_tokens") for row in rows if row["side"] == side} - {None} for side in COLORS}
+    ours, theirs = (
+        " to ".join(f"{tokens:,}" for tokens in sorted({min(counts), max(counts)})) if counts else ""
+        for counts in seen.values()
+    )
+    return f" ({theirs} tokens of it, ours {ours})" if ours and theirs else ""
 
 
 def _write_ratio(row: dict[str, Any], dense: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from hsai.cli.figures import draw_layers
+from hsai.cli.figures import draw_layers, draw_sensitivities
 from hsai.cli.page import make_page
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
@@ -201,6 +201,20 @@ def test_what_failed_is_marked_and_says_why() -> None:
     assert draw_layers([layers[0], layers[1] | {"note": "rounded plainly: why"}]) != draw_layers(layers)
     assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"damping": 0.01}])
     assert draw_layers(layers) == draw_layers([layers[0], layers[1] | {"note": "no token went to expert 2"}])
+
+
+def test_sensitivities_that_are_no_numbers() -> None:
+    """A candidate's leaves a gap in its line; that of a choice is marked besides."""
+    choices = copy.deepcopy(LEDGER["allocation"]["choices"])
+    pictures = [draw_sensitivities(choices)]
+    choices[1]["candidates"][0]["loss"] = None
+    pictures.append(draw_sensitivities(choices))
+    choices[1]["loss"] = choices[1]["candidates"][1]["loss"] = None
+    pictures.append(draw_sensitivities(choices))
+    assert len(set(pictures)) == 3
+    assert ["M -4.5 4.5" in picture for picture in pictures] == [False, False, True], "a cross"
+    ledger = LEDGER | {"allocation": {"budget": 9000, "choices": choices}}
+    assert pictures[2] in make_page(make_results({"ledger": ledger}))
 
 
 def test_memory_of_devices_stands_beside_that_of_the_host() -> None:

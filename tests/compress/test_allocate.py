@@ -10,13 +10,13 @@ from hsai.errors import InputError
 from hsai.formats import Int8Config
 
 
-def make_items(*pairs: list[tuple[int, float]]) -> list[list[Option]]:
+def make_items(*pairs: list[tuple[int, float | None]]) -> list[list[Option]]:
     return [[Option(format=Int8Config(), bytes=size, loss=loss) for size, loss in item] for item in pairs]
 
 
 def total(items: list[list[Option]], chosen: list[int]) -> tuple[int, float]:
     options = [item[index] for item, index in zip(items, chosen, strict=True)]
-    return sum(option.bytes for option in options), sum(option.loss for option in options)
+    return sum(option.bytes for option in options), sum(option.price for option in options)
 
 
 def search(items: list[list[Option]], budget: int) -> float:
@@ -48,7 +48,7 @@ def test_it_is_the_best_choice(seed: int) -> None:
         size, loss = total(items, choose(items, budget))
         assert size <= budget and loss == pytest.approx(search(items, budget), abs=1e-12)
     # And with everything it could want it has the least losses that there are.
-    assert total(items, choose(items, most))[1] == pytest.approx(sum(min(o.loss for o in item) for item in items))
+    assert total(items, choose(items, most))[1] == pytest.approx(sum(min(o.price for o in item) for item in items))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -72,11 +72,11 @@ def test_hundreds_of_items_are_spent_at_best() -> None:
         *([(size, weight * 2.0 ** (-size / 10)) for size in (20, 30, 40, 80)] for weight in draw.lognormal(0, 2, 300))
     )
     steps = sorted(
-        ((a.loss - b.loss) / (b.bytes - a.bytes), a.loss - b.loss, b.bytes - a.bytes)
+        ((a.price - b.price) / (b.bytes - a.bytes), a.price - b.price, b.bytes - a.bytes)
         for item in items
         for a, b in itertools.pairwise(item)
     )[::-1]
-    size, loss = sum(item[0].bytes for item in items), sum(item[0].loss for item in items)
+    size, loss = sum(item[0].bytes for item in items), sum(item[0].price for item in items)
     for _, saved, more in steps[:450]:
         size, loss = size + more, loss - saved
     found = total(items, choose(items, size))
@@ -92,8 +92,17 @@ def test_one_format_for_all_is_found_where_nothing_is_better() -> None:
 
 
 def test_losses_that_are_no_numbers_are_the_worst() -> None:
-    items = make_items([(10, float("nan")), (20, 1.0), (30, float("inf"))], [(10, float("inf"))])
+    items = make_items([(10, None), (20, 1.0), (30, None)], [(10, None)])
     assert choose(items, 100) == [1, 0] and choose(items, 29) == [0, 0]
+
+
+def test_an_item_without_any_price_leaves_the_others_at_their_best() -> None:
+    """The dearest step would be bought first, were not all of them looked at together; as few as can be stay unknown,
+    whatever that costs."""
+    items = make_items([(10, None), (20, None)], [(1000, 5.0), (2000, 0.0)], *([[(10, 1.0), (20, 0.01)]] * 100))
+    assert choose(items, 10 + 3000) == [0, 0] + [1] * 100
+    items = make_items([(10, None), (20, 1e30)], [(10, 1.0), (20, 0.0)])
+    assert choose(items, 30) == [1, 0] and choose(items, 40) == [1, 1]
 
 
 def test_what_lies_above_the_line_of_others_is_taken_where_it_fits() -> None:

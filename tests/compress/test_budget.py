@@ -15,7 +15,7 @@ from hsai.compress import Ledger, RecipeConfig, Rule, compress
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.budget import count_least
 from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.ledger import name_format, name_ranges
+from hsai.compress.names import name_format, name_ranges
 from hsai.compress.one_shot import pack_weight
 from hsai.compress.recipe import match_weights
 from hsai.compress.solvers import FeedbackConfig, NearestConfig
@@ -115,11 +115,6 @@ def test_the_ledger_says_what_each_layer_became(mixed: tuple[Transformer, Ledger
         assert choice["layer"] is None or solved[choice["weight"], choice["layer"]] == choice["format"]
         kept = {name: choice[name] for name in ("format", "bytes", "loss")}
         assert kept in choice["candidates"] and len(choice["candidates"]) == (2 if choice["weight"] == "embed" else 4)
-
-
-def test_ranges_are_named() -> None:
-    assert name_ranges([0, 1, 2, 3, 7, 9, 10]) == "0-3, 7, 9-10"
-    assert name_ranges([4]) == "4" and name_ranges([]) == ""
 
 
 @pytest.mark.parametrize("width", [60, 200])

@@ -33,3 +33,13 @@ def test_a_gram_matrix_that_is_not_finite_is_refused(value: float) -> None:
     gram[1, 2] = value
     with pytest.raises(FloatingPointError, match="not finite"):
         factorize(jnp.asarray(gram), 0.01)
+
+
+def test_a_matrix_without_a_factor_is_refused_with_the_last_damping_that_was_tried() -> None:
+    gram = np.eye(4, dtype=np.float32)
+    gram[0, 1] = gram[1, 0] = 1e6
+    for damping, message in ((0.01, "a damping of 10 times"), (0.03, "a damping of 3 times"), (2.0, "of 2 times")):
+        with pytest.raises(FloatingPointError, match=f"no Cholesky factor with .*{message} its mean"):
+            factorize(jnp.asarray(gram), damping)
+    with pytest.raises(FloatingPointError, match="a damping of 20 times the Gram matrix's mean is above 10"):
+        factorize(jnp.eye(4), 20.0)

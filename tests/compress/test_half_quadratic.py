@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress import RecipeConfig, Rule, compress
+from hsai.compress import RecipeConfig, Rule, compress, half_quadratic
 from hsai.compress.grid import Grid, grid_of, search_scale
 from hsai.compress.half_quadratic import HalfQuadraticConfig, refine_scale
-from hsai.compress.ledger import name_format
+from hsai.compress.names import name_format
 from hsai.compress.one_shot import pack_weight
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
@@ -169,6 +169,28 @@ def test_groups_of_one_number(value: float) -> None:
     """Without a span there is no scale, and the minimum is the number, as float16 has it."""
     packed = pack_weight(jnp.full((64, 3), value), Int4OffsetConfig(group=32), CONFIG)
     np.testing.assert_array_equal(to_dense(packed), np.float32(np.float16(value)))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-22, 1e-35])
+@pytest.mark.parametrize("format", [Int8Config(), Int3Config(group=32), Int2Config(group=32)])
+def test_a_scale_keeps_its_sign_however_small(format, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Levels are symmetric, so that a negative scale holds a group as well, which readers then refuse."""
+    fitted: list[int] = []
+
+    def fit(level: jax.Array, target: jax.Array, scale: jax.Array, grid: Grid) -> jax.Array:
+        fitted.append(1)
+        return -real(level, target, jnp.abs(scale), grid)
+
+    real = half_quadratic._fit
+    w, grid = jnp.asarray(size * draw("heavy", 64, 8)), grid_of(format)
+    assert grid is not None
+    groups = w.reshape(-1, grid.group or 64, 8)
+    start = search_scale(groups, 1.0, grid)
+    better = refine_scale(groups, start, grid, HalfQuadraticConfig(iterations=1))
+    assert bool((better != start).any()), "a fit with the right sign is taken"
+    monkeypatch.setattr(half_quadratic, "_fit", fit)
+    np.testing.assert_array_equal(refine_scale(groups, start, grid, HalfQuadraticConfig(iterations=1)), start)
+    assert fitted and bool((start > 0).all())
 
 
 def test_zero_groups_and_stacks() -> None:

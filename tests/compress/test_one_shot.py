@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 from hsai.compress import RecipeConfig, Rule, compress
-from hsai.compress.ledger import name_format
+from hsai.compress.names import name_format
 from hsai.compress.one_shot import check_bytes
 from hsai.errors import InputError
 from hsai.formats import (

@@ -1,20 +1,26 @@
 """A run that is killed goes on where it was, and ends in the same bits; what does not belong to it is not used."""
 
 import contextlib
+import dataclasses
+import io
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
-from hsai.compress import RecipeConfig, Rule, block_solver, calibrated, compress
+from hsai.compress import RecipeConfig, Rule, block_solver, calibrated, compress, sensitivity
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import FeedbackConfig
+from hsai.data.tokenizer import Tokenizer
 from hsai.errors import InputError
-from hsai.formats import Int4Config, Int8Config, NMInt4Config
+from hsai.export import read_bundle, write_bundle
+from hsai.formats import Int4, Int4Config, Int8Config, NMInt4Config
 from hsai.formats.storage import named_weights
 from hsai.models import Transformer, TransformerConfig
 
@@ -144,6 +150,57 @@ def test_a_run_that_was_killed_behind_its_layers_solves_none_again(
     assert ledger_again.to_dict() == ledger.to_dict()
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_candidate_whose_price_is_no_number_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on to its bundle, and one that was killed reads what it had kept; where nothing else is to be had,
+    one is taken without a price."""
+    model = Transformer(dataclasses.replace(CONFIG, vocab=300), rngs=nnx.Rngs(0))
+    real, up, down = sensitivity._price, model.layers.mlp.up[...][0], model.layers.mlp.down[...][2]
+
+    def price(w, packed, *rest):
+        if w.shape == up.shape and bool((w == up).all()) and type(packed) is Int4:
+            return jnp.float32(jnp.nan)
+        return jnp.float32(jnp.inf) if w.shape == down.shape and bool((w == down).all()) else real(w, packed, *rest)
+
+    def fail(*_):
+        raise Killed
+
+    monkeypatch.setattr(sensitivity, "_price", price)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "save_allocation", fail)
+        with pytest.raises(Killed):
+            run(model, tmp_path / "bench")
+    found, ledger, told = run(model, tmp_path / "bench")
+    assert "trying formats" in told
+    monkeypatch.setattr(sensitivity, "_price", fail)
+    (tmp_path / "bench" / "allocation.json").unlink()
+    again, ledger_again, _ = run(model, tmp_path / "bench")
+    assert ledger_again == ledger
+    for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    choices = {(row["weight"], row["layer"]): row for row in ledger["allocation"]["choices"]}
+    first = choices["layers.mlp.up", 0]
+    assert first["format"] == "2:4 int4 g32" and first["loss"] > 0
+    assert [option["loss"] is None for option in first["candidates"]] == [True, False]
+    last = choices["layers.mlp.down", 2]
+    assert (
+        [option["loss"] for option in last["candidates"]]
+        == [None, None]
+        == [last["loss"], ledger["allocation"]["loss"]]
+    )
+    others = [row for place, row in choices.items() if place not in {("layers.mlp.up", 0), ("layers.mlp.down", 2)}]
+    assert {row["format"] for row in others} == {"int4 g32"}, "the budget is enough for all of them"
+    with Workbench(tmp_path / "bench", {"recipe": "a"}) as workbench:
+        allocation = workbench.load_allocation()
+    assert allocation is not None and allocation.loss is None
+    console = Console(width=200, file=io.StringIO())
+    console.print(allocation.table())
+    rows = [line for line in console.file.getvalue().splitlines() if "layers.mlp" in line]  # type: ignore[attr-defined]
+    assert ["no number" in row for row in rows] == ["mlp.down" in row for row in rows] and len(rows) == 3
+    write_bundle(tmp_path / "bundle", found, Tokenizer.train(["one two"], 257), extra={"ledger": ledger})
+    assert read_bundle(tmp_path / "bundle").manifest.extra["ledger"] == ledger
 
 
 def test_a_directory_of_another_run_is_thrown_away_and_told(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tests.compress.problems import draw
     ids=lambda part: getattr(part, "format", part),
 )
 def test_what_is_kept_apart_costs_next_to_nothing(base, order) -> None:
-    """The format holds bit for bit what was solved; the rest has a loss as if those positions were not there."""
+    """The format holds bit for bit what was solved; the rest has an error as if those positions were not there."""
     w, gram, x = draw(8, 128, 32)
     loud = [3, 40, 41, 99]
     x[:, loud] *= 20
@@ -52,7 +52,6 @@ def test_what_is_kept_apart_costs_next_to_nothing(base, order) -> None:
     plain = solve(jnp.asarray(w), factor.upper, **how)
     # What prunes keeps loud positions anyway: there is less to gain.
     share = 0.8 if pattern_of(base) is None else 0.95
-    assert float(solved.loss) < share * float(plain.loss)
     dense = np.asarray(to_dense(packed))
     errors = [np.linalg.norm(x @ (v - w)) for v in (dense, np.asarray(plain.values))]
     assert errors[0] < share**0.5 * errors[1]

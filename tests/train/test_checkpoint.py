@@ -21,7 +21,7 @@ from hsai.train.checkpoint import CheckpointConfig, Checkpointer
 from hsai.train.formats import FormatRule
 from hsai.train.optimizer import OptimizerConfig, make_optimizer
 from hsai.train.seal import SEAL
-from hsai.train.state import TrainState, abstract_state, init_state
+from hsai.train.state import TrainState, abstract_state, fill_signs, init_state
 from tests.train.batches import MODEL, SMALL
 
 OPTIMIZER = make_optimizer(OptimizerConfig(warmup_steps=2), 10)
@@ -213,8 +213,14 @@ def test_learned_scales_of_before_they_had_signs(tmp_path: Path) -> None:
         assert checkpointer.save(3, without, RECORD)
     like = abstract_state(MODEL, OPTIMIZER, mesh, 0, rules)
     with Checkpointer(tmp_path, None) as checkpointer:
-        found = jax.device_get(named_arrays(checkpointer.restore(like)))
-        model = checkpointer.restore(like.model, prefix="model.")
+        found = jax.device_get(named_arrays(checkpointer.restore(like, fill_new=fill_signs)))
+        model = checkpointer.restore(like.model, prefix="model.", fill_new=fill_signs)
+        # Of what is not said to be new, nothing is made up; nor is anything but signs.
+        with pytest.raises(InputError, match=r"array '.*\.sign' is missing"):
+            checkpointer.restore(like)
+        with pytest.raises(InputError, match=r"array '.*unembed' is missing"):
+            other = dataclasses.replace(MODEL, tie_embeddings=False)
+            checkpointer.restore(abstract_state(other, OPTIMIZER, mesh, 0, rules), fill_new=fill_signs)
     signs = {name: array for name, array in found.items() if name.endswith(".sign")}
     assert len(signs) == 3 * 3
     for name, array in signs.items():

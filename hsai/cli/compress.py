@@ -27,10 +27,9 @@ from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
-from hsai.compress import RecipeConfig, compress, reads_calibration
+from hsai.compress import Plan, RecipeConfig, check_kernels, compress, plan_recipe
 from hsai.compress.calibration import digest_windows, draw_windows
 from hsai.compress.ledger import Allocation
-from hsai.compress.recipe import match_weights
 from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
@@ -83,14 +82,17 @@ def run(parser: Parser, argv: list[str]) -> None:
         check_mesh(mesh, inspect_model(arguments.model).config.axis_sizes)
         check_batches(recipes, mesh)
     source = open_model(arguments.model, mesh=mesh)
+    plans: dict[str, Plan] = {}
     for name, recipe in recipes.items():
         try:
-            match_weights(recipe, source.model, arguments.target)
+            plans[name] = plan_recipe(recipe, source.model)
+            if arguments.target is not None:
+                check_kernels(plans[name], arguments.target)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
         if arguments.target is None:
-            _tell_missing_kernels(name, recipe, source)
-    windows = read_windows(recipes, source, arguments.calibration)
+            _tell_missing_kernels(name, plans[name])
+    windows = read_windows(recipes, plans, source, arguments.calibration)
     made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
     for name, drawn in windows.items():
         made[name]["calibration_sha256"] = digest_windows(drawn)
@@ -182,11 +184,13 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
     return changed
 
 
-def _tell_missing_kernels(name: str, recipe: RecipeConfig, source: ModelSource) -> None:
+def _tell_missing_kernels(name: str, plan: Plan) -> None:
     """A recipe may save bytes alone; whoever did not ask for a platform hears what this one has no kernel for."""
     platform: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
+    if platform is None:
+        return
     try:
-        match_weights(recipe, source.model, platform)
+        check_kernels(plan, platform)
     except InputError as missing:
         say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
 
@@ -208,7 +212,9 @@ def _tell_allocation(allocation: Allocation) -> None:
         )
 
 
-def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Path | None) -> dict[str, np.ndarray]:
+def read_windows(
+    recipes: dict[str, RecipeConfig], plans: dict[str, Plan], source: ModelSource, text: Path | None
+) -> dict[str, np.ndarray]:
     """The calibration tokens of each recipe that reads some of this model, int32 (N, T) by its name; what is in the
     format of a recipe already needs none.
 
@@ -219,7 +225,7 @@ def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Pa
     asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
     if text is not None and not asking:
         raise InputError(f"--calibration {text}: no recipe here calibrates")
-    for name in [name for name in asking if not reads_calibration(recipes[name], source.model)]:
+    for name in [name for name in asking if not plans[name].reads_text]:
         say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
         del asking[name]
     if not asking:

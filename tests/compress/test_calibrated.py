@@ -13,7 +13,7 @@ from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved
 from hsai.compress.calibrated import BlockSolver, check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.one_shot import pack_weight
-from hsai.compress.recipe import match_weights
+from hsai.compress.plan import plan_recipe
 from hsai.compress.solvers import FeedbackConfig, NearestConfig
 from hsai.compress.stream import Grams, Streams, apply_block, stream_blocks, take_block
 from hsai.errors import InputError
@@ -299,7 +299,7 @@ def test_a_table_that_is_looked_up_is_rounded_where_a_rule_solves_the_others() -
     recipe = RecipeConfig(
         rules=(Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig()),), calibration=CALIBRATION
     )
-    assert {name: rule.solver.kind for name, rule in match_weights(recipe, model).items() if "embed" in name} == {
+    assert {name: rule.solver.kind for name, rule in plan_recipe(recipe, model).rules.items() if "embed" in name} == {
         "embed": "nearest",
         "unembed": "feedback",
     }
@@ -307,7 +307,9 @@ def test_a_table_that_is_looked_up_is_rounded_where_a_rule_solves_the_others() -
     plain = pack_weight(model.embed.get_value(), Int4Config(group=32))
     for one, other in zip(jax.tree.leaves(packed.embed.get_value()), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert {row.weight for row in ledger.layers} == {name for name in match_weights(recipe, model) if name != "embed"}
+    assert {row.weight for row in ledger.layers} == {
+        name for name in plan_recipe(recipe, model).rules if name != "embed"
+    }
 
 
 def test_weights_that_no_product_reads_cannot_be_solved() -> None:

@@ -16,7 +16,7 @@ from hsai.compress.calibrated import measure_output
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.folds import channel_folds
 from hsai.compress.one_shot import pack_weight
-from hsai.compress.recipe import match_weights
+from hsai.compress.plan import plan_recipe
 from hsai.compress.resume import Workbench
 from hsai.compress.scaling import ScalingConfig, apply_scales, find_scales
 from hsai.compress.solvers import FeedbackConfig
@@ -155,7 +155,7 @@ def test_scaled_weights_lose_less_of_their_outputs(uneven: Transformer) -> None:
     scaled, rows = transform_model(
         uneven,
         recipe.transforms,
-        {name: rule.formats for name, rule in match_weights(recipe, uneven).items()},
+        {name: rule.formats for name, rule in plan_recipe(recipe, uneven).rules.items()},
         calibration=CALIBRATION,
         tokens=TOKENS,
         plain=pack_weight,

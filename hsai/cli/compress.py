@@ -14,7 +14,7 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -53,7 +53,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
     parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
     parser.add_argument(
-        "--target", choices=get_args(Platform), help="refuse formats that this platform has no kernels for"
+        "--target",
+        choices=(*get_args(Platform), "none"),
+        help="refuse formats that this platform has no kernels for (default: this machine's); none takes them all",
     )
     parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 1x8x1 (default: one device); see `hsai train`")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
@@ -86,12 +88,9 @@ def run(parser: Parser, argv: list[str]) -> None:
     for name, recipe in recipes.items():
         try:
             plans[name] = plan_recipe(recipe, source.model)
-            if arguments.target is not None:
-                check_kernels(plans[name], arguments.target)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
-        if arguments.target is None:
-            _tell_missing_kernels(name, plans[name])
+        check_target(name, plans[name], arguments.target)
     windows = read_windows(recipes, plans, source, arguments.calibration)
     made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
     for name, drawn in windows.items():
@@ -184,15 +183,23 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
     return changed
 
 
-def _tell_missing_kernels(name: str, plan: Plan) -> None:
-    """A recipe may save bytes alone; whoever did not ask for a platform hears what this one has no kernel for."""
-    platform: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
+def check_target(name: str, plan: Plan, target: Platform | Literal["none"] | None) -> None:
+    """Raises `InputError` for a format that the target, by default this machine, has no kernel for. A recipe may save
+    bytes alone: whoever asks for no target hears what this machine has no kernel for, and gets it."""
+    here: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
+    platform = here if target is None or target == "none" else target
     if platform is None:
         return
     try:
         check_kernels(plan, platform)
     except InputError as missing:
-        say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
+        if target == "none":
+            say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
+            return
+        raise InputError(
+            f"recipe {name}: {missing}; --target none takes the recipe all the same (its dense weight is then rebuilt "
+            "for each product: bytes are saved, time is not)"
+        ) from missing
 
 
 def _tell_workbench(name: str, directory: Path, workbench: Workbench, layers: int) -> None:

@@ -1,5 +1,6 @@
 """`hsai compress`: what it makes, and what it refuses before anything is made."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,14 +15,19 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.cli.compress import check_target
 from hsai.cli.page import TRACED
-from hsai.compress import Ledger, RecipeConfig, compress
+from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe
 from hsai.compress.factor import factorize
+from hsai.config import RunConfig
+from hsai.config_file import load_config
 from hsai.data.corpus_files import open_corpus
+from hsai.errors import InputError
 from hsai.export.bundle import read_bundle
 from hsai.export.history import STEP, tell_history
 from hsai.export.source import inspect_model
 from hsai.models import Transformer
+from hsai.models.transformer import abstract_transformer
 from tests.cli.conftest import CALIBRATED, RECIPES, Workshop, recipe
 from tests.cli.snapshots import snapshot
 
@@ -111,7 +117,9 @@ def test_recipes_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     refuse(*words, same, idle, names=("recipe idle", "'layers.atention.*'", "layers.attention."), beside=beside)
     refuse(*words, same, odd, names=("96",), beside=beside)
     slow = ("recipe sparse50", "no kernel for cpu multiplies by unstructured 32:64 bfloat16", "int8, int4 g64")
-    refuse(*words, same, recipe("sparse50"), "--target", "cpu", names=slow, beside=beside)
+    refuse(*words, same, recipe("sparse50"), names=(*slow, "--target none takes the recipe"), beside=beside)
+    slow = ("recipe int3", "no kernel for gpu multiplies by int3 g64", "--target none takes the recipe")
+    refuse(*words, same, recipe("int3"), "--target", "gpu", names=slow, beside=beside)
 
 
 def test_a_format_that_does_not_divide(workshop: Workshop, place: Path, refuse: Refuse) -> None:
@@ -314,12 +322,26 @@ def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse
 
 
 def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And made: who wants bytes alone may have it."""
-    assert main(["compress", str(workshop.run), "--recipe", recipe("sparse50"), "--out", "out"]) == 0
+    """And made, where no target is asked for: who wants bytes alone may have it."""
+    words = ["compress", str(workshop.run), "--target", "none", "--recipe"]
+    assert main([*words, recipe("sparse50"), "--out", "out"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "note: recipe sparse50: " in told and "no kernel for cpu multiplies by unstructured 32:64" in told
-    assert main(["compress", str(workshop.run), "--recipe", recipe("int4"), "--out", "other"]) == 0
+    assert main([*words, recipe("int4"), "--out", "other"]) == 0
     assert "no kernel" not in capsys.readouterr().out
+
+
+def test_the_target_is_this_machine_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a platform that is none of those with kernels nothing is asked of it."""
+    model = load_config(ROOT / "configs" / "tiny.py", RunConfig).config.model
+    plan = plan_recipe(load_config(recipe("int3"), RecipeConfig).config, abstract_transformer(model))
+    check_target("int3", plan, None)
+    for platform, passes in (("gpu", False), ("metal", True)):
+        monkeypatch.setattr("hsai.cli.compress.find_platform", lambda platform=platform: platform)
+        with contextlib.nullcontext() if passes else pytest.raises(InputError, match="no kernel for gpu .* int3 g64"):
+            check_target("int3", plan, None)
+        check_target("int3", plan, "none")
+        check_target("int3", plan, "cpu")
 
 
 def test_what_failed_is_told_on_the_console(

@@ -70,8 +70,9 @@ def run(parser: Parser, argv: list[str]) -> None:
         raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
     targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
     recipes = set_budget(recipes, arguments)
-    check_targets(targets.values(), arguments)
     check_apart(targets.values(), arguments.model)
+    check_targets(targets.values(), arguments)
+    targets = {name: target.resolve() for name, target in targets.items()}  # "." and ".." have no name of their own
     benches = {  # of others than these, what is done takes seconds
         name: targets[name].with_name(f".{targets[name].name}.partial")
         for name, recipe in recipes.items()

@@ -17,6 +17,7 @@ import pytest
 from hsai.cli import main
 from hsai.cli.compress import check_target
 from hsai.cli.page import TRACED
+from hsai.cli.targets import check_apart
 from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe
 from hsai.compress.factor import factorize
 from hsai.config import RunConfig
@@ -365,6 +366,25 @@ def test_the_model_is_not_replaced_by_what_is_made_of_it(workshop: Workshop, pla
     refuse(*words, bundle / "int8", names=("lies inside the model sub/bf16",))
     shutil.copytree(bundle, bundle / "inner")
     refuse("compress", bundle / "inner", *words[2:], bundle, names=(f"--out {bundle} holds the model",))
+
+
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/7", "checkpoints/6/state", "tensorboard/int8"])
+def test_what_training_keeps_is_no_place_for_a_bundle(
+    inside: str, workshop: Workshop, place: Path, refuse: Refuse
+) -> None:
+    """A bundle in a directory `checkpoints/7` would be the newest step of the run. Of other runs too."""
+    out = workshop.run / inside
+    words = ("--recipe", recipe("int8"), "--overwrite", "--out", out)
+    told = (f"--out {out} is or lies in {workshop.run / Path(inside).parts[0]}", "which a training run keeps")
+    before = snapshot(workshop.run)
+    for model in (workshop.run, workshop.compressed / "bf16"):
+        refuse("compress", model, *words, names=told)
+    assert snapshot(workshop.run) == before
+
+
+def test_other_checkpoints_are_no_run(workshop: Workshop, place: Path) -> None:
+    (place / "checkpoints").mkdir()
+    check_apart([Path("checkpoints/int8")], workshop.run)
 
 
 def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refuse: Refuse) -> None:

@@ -34,6 +34,7 @@ from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
+from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import write_bundle
 from hsai.export.history import pass_on
 from hsai.export.source import ModelSource, inspect_model, open_model
@@ -257,10 +258,9 @@ def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:
     """Token ids of the text, or of the training text of the model's corpus."""
     if text is not None:
         try:
-            content = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read --calibration {text}: {error}") from error
-        return np.asarray(source.tokenizer.encode(content), np.int32)
+            return np.asarray(source.tokenizer.encode(read_text(text)), np.int32)
+        except InputError as error:
+            raise InputError(f"--calibration: {error}") from error
     return open_own_corpus(source, None, "--calibration").train
 
 

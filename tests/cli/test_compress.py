@@ -24,9 +24,10 @@ from hsai.config import RunConfig
 from hsai.config_file import load_config
 from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
+from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import read_bundle
 from hsai.export.history import STEP, tell_history
-from hsai.export.source import inspect_model
+from hsai.export.source import inspect_model, open_model
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
 from tests.cli.conftest import CALIBRATED, RECIPES, Workshop, recipe
@@ -305,11 +306,13 @@ def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse
     (place / "text.txt").write_text("def main():\n    return 42\n" * 400)
     (place / "short.txt").write_text("too short")
     (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (place / "empty.txt").write_bytes(b"")
     words = ("compress", workshop.run, "--out", "out", "--recipe")
     for given, told in {
         "short.txt": ("recipe mine: calibration.tokens=512 exceeds the text", "give more text"),
-        "bytes.txt": ("cannot read --calibration bytes.txt",),
-        "nowhere.txt": ("cannot read --calibration nowhere.txt",),
+        "bytes.txt": ("--calibration: bytes.txt is not text: byte 0",),
+        "nowhere.txt": ("--calibration: cannot read nowhere.txt",),
+        "empty.txt": ("--calibration: empty.txt holds no text",),
     }.items():
         refuse(*words, "mine.py", "--calibration", given, names=told)
     refuse(*words, recipe("int8"), "--calibration", "text.txt", names=("text.txt: no recipe here calibrates",))
@@ -320,6 +323,24 @@ def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse
         assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", name, *more]) == 0
         hashes.append(read_bundle(place / name).manifest.extra["calibration_sha256"])
     assert hashes[0] != hashes[1]
+
+
+def test_calibration_tokens_are_those_of_the_bytes(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CRLF too: what llama.cpp is calibrated on by `scripts/bench_frontier.py` is read by the same function."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier import check_calibration
+
+    (place / "mine.py").write_text(CALIBRATED)
+    (place / "text.txt").write_bytes(b"def main():\r\n    return 42\r\n" * 400)
+    assert (
+        main(["compress", str(workshop.run), "--recipe", "mine.py", "--calibration", "text.txt", "--out", "out"]) == 0
+    )
+    source = open_model("out")
+    stream = np.asarray(source.tokenizer.encode(read_text(Path("text.txt"))), np.int32)
+    assert "\r\n" in source.tokenizer.decode(stream)
+    check_calibration("out", source.origin, stream)
 
 
 def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,9 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 1x8x1 (default: one device); see `hsai train`")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
-    parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
+    parser.add_argument(
+        "--reuse", action="store_true", help="keep what the same recipe and sources made of the same weights"
+    )
 
 
 def run(parser: Parser, argv: list[str]) -> None:
@@ -94,7 +96,8 @@ def run(parser: Parser, argv: list[str]) -> None:
             raise InputError(f"recipe {name}: {error}") from error
         check_target(name, plans[name], arguments.target)
     windows = read_windows(recipes, plans, source, arguments.calibration)
-    made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
+    by = {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
+    made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} | by for name, recipe in recipes.items()}
     for name, drawn in windows.items():
         made[name]["calibration_sha256"] = digest_windows(drawn)
     kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
@@ -108,7 +111,6 @@ def run(parser: Parser, argv: list[str]) -> None:
             extra = pass_on(source) | made[name] | {"recipe_name": name}
             machine = describe_machine()  # as it is now: files may change before the last layer
             record = made[name] | {"hsai": hsai.__version__, "commit": machine["commit"]}
-            record |= {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
             start, own = time.monotonic(), reset_peak_memory()
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:

@@ -17,6 +17,8 @@ STEP = (
     "dtype",
     "recipe",
     "recipe_name",
+    "sources_sha256",
+    "mesh",
     "calibration_sha256",
     "ledger",
     "cost",

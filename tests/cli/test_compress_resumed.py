@@ -43,7 +43,7 @@ def test_unfinished_work_of_others_is_refused_or_told(
         refuse(*several, "--calibration", "nowhere.txt", names=(".out.partial is in use by another run",))
     assert main(list(words)) == 0
     told = (
-        "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai, sources_sha256: "
+        "was left by a run that differed in commit, source_sha256, recipe, sources_sha256, calibration_sha256, hsai: "
     )
     assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
     assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"

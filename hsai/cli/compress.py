@@ -2,14 +2,17 @@
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
-model's own corpus, or a file: --calibration text.txt. If it is killed, the same command goes on at the layer it was in.
+model's own corpus, or a file: --calibration text.txt; on such a file others are measured, layer by layer. If a recipe
+that calibrates is killed, the same command goes on at the layer it was in.
 A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
-With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine.
+With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine; a
+CPU is made of eight by JAX_NUM_CPU_DEVICES=8 in front of the command.
 """
 
 import argparse
 import contextlib
 import functools
+import math
 import shlex
 import time
 from dataclasses import replace
@@ -28,7 +31,7 @@ from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
 from hsai.compress import Plan, RecipeConfig, check_kernels, compress, plan_recipe
-from hsai.compress.calibration import digest_windows, draw_windows
+from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.ledger import Allocation
 from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
@@ -50,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", type=Path, help="a run, a bundle, a checkpoint of transformers, or a GGUF file")
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
-    parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text: recipes calibrate on it, or are measured")
     parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
     parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
     parser.add_argument(
@@ -99,7 +102,8 @@ def run(parser: Parser, argv: list[str]) -> None:
     by = {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
     made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} | by for name, recipe in recipes.items()}
     for name, drawn in windows.items():
-        made[name]["calibration_sha256"] = digest_windows(drawn)
+        use = "calibration" if plans[name].reads_text else "measured"
+        made[name][f"{use}_sha256"] = digest_windows(drawn)
     kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
     with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
         dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
@@ -153,13 +157,33 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 
 def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
-    """Raises `InputError` for a recipe whose batches a mesh does not split evenly."""
+    """Raises `InputError` for a recipe whose windows a mesh does not split evenly. A batch is widened to what its devices
+    share evenly, so that only whole numbers of such batches will do."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = (
+        f"the {parts} devices that --mesh splits a batch over (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+    )
     for name, recipe in recipes.items():
-        if recipe.calibration is not None and recipe.calibration.batch % parts:
+        if recipe.calibration is None:
+            continue
+        batch, length = math.lcm(recipe.calibration.batch, parts), recipe.calibration.sequence_length
+        windows = recipe.calibration.tokens // length
+        why = f"batches of {batch}, which calibration.batch={recipe.calibration.batch} takes on {split}"
+        if windows % batch:
             raise InputError(
-                f"recipe {name}: calibration.batch={recipe.calibration.batch} does not divide by the {parts} devices "
-                f"that --mesh splits a batch over (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+                f"recipe {name}: the {windows} windows of calibration.tokens={recipe.calibration.tokens} are no whole "
+                f"{why}; let calibration.tokens be a multiple of {batch * length}"
+            )
+        if recipe.reconstruction is not None and windows == batch:
+            raise InputError(
+                f"recipe {name}: reconstruction takes two batches or more, and the {windows} windows of "
+                f"calibration.tokens={recipe.calibration.tokens} are one of {why}; let calibration.tokens be "
+                f"{2 * batch * length} or more"
+            )
+        if recipe.allocation is not None and recipe.allocation.windows % batch:
+            raise InputError(
+                f"recipe {name}: allocation.windows={recipe.allocation.windows} are no whole {why}; let it be a "
+                f"multiple of {batch}"
             )
 
 
@@ -226,19 +250,21 @@ def _tell_allocation(allocation: Allocation) -> None:
 def read_windows(
     recipes: dict[str, RecipeConfig], plans: dict[str, Plan], source: ModelSource, text: Path | None
 ) -> dict[str, np.ndarray]:
-    """The calibration tokens of each recipe that reads some of this model, int32 (N, T) by its name; what is in the
-    format of a recipe already needs none.
+    """The tokens that each recipe is calibrated on, int32 (N, T) by its name; and of others those that their output
+    errors are measured on, where a text is given. What is in the format of a recipe already needs none.
 
     Raises:
-      InputError: a text is given and no recipe calibrates; or it is needed, and is not there, too short, or no UTF-8;
-        windows exceed the model's context.
+      InputError: the text is needed, and is not there, too short, or no UTF-8; windows exceed the model's context.
     """
-    asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
-    if text is not None and not asking:
-        raise InputError(f"--calibration {text}: no recipe here calibrates")
-    for name in [name for name in asking if not plans[name].reads_text]:
-        say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
-        del asking[name]
+    asking: dict[str, CalibrationConfig] = {}
+    for name, recipe in recipes.items():
+        if plans[name].reads_text:
+            assert recipe.calibration is not None
+            asking[name] = recipe.calibration
+        elif text is not None and plans[name].measured:
+            asking[name] = recipe.calibration or choose_measured(source)
+        elif text is not None or recipe.calibration is not None:
+            say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
     if not asking:
         return {}
     stream = _read_stream(source, text)
@@ -254,6 +280,14 @@ def read_windows(
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
     return windows
+
+
+def choose_measured(source: ModelSource) -> CalibrationConfig:
+    """How much text measures what does not calibrate: as much as calibrates by default, in windows that the model can
+    read."""
+    default = CalibrationConfig()
+    length = min(default.sequence_length, source.config.max_length)
+    return replace(default, tokens=default.tokens // default.sequence_length * length, sequence_length=length)
 
 
 def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:

@@ -18,10 +18,12 @@ import numpy as np
 
 from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import SolvedLayers, solve_layers
+from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, pack_half_quadratic
 from hsai.compress.ledger import Allocation, Ledger, LedgerRow, name_format, name_formats
 from hsai.compress.limits import check_finite, check_held, check_range
+from hsai.compress.measured import measure_layers
 from hsai.compress.plan import Plan, plan_recipe
 from hsai.compress.prune import prune
 from hsai.compress.quantize import map_layers, round_codes, round_int8
@@ -71,7 +73,8 @@ def compress(
     Args:
       model: with dense weights, or packed ones that `plan_recipe` lets pass; it is not changed.
       recipe: which weights become what.
-      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them.
+      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them. Of others it changes nothing:
+        the ledger then has the output errors of what was rounded plainly.
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
@@ -105,9 +108,14 @@ def compress(
         )
         values |= tables | solved.weights
     values, rows = pack_rest(model, plan, formats, values, progress=progress)
-    return replace_weights(model, values), Ledger(
-        rows=rows, layers=solved.rows, blocks=solved.blocks, allocation=allocation, scales=scales
-    )
+    packed = replace_weights(model, values)
+    layers = solved.rows
+    if calibration is not None and not plan.reads_text:
+        assert isinstance(model, Transformer) and isinstance(packed, Transformer)
+        batch = (recipe.calibration or CalibrationConfig()).batch
+        measured = {name: formats[name] for name in plan.measured}
+        layers = measure_layers(model, packed, measured, calibration, batch=batch, progress=progress)
+    return packed, Ledger(rows=rows, layers=layers, blocks=solved.blocks, allocation=allocation, scales=scales)
 
 
 def check_numbers(model: Any, plan: Plan) -> None:

@@ -47,6 +47,11 @@ class Plan:
     """Whether following the recipe takes calibration text: what solvers over activations would solve is not all kept,
     or formats are chosen, or channels scaled."""
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The weights whose output errors text can tell where the plan reads none: multiplied by, and changed."""
+        return tuple(name for name in self.multiplied if name not in self.kept)
+
 
 def plan_recipe(recipe: RecipeConfig, model: Any) -> Plan:
     """The plan of a recipe for a model, whose arrays may be shapes.

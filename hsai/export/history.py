@@ -20,6 +20,7 @@ STEP = (
     "sources_sha256",
     "mesh",
     "calibration_sha256",
+    "measured_sha256",
     "ledger",
     "cost",
     "command",

@@ -133,6 +133,14 @@ def test_numbers_ledgers_and_plots() -> None:
     assert make_page(json.loads(json.dumps(results))) == page
 
 
+def test_a_run_has_no_bytes_and_no_place_in_the_plot() -> None:
+    results = make_results()
+    del results["rows"][0]["bytes"]
+    text = " ".join(Reader(make_page(results)).words)
+    assert "dense - 32.000 20.0000" in text and "<int4> 0.01 4.250" in text
+    assert "Size and quality" in make_page(make_results()) and "Size and quality" not in text  # of one point
+
+
 def test_what_a_calibrated_recipe_leaves() -> None:
     """The ledger of a model that was scaled and solved, as it stands in a manifest."""
     config = TransformerConfig(vocab=96, embed=64, layers=2, heads=2, kv_heads=1, head_dim=32, mlp=128, max_length=32)

@@ -157,12 +157,11 @@ def run(parser: Parser, argv: list[str]) -> None:
 
 
 def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
-    """Raises `InputError` for a recipe whose windows a mesh does not split evenly. A batch is widened to what its devices
+    """Raises `InputError` for a recipe whose windows a mesh does not split evenly. A batch is widened to what devices
     share evenly, so that only whole numbers of such batches will do."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    split = (
-        f"the {parts} devices that --mesh splits a batch over (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
-    )
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    parts = data * fsdp
+    split = f"the {parts} devices that --mesh splits a batch over (data={data} x fsdp={fsdp})"
     for name, recipe in recipes.items():
         if recipe.calibration is None:
             continue

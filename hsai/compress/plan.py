@@ -17,7 +17,7 @@ from hsai.compress.allocate import check_budget
 from hsai.compress.budget import count_least
 from hsai.compress.grid import pattern_of
 from hsai.compress.ledger import name_format
-from hsai.compress.recipe import RecipeConfig, Rule
+from hsai.compress.recipe import ROUTER, RecipeConfig, Rule
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.solvers import CalibratedConfig, NearestConfig
 from hsai.compress.transforms import outline
@@ -123,7 +123,7 @@ def _find_rules(rules: tuple[Rule, ...], names: list[str]) -> dict[str, Rule]:
     """The first rule that matches each name; raises `InputError` for one that decides for none."""
     deciding: dict[str, int] = {}
     for name in names:
-        number = next((number for number, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)), None)
+        number = next((number for number, rule in enumerate(rules) if rule.matches(name)), None)
         if number is not None:
             deciding[name] = number
     for number, rule in enumerate(rules):
@@ -134,10 +134,16 @@ def _find_rules(rules: tuple[Rule, ...], names: list[str]) -> dict[str, Rule]:
 
 def _explain_idle(rule: Rule, earlier: tuple[Rule, ...], names: list[str]) -> str:
     """One line on why a rule decides for no weight."""
-    matched = [name for name in names if fnmatchcase(name, rule.pattern)]
+    matched = [name for name in names if rule.matches(name)]
     if matched:
-        first = next(before.pattern for before in earlier if fnmatchcase(matched[0], before.pattern))
+        first = next(before.pattern for before in earlier if before.matches(matched[0]))
         return f"rule {rule.pattern!r} is never reached: an earlier rule, {first!r}, decides for {matched[0]!r}"
+    routers = [name for name in names if ROUTER in name and fnmatchcase(name, rule.pattern)]
+    if routers:
+        return (
+            f"rule {rule.pattern!r} matches no weight but {', '.join(routers)}, which stays as it is unless a pattern "
+            f"has {ROUTER!r} in it"
+        )
     near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.4) or names
     return f"rule {rule.pattern!r} matches no weight; the nearest are {', '.join(near)}"
 

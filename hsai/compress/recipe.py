@@ -5,6 +5,7 @@ What it makes of a model is a plan (`hsai.compress.plan`).
 """
 
 import dataclasses
+from fnmatch import fnmatchcase
 
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig
@@ -18,13 +19,18 @@ from hsai.compress.transforms import TransformConfig, check_order
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig
 
+ROUTER = "router"
+"""Part of the name of a weight that decides where tokens go, which a pattern has to name."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     """Gives one format to the weights whose names match."""
 
     pattern: str
-    """Shell-style pattern on the dotted name: "layers.mlp.*", "layers.attention.[qkv]", "*embed", "*"."""
+    """Shell-style pattern on the dotted name: "layers.mlp.*", "layers.attention.[qkv]", "*embed", "*". The router of a
+    mixture of experts matches a pattern with "router" in it alone: it is small, and what it rounds wrong sends tokens
+    elsewhere."""
 
     format: FormatConfig | tuple[FormatConfig, ...]
     """What these weights become. Of several candidates an allocation chooses one for each layer of each weight."""
@@ -60,6 +66,10 @@ class Rule:
                     f"rule {self.pattern!r}: {', '.join(format.format for format in self.formats)} prunes nothing, so "
                     f"solver mask={self.solver.mask!r} has no effect; leave it 'joint'"
                 )
+
+    def matches(self, name: str) -> bool:
+        """Whether the pattern is of the weight called `name`."""
+        return fnmatchcase(name, self.pattern) and (ROUTER in self.pattern or ROUTER not in name)
 
     @property
     def formats(self) -> tuple[FormatConfig, ...]:

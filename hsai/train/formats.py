@@ -31,7 +31,8 @@ class FormatRule:
     """Trains the weights whose names match as if they were packed."""
 
     pattern: str
-    """Shell-style pattern on the dotted name, as in a recipe: "layers.*", "*embed", "*". The first match decides."""
+    """Shell-style pattern on the dotted name, as in a recipe: "layers.*", "*embed", "*". The first match decides; a
+    router of experts matches none without "router" in it."""
 
     format: FormatConfig
     """What the forward pass sees of these weights."""

@@ -22,6 +22,7 @@ from hsai.formats import (
     NMInt8Config,
     OutliersConfig,
     UnstructuredInt4Config,
+    VNMInt4Config,
 )
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import MoEConfig
@@ -172,3 +173,17 @@ def test_what_is_in_its_format_reads_no_calibration() -> None:
     assert plan_recipe(dataclasses.replace(kept, rules=(*rules, chosen), allocation=budget), model).reads_text
     scaled = RecipeConfig(rules=(plain,), calibration=CalibrationConfig(), transforms=(ScalingConfig(),))
     assert plan_recipe(scaled, MODEL).reads_text
+
+
+def test_a_router_stays_as_it_is_unless_a_pattern_names_it() -> None:
+    """Eight outputs would fit no block of 64 either."""
+    model = abstract_transformer(dataclasses.replace(CONFIG, moe=MoEConfig(experts=8, active=2)))
+    for pattern in ("*", "layers.*", "layers.mlp.*"):
+        assert "layers.mlp.router" not in plan_recipe(make_recipe(**{pattern: Int8Config()}), model).rules
+    blocks = {"layers.mlp.[dgu]*": VNMInt4Config(v=64, n=2, m=8, group=64), "layers.*": NMConfig()}
+    assert "layers.mlp.router" not in plan_recipe(make_recipe(**blocks), model).rules
+    for pattern in ("layers.mlp.router", "*router*"):
+        rules = plan_recipe(make_recipe(**{pattern: Int8Config(), "*": Int4Config()}), model).rules
+        assert rules["layers.mlp.router"].format == Int8Config() and rules["layers.mlp.up"].format == Int4Config()
+    with pytest.raises(InputError, match="matches no weight but layers.mlp.router, which stays as it is"):
+        plan_recipe(make_recipe(**{"layers.mlp.r*": Int8Config()}), model)

@@ -74,12 +74,12 @@ def run(parser: Parser, argv: list[str]) -> None:
     recipes = {Path(path).stem: load_config(path, RecipeConfig).config for path in arguments.recipe}
     if len(recipes) < len(arguments.recipe):
         raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
-    targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
+    named = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
     recipes = set_budget(recipes, arguments)
-    check_apart(targets.values(), arguments.model)
-    check_targets(targets.values(), arguments)
-    targets = {name: target.resolve() for name, target in targets.items()}  # "." and ".." have no name of their own
-    benches = {  # of others than these, what is done takes seconds
+    check_apart(named.values(), arguments.model)
+    check_targets(named.values(), arguments)
+    targets = {name: path.resolve() for name, path in named.items()}  # "." and ".." have no name of their own
+    benches = {  # others take seconds, or one pass over the text
         name: targets[name].with_name(f".{targets[name].name}.partial")
         for name, recipe in recipes.items()
         if recipe.calibration is not None
@@ -104,13 +104,13 @@ def run(parser: Parser, argv: list[str]) -> None:
     for name, drawn in windows.items():
         use = "calibration" if plans[name].reads_text else "measured"
         made[name][f"{use}_sha256"] = digest_windows(drawn)
-    kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
+    kept = {name for name, path in named.items() if is_kept(path, made[name], arguments)}
     with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
         dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
         is_first = True
         for name, recipe in recipes.items():
             if name in kept:
-                say(f"reusing {targets[name]}")
+                say(f"reusing {named[name]}")
                 continue
             extra = pass_on(source) | made[name] | {"recipe_name": name}
             machine = describe_machine()  # as it is now: files may change before the last layer
@@ -153,7 +153,7 @@ def run(parser: Parser, argv: list[str]) -> None:
                 _tell_allocation(ledger.allocation)
             for remark in ledger.remarks:
                 say(remark)
-            say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+            say(f"wrote {named[name]}; the ledger is in its manifest.json")
 
 
 def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:

@@ -140,7 +140,7 @@ def _name_quality(reports: Sequence[dict[str, Any]]) -> str:
 
 def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     ledger = origin["ledger"]
-    facts = {key.replace("_", " "): origin[key] for key in TRACED if key in origin}
+    facts = {key.replace("_", " "): origin[key] for key in (*TRACED, "measured_sha256") if key in origin}
     facts |= tell_history(origin)
     match origin:
         case {"calibration_sha256": _, "recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:

@@ -108,7 +108,9 @@ class Reader(HTMLParser):
 
 
 def test_numbers_ledgers_and_plots() -> None:
-    results = make_results({"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"})
+    results = make_results(
+        {"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "measured_sha256": "ee11"}
+    )
     page = make_page(results)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen
@@ -123,6 +125,7 @@ def test_numbers_ledgers_and_plots() -> None:
         "0.1000",
         "int4 g64",
         "ff00",
+        "measured sha256 ee11",
         "8.00%",
         "Reconstruction of each layer",
         "Sensitivity of each layer",

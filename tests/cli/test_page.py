@@ -108,9 +108,8 @@ class Reader(HTMLParser):
 
 
 def test_numbers_ledgers_and_plots() -> None:
-    results = make_results(
-        {"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "measured_sha256": "ee11"}
-    )
+    origin = {"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"}
+    results = make_results(origin | {"measured_sha256": "ee11"})
     page = make_page(results)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen

@@ -106,7 +106,8 @@ def compress(
         solved = solve_weights(
             model, recipe, plan, formats, tables, calibration, workbench=workbench, progress=progress
         )
-        values |= tables | solved.weights
+        values |= tables
+        values |= solved.weights
     values, rows = pack_rest(model, plan, formats, values, progress=progress)
     packed = replace_weights(model, values)
     layers = solved.rows

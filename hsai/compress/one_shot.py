@@ -111,7 +111,7 @@ def compress(
     values, rows = pack_rest(model, plan, formats, values, progress=progress)
     packed = replace_weights(model, values)
     layers = solved.rows
-    if calibration is not None and not plan.reads_text:
+    if calibration is not None and plan.measured and not plan.reads_text:
         assert isinstance(model, Transformer) and isinstance(packed, Transformer)
         batch = (recipe.calibration or CalibrationConfig()).batch
         measured = {name: formats[name] for name in plan.measured}

@@ -1,6 +1,7 @@
 """As sparse50 (half of the weights, any 32 of 64), with masks and values solved over calibration (SparseGPT).
 
-hsai compress runs/quickstart --recipe configs/compress/joint_sparse50.py --out runs/quickstart/joint_sparse50
+hsai compress runs/quickstart --recipe configs/compress/joint_sparse50.py --target none \\
+    --out runs/quickstart/joint_sparse50
 """
 
 from dataclasses import replace

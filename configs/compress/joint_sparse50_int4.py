@@ -1,6 +1,7 @@
 """As sparse50_int4 (any 32 of 64 weights, in int4), with masks, scales and values solved over calibration.
 
-hsai compress runs/quickstart --recipe configs/compress/joint_sparse50_int4.py --out runs/quickstart/joint_sparse50_int4
+hsai compress runs/quickstart --recipe configs/compress/joint_sparse50_int4.py --target none \\
+    --out runs/quickstart/joint_sparse50_int4
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Half of the weights of the blocks in bfloat16, any 32 of 64: 9 bits a weight, as 2:4 has, and more of the norm stays.
 
-hsai compress runs/quickstart --recipe configs/compress/sparse50.py --out runs/quickstart/sparse50
+hsai compress runs/quickstart --recipe configs/compress/sparse50.py --target none --out runs/quickstart/sparse50
 
 It saves bytes, and no time: no kernel multiplies by it. The embedding stays int8, as in nm24.
 """

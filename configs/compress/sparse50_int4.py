@@ -1,6 +1,7 @@
 """Half of the weights of the blocks in int4, any 32 of 64: 3.25 bits a weight, as nm24_int4 has. It saves no time.
 
-hsai compress runs/quickstart --recipe configs/compress/sparse50_int4.py --out runs/quickstart/sparse50_int4
+hsai compress runs/quickstart --recipe configs/compress/sparse50_int4.py --target none \\
+    --out runs/quickstart/sparse50_int4
 """
 
 from dataclasses import replace

@@ -2,19 +2,22 @@
 
 hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quickstart/int4
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
-model's own corpus, or a file: --calibration text.txt. If it is killed, the same command goes on at the layer it was in.
+model's own corpus, or a file: --calibration text.txt; on such a file others are measured, layer by layer. If a recipe
+that calibrates is killed, the same command goes on at the layer it was in.
 A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
-With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine.
+With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine; a
+CPU is made of eight by JAX_NUM_CPU_DEVICES=8 in front of the command.
 """
 
 import argparse
 import contextlib
 import functools
+import math
 import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import jax
 import numpy as np
@@ -27,14 +30,14 @@ from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
-from hsai.compress import RecipeConfig, compress, reads_calibration
+from hsai.compress import Plan, RecipeConfig, check_kernels, compress, plan_recipe
 from hsai.compress.allocate import Allocation
-from hsai.compress.calibration import digest_windows, draw_windows
-from hsai.compress.recipe import match_weights
+from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
 from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
+from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import write_bundle
 from hsai.export.history import pass_on
 from hsai.export.source import ModelSource, inspect_model, open_model
@@ -50,15 +53,19 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", type=Path, help="a run, a bundle, a checkpoint of transformers, or a GGUF file")
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
-    parser.add_argument("--calibration", type=Path, help="UTF-8 text for recipes that calibrate")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text: recipes calibrate on it, or are measured")
     parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
     parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
     parser.add_argument(
-        "--target", choices=get_args(Platform), help="refuse formats that this platform has no kernels for"
+        "--target",
+        choices=(*get_args(Platform), "none"),
+        help="refuse formats that this platform has no kernels for (default: this machine's); none takes them all",
     )
     parser.add_argument("--mesh", help="DATAxFSDPxMODEL, such as 1x8x1 (default: one device); see `hsai train`")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands there, once the new one is whole")
-    parser.add_argument("--reuse", action="store_true", help="keep what the same recipe made of the same weights")
+    parser.add_argument(
+        "--reuse", action="store_true", help="keep what the same recipe and sources made of the same weights"
+    )
 
 
 def run(parser: Parser, argv: list[str]) -> None:
@@ -67,11 +74,12 @@ def run(parser: Parser, argv: list[str]) -> None:
     recipes = {Path(path).stem: load_config(path, RecipeConfig).config for path in arguments.recipe}
     if len(recipes) < len(arguments.recipe):
         raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
-    targets = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
+    named = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
     recipes = set_budget(recipes, arguments)
-    check_targets(targets.values(), arguments)
-    check_apart(targets.values(), arguments.model)
-    benches = {  # of others than these, what is done takes seconds
+    check_apart(named.values(), arguments.model)
+    check_targets(named.values(), arguments)
+    targets = {name: path.resolve() for name, path in named.items()}  # "." and ".." have no name of their own
+    benches = {  # others take seconds, or one pass over the text
         name: targets[name].with_name(f".{targets[name].name}.partial")
         for name, recipe in recipes.items()
         if recipe.calibration is not None
@@ -83,29 +91,30 @@ def run(parser: Parser, argv: list[str]) -> None:
         check_mesh(mesh, inspect_model(arguments.model).config.axis_sizes)
         check_batches(recipes, mesh)
     source = open_model(arguments.model, mesh=mesh)
+    plans: dict[str, Plan] = {}
     for name, recipe in recipes.items():
         try:
-            match_weights(recipe, source.model, arguments.target)
+            plans[name] = plan_recipe(recipe, source.model)
         except InputError as error:
             raise InputError(f"recipe {name}: {error}") from error
-        if arguments.target is None:
-            _tell_missing_kernels(name, recipe, source)
-    windows = read_windows(recipes, source, arguments.calibration)
-    made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} for name, recipe in recipes.items()}
+        check_target(name, plans[name], arguments.target)
+    windows = read_windows(recipes, plans, source, arguments.calibration)
+    by = {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
+    made = {name: {"source_sha256": source.sha256, "recipe": to_dict(recipe)} | by for name, recipe in recipes.items()}
     for name, drawn in windows.items():
-        made[name]["calibration_sha256"] = digest_windows(drawn)
-    kept = {name for name, target in targets.items() if is_kept(target, made[name], arguments)}
+        use = "calibration" if plans[name].reads_text else "measured"
+        made[name][f"{use}_sha256"] = digest_windows(drawn)
+    kept = {name for name, path in named.items() if is_kept(path, made[name], arguments)}
     with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
         dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
         is_first = True
         for name, recipe in recipes.items():
             if name in kept:
-                say(f"reusing {targets[name]}")
+                say(f"reusing {named[name]}")
                 continue
             extra = pass_on(source) | made[name] | {"recipe_name": name}
             machine = describe_machine()  # as it is now: files may change before the last layer
             record = made[name] | {"hsai": hsai.__version__, "commit": machine["commit"]}
-            record |= {"sources_sha256": digest_sources(), "mesh": arguments.mesh}
             start, own = time.monotonic(), reset_peak_memory()
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
@@ -144,17 +153,36 @@ def run(parser: Parser, argv: list[str]) -> None:
                 _tell_allocation(ledger.allocation)
             for remark in ledger.remarks:
                 say(remark)
-            say(f"wrote {targets[name]}; the ledger is in its manifest.json")
+            say(f"wrote {named[name]}; the ledger is in its manifest.json")
 
 
 def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
-    """Raises `InputError` for a recipe whose batches a mesh does not split evenly."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Raises `InputError` for a recipe whose windows a mesh does not split evenly. A batch is widened to what devices
+    share evenly, so that only whole numbers of such batches will do."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    parts = data * fsdp
+    split = f"the {parts} devices that --mesh splits a batch over (data={data} x fsdp={fsdp})"
     for name, recipe in recipes.items():
-        if recipe.calibration is not None and recipe.calibration.batch % parts:
+        if recipe.calibration is None:
+            continue
+        batch, length = math.lcm(recipe.calibration.batch, parts), recipe.calibration.sequence_length
+        windows = recipe.calibration.tokens // length
+        why = f"batches of {batch}, which calibration.batch={recipe.calibration.batch} takes on {split}"
+        if windows % batch:
             raise InputError(
-                f"recipe {name}: calibration.batch={recipe.calibration.batch} does not divide by the {parts} devices "
-                f"that --mesh splits a batch over (data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
+                f"recipe {name}: the {windows} windows of calibration.tokens={recipe.calibration.tokens} are no whole "
+                f"{why}; let calibration.tokens be a multiple of {batch * length}"
+            )
+        if recipe.reconstruction is not None and windows == batch:
+            raise InputError(
+                f"recipe {name}: reconstruction takes two batches or more, and the {windows} windows of "
+                f"calibration.tokens={recipe.calibration.tokens} are one of {why}; let calibration.tokens be "
+                f"{2 * batch * length} or more"
+            )
+        if recipe.allocation is not None and recipe.allocation.windows % batch:
+            raise InputError(
+                f"recipe {name}: allocation.windows={recipe.allocation.windows} are no whole {why}; let it be a "
+                f"multiple of {batch}"
             )
 
 
@@ -182,13 +210,23 @@ def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) 
     return changed
 
 
-def _tell_missing_kernels(name: str, recipe: RecipeConfig, source: ModelSource) -> None:
-    """A recipe may save bytes alone; whoever did not ask for a platform hears what this one has no kernel for."""
-    platform: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
+def check_target(name: str, plan: Plan, target: Platform | Literal["none"] | None) -> None:
+    """Raises `InputError` for a format that the target, by default this machine, has no kernel for. A recipe may save
+    bytes alone: whoever asks for no target hears what this machine has no kernel for, and gets it."""
+    here: Platform | None = next((each for each in get_args(Platform) if each == find_platform()), None)
+    platform = here if target is None or target == "none" else target
+    if platform is None:
+        return
     try:
-        match_weights(recipe, source.model, platform)
+        check_kernels(plan, platform)
     except InputError as missing:
-        say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
+        if target == "none":
+            say(f"note: recipe {name}: {missing}; here its dense weight is rebuilt for each product")
+            return
+        raise InputError(
+            f"recipe {name}: {missing}; --target none takes the recipe all the same (its dense weight is then rebuilt "
+            "for each product: bytes are saved, time is not)"
+        ) from missing
 
 
 def _tell_workbench(name: str, directory: Path, workbench: Workbench, layers: int) -> None:
@@ -208,20 +246,24 @@ def _tell_allocation(allocation: Allocation) -> None:
         )
 
 
-def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Path | None) -> dict[str, np.ndarray]:
-    """The calibration tokens of each recipe that reads some of this model, int32 (N, T) by its name; what is in the
-    format of a recipe already needs none.
+def read_windows(
+    recipes: dict[str, RecipeConfig], plans: dict[str, Plan], source: ModelSource, text: Path | None
+) -> dict[str, np.ndarray]:
+    """The tokens that each recipe is calibrated on, int32 (N, T) by its name; and of others those that their output
+    errors are measured on, where a text is given. What is in the format of a recipe already needs none.
 
     Raises:
-      InputError: a text is given and no recipe calibrates; or it is needed, and is not there, too short, or no UTF-8;
-        windows exceed the model's context.
+      InputError: the text is needed, and is not there, too short, or no UTF-8; windows exceed the model's context.
     """
-    asking = {name: recipe.calibration for name, recipe in recipes.items() if recipe.calibration is not None}
-    if text is not None and not asking:
-        raise InputError(f"--calibration {text}: no recipe here calibrates")
-    for name in [name for name in asking if not reads_calibration(recipes[name], source.model)]:
-        say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
-        del asking[name]
+    asking: dict[str, CalibrationConfig] = {}
+    for name, recipe in recipes.items():
+        if plans[name].reads_text:
+            assert recipe.calibration is not None
+            asking[name] = recipe.calibration
+        elif text is not None and plans[name].measured:
+            asking[name] = recipe.calibration or choose_measured(source)
+        elif text is not None or recipe.calibration is not None:
+            say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
     if not asking:
         return {}
     stream = _read_stream(source, text)
@@ -239,14 +281,21 @@ def read_windows(recipes: dict[str, RecipeConfig], source: ModelSource, text: Pa
     return windows
 
 
+def choose_measured(source: ModelSource) -> CalibrationConfig:
+    """How much text measures what does not calibrate: as much as calibrates by default, in windows that the model can
+    read."""
+    default = CalibrationConfig()
+    length = min(default.sequence_length, source.config.max_length)
+    return replace(default, tokens=default.tokens // default.sequence_length * length, sequence_length=length)
+
+
 def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:
     """Token ids of the text, or of the training text of the model's corpus."""
     if text is not None:
         try:
-            content = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read --calibration {text}: {error}") from error
-        return np.asarray(source.tokenizer.encode(content), np.int32)
+            return np.asarray(source.tokenizer.encode(read_text(text)), np.int32)
+        except InputError as error:
+            raise InputError(f"--calibration: {error}") from error
     return open_own_corpus(source, None, "--calibration").train
 
 

@@ -33,10 +33,13 @@ from hsai.export.source import ModelSource, inspect_model, open_model
 from hsai.files import atomic_write, write_json_atomic
 from hsai.formats import nbytes, take_activations
 from hsai.formats.storage import named_arrays, named_weights
+from hsai.interop.gguf import is_gguf, open_gguf_checkpoint
+from hsai.interop.huggingface import is_huggingface, open_checkpoint
 from hsai.machine import describe_machine
 from hsai.models import CacheFormat
 from hsai.progress import ProgressBar, console
 from hsai.sharding import check_mesh
+from hsai.train.directory import is_run
 from hsai.train.evaluate import make_evaluation
 
 BATCH = 8
@@ -44,10 +47,10 @@ Write = Callable[[dict[str, Any], dict[str, Any]], tuple[str, ...]]
 COLUMNS: tuple[tuple[tuple[str, ...], str, Write], ...] = (
     (
         ("weights on disk", "size", "bits/weight"),
-        "bytes",
+        "bits_per_weight",
         lambda row, first: (
-            f"{row['bytes'] / 1e6:.2f} MB",
-            f"{row['bytes'] / first['bytes']:.3f}x",
+            f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else "-",
+            f"{row['bytes'] / first['bytes']:.3f}x" if "bytes" in row and "bytes" in first else "-",
             f"{row['bits_per_weight']:.2f}",
         ),
     ),
@@ -160,17 +163,29 @@ def _check_writable(option: str, path: Path) -> None:
 
 
 def describe_size(source: ModelSource) -> dict[str, Any]:
-    """What the model weighs."""
+    """What the model weighs: "bytes" on disk, which a run does not have of its weights alone, and bits a weight as it
+    computes."""
     held = sum(nbytes(param.get_value()) for param in named_weights(source.model).values())
-    file = source.directory / WEIGHTS  # of a bundle; a run holds more than weights
     weights = sum(param.get_value().size for param in named_weights(source.model).values())
+    stored = count_stored(source.directory)
     return {
         "model": source.directory.name,
-        "bytes": file.stat().st_size if file.exists() else held,
+        **({} if stored is None else {"bytes": stored}),
         "bits_per_weight": 8 * held / weights,
         "parameters": weights,
         "arrays": len(named_arrays(source.model)),
     }
+
+
+def count_stored(path: Path) -> int | None:
+    """Bytes of the files of a bundle or a checkpoint of transformers that hold weights, or of the tensors of a GGUF
+    file; None of a run, whose checkpoints hold an optimizer's state with them."""
+    if is_run(path):
+        return None
+    if is_gguf(path):
+        return sum(tensor.nbytes for tensor in open_gguf_checkpoint(path).file.tensors.values())
+    files = open_checkpoint(path).files if is_huggingface(path) else [path / WEIGHTS]
+    return sum(file.stat().st_size for file in files)
 
 
 def measure_quality(source: ModelSource, corpus: Corpus, tokens: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 from jax.sharding import Mesh
 
 from hsai.errors import InputError
@@ -14,4 +15,10 @@ def read_mesh(text: str) -> Mesh:
     if found is None:
         raise InputError(f"--mesh {text} is no mesh; say DATAxFSDPxMODEL, such as 4x1x2")
     data, fsdp, model = map(int, found.groups())
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, model=model))
+    config = MeshConfig(data=data, fsdp=fsdp, model=model)
+    try:
+        config.shape(jax.device_count())
+    except InputError as error:
+        more = f"; JAX_NUM_CPU_DEVICES={data * fsdp * model} in front of the command makes as many of a CPU"
+        raise InputError(f"--mesh {text}: {error}{more if jax.default_backend() == 'cpu' else ''}") from error
+    return make_mesh(config)

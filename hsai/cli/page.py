@@ -70,7 +70,10 @@ def make_page(results: dict[str, Any]) -> str:
 def _tabulate(rows: Sequence[dict[str, Any]], reports: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """A line a model: what was measured of it, and beside its metrics the change to the first model."""
     names = ["model", "MB", "bits a weight"]
-    lines = [[row["model"], f"{row['bytes'] / 1e6:.2f}", f"{row['bits_per_weight']:.3f}"] for row in rows]
+    lines = [
+        [row["model"], f"{row['bytes'] / 1e6:.2f}" if "bytes" in row else "-", f"{row['bits_per_weight']:.3f}"]
+        for row in rows
+    ]
     if "heldout_bits_per_byte" in rows[0]:
         names.append("held-out bits a byte")
         for line, row in zip(lines, rows, strict=True):
@@ -118,12 +121,13 @@ def _write_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def _find_points(
     rows: Sequence[dict[str, Any]], reports: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, float, float]]:
-    """(Model, megabytes, quality) of each model: the first perplexity, or else held-out bits a byte."""
+    """(Model, megabytes on disk, quality) of each model that has them: the first perplexity, or else held-out bits a
+    byte."""
     for index, row in enumerate(rows):
         found = [task["metrics"] for task in reports[index]["tasks"]] if reports else []
         values = [metrics["perplexity"]["value"] for metrics in found if "perplexity" in metrics]
         value = values[0] if values else row.get("heldout_bits_per_byte")
-        if value is not None:
+        if value is not None and "bytes" in row:
             yield row["model"], row["bytes"] / 1e6, value
 
 
@@ -136,7 +140,7 @@ def _name_quality(reports: Sequence[dict[str, Any]]) -> str:
 
 def _write_ledger(name: str, origin: dict[str, Any]) -> list[str]:
     ledger = origin["ledger"]
-    facts = {key.replace("_", " "): origin[key] for key in TRACED if key in origin}
+    facts = {key.replace("_", " "): origin[key] for key in (*TRACED, "measured_sha256") if key in origin}
     facts |= tell_history(origin)
     match origin:
         case {"calibration_sha256": _, "recipe": {"calibration": {"tokens": tokens, "seed": seed}}}:

@@ -10,7 +10,7 @@ from hsai.errors import InputError
 from hsai.export.manifest import MANIFEST, read_manifest
 from hsai.files import sha256
 from hsai.progress import say
-from hsai.train.directory import is_run
+from hsai.train.directory import find_own, is_run
 
 
 def check_targets(
@@ -39,16 +39,21 @@ def check_targets(
 
 
 def check_apart(targets: Iterable[Path], model: Path) -> None:
-    """Refuses targets that would take the place of the model that they are made of, or of a part of it.
+    """Refuses targets that would take the place of the model that they are made of, or of a part of it or of a run.
 
-    A run has room for what is made of it; a bundle, a checkpoint and a file consist of what they hold.
+    A run has room for what is made of it, but not in the directories that training keeps for itself; a bundle, a
+    checkpoint and a file consist of what they hold.
 
     Raises:
-      InputError: a target is the model, or holds it; or lies in it, and it is no run.
+      InputError: a target is the model, or holds it; or lies in it, and it is no run; or it is such a directory of any
+        run, or lies in one.
     """
     source = model.resolve()
     for target in targets:
         place = target.resolve()
+        own = find_own(place)
+        if own is not None:
+            raise InputError(f"--out {target} is or lies in {own}, which a training run keeps; give another directory")
         if source == place:
             raise InputError(f"--out {target} is the model itself; give another directory")
         if source.is_relative_to(place):

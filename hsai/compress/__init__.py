@@ -2,6 +2,7 @@
 
 from hsai.compress.ledger import Ledger, LedgerRow
 from hsai.compress.one_shot import compress
-from hsai.compress.recipe import RecipeConfig, Rule, match_weights, reads_calibration
+from hsai.compress.plan import Plan, check_kernels, plan_recipe
+from hsai.compress.recipe import RecipeConfig, Rule
 
-__all__ = ["Ledger", "LedgerRow", "RecipeConfig", "Rule", "compress", "match_weights", "reads_calibration"]
+__all__ = ["Ledger", "LedgerRow", "Plan", "RecipeConfig", "Rule", "check_kernels", "compress", "plan_recipe"]

@@ -7,27 +7,19 @@ D contraction, F outputs, E experts.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from hsai.compress.grid import Pattern, pattern_of
 from hsai.compress.limits import check_held
+from hsai.compress.plain import pack_weight
 from hsai.compress.solved import Factor, find_factor, pack_solved
-from hsai.compress.solvers import (
-    CalibratedConfig,
-    FeedbackConfig,
-    NearestConfig,
-    PlainConfig,
-    SolverConfig,
-    WandaConfig,
-)
+from hsai.compress.solvers import CalibratedConfig, FeedbackConfig, SolverConfig, WandaConfig
 from hsai.compress.stream import Grams
 from hsai.compress.wanda import measure_norms, pack_wanda
 from hsai.formats import DenseConfig, FormatConfig, Weight
-
-Compress = Callable[[jax.Array, FormatConfig, PlainConfig], Weight]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,18 +38,14 @@ class Packing:
 class BlockSolver:
     """Packs the weights of one block; those with the same input share its factor."""
 
-    def __init__(
-        self, grams: Grams, squares: Mapping[str, jax.Array], plain: Compress, *, layer: int | None = None
-    ) -> None:
+    def __init__(self, grams: Grams, squares: Mapping[str, jax.Array], *, layer: int | None = None) -> None:
         """Args:
         grams: of the block's products.
         squares: of the same rows as they are (`Streams.squares`); for Wanda's masks.
-        plain: packs a weight (..., D, F) by itself.
         layer: the block's number, to be named in errors; None of a table.
         """
         self._grams = grams
         self._squares = squares
-        self._plain = plain
         self._place = "" if layer is None else f"layer {layer}: "
         self._factors: dict[tuple[int, int, float, Pattern | None, str], Factor | str] = {}
 
@@ -69,9 +57,9 @@ class BlockSolver:
           InputError: the format cannot hold the weight by itself either.
         """
         if not isinstance(config, CalibratedConfig):
-            return Packing(weight=self._plain(w, format, config))
+            return Packing(weight=pack_weight(w, format, config))
         if not is_decided(format, config):
-            return Packing(weight=self._plain(w, format, NearestConfig()))
+            return Packing(weight=pack_weight(w, format))
         if isinstance(config, WandaConfig):
             return Packing(weight=pack_wanda(w, measure_norms(self._squares[name]), format))
         norms = measure_norms(self._squares[name]) if config.mask == "wanda" else None
@@ -117,7 +105,7 @@ class BlockSolver:
                 why = fault or f"there is no factor with {config.damping:g}"
                 note = f"damping was raised to {found.damping:g}: {why}" if raised else ""
                 return Packing(weight=weight, damping=found.damping, note=note)
-        weight = self._plain(w, format, NearestConfig())
+        weight = pack_weight(w, format)
         check_held(f"{self._place}{name}", w, weight)
         return Packing(weight=weight, note=f"rounded plainly: {fault or found}")
 

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import Allocation, AllocationConfig, choose
-from hsai.compress.block_solver import Compress
+from hsai.compress.plain import NearestConfig
 from hsai.compress.resume import Workbench
 from hsai.compress.sensitivity import Candidates, measure_sensitivities
-from hsai.compress.solvers import NearestConfig
 from hsai.compress.stream import Progress
 from hsai.formats import FormatConfig, Weight, nbytes
 from hsai.formats.storage import named_weights
@@ -36,7 +35,6 @@ def spend_budget(
     *,
     batch: int,
     seed: int,
-    plain: Compress,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
@@ -48,7 +46,7 @@ def spend_budget(
       candidates: formats of weights by their names, and how they will be solved.
       fixed: the one format of each weight that is compressed without a choice.
       tokens: int32 (N, T) of calibration, of which `config.windows` are read.
-      batch, seed, plain, workbench, progress: as for `measure_sensitivities`.
+      batch, seed, workbench, progress: as for `measure_sensitivities`.
     Raises:
       InputError: see `check_budget` and `measure_sensitivities`.
     """
@@ -59,7 +57,7 @@ def spend_budget(
         candidates = {name: (formats, NearestConfig()) for name, (formats, _) in candidates.items()}
     windows = tokens[np.arange(config.windows) * len(tokens) // config.windows]
     items = measure_sensitivities(
-        model, candidates, windows, batch=batch, seed=seed, plain=plain, workbench=workbench, progress=progress
+        model, candidates, windows, batch=batch, seed=seed, workbench=workbench, progress=progress
     )
     best = [min(item.options, key=lambda option: (option.price, option.bytes)) for item in items]
     return Allocation(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.block_solver import BlockSolver, Compress, Packing, is_decided
+from hsai.compress.block_solver import BlockSolver, Packing, is_decided
 from hsai.compress.ledger import BlockRow, LayerRow, keep_finite
 from hsai.compress.names import name_format
 from hsai.compress.reconstruct import Reconstructor
@@ -46,7 +46,6 @@ def solve_layers(
     tokens: np.ndarray,
     *,
     batch: int,
-    plain: Compress,
     packed: Transformer | None = None,
     reconstructor: Reconstructor | None = None,
     workbench: Workbench | None = None,
@@ -61,7 +60,6 @@ def solve_layers(
         them, with one format and to be solved; where it is the embedding table too, it is solved as the head.
       tokens: int32 (N, T).
       batch: sequences at a time; see `stream_blocks`.
-      plain: packs a weight by itself: one that is solved so, or whose solve fails.
       packed: the model with tables as they are packed already, whose errors the layers then make up for.
       reconstructor: tunes each layer once its weights are packed.
       workbench: where each layer and the head are kept as soon as they are solved, and those of an earlier run are
@@ -70,7 +68,7 @@ def solve_layers(
     Raises:
       InputError: see `stream_blocks`, `check_observed` and `BlockSolver.pack`.
     """
-    solver = _LayerSolver(model, formats, plain, reconstructor, workbench)
+    solver = _LayerSolver(model, formats, reconstructor, workbench)
     if not solver.is_done:
         stream_blocks(
             model,
@@ -97,11 +95,10 @@ class _LayerSolver:
         self,
         model: Transformer,
         formats: Mapping[str, tuple[Sequence[FormatConfig], SolverConfig]],
-        plain: Compress,
         reconstructor: Reconstructor | None,
         workbench: Workbench | None,
     ) -> None:
-        self._model, self._plain, self._reconstructor, self._workbench = model, plain, reconstructor, workbench
+        self._model, self._reconstructor, self._workbench = model, reconstructor, workbench
         self._blocks = {name: found for name, found in formats.items() if name.startswith("layers.")}
         self.heads = {name: found for name, found in formats.items() if name not in self._blocks}
         self._done: dict[int | None, SolvedLayer] = {}
@@ -147,7 +144,7 @@ class _LayerSolver:
         """For `stream_blocks`: packs a layer's weights, and tunes them."""
         check_observed([name for name, (_, how) in self._blocks.items() if isinstance(how, CalibratedConfig)], grams)
         dense = {f"layers.{name}": param.get_value() for name, param in named_weights(block).items()}
-        solver = BlockSolver(grams, streams.squares, self._plain, layer=layer)
+        solver = BlockSolver(grams, streams.squares, layer=layer)
         chosen = {name: (formats[layer], how) for name, (formats, how) in self._blocks.items()}
         packings: dict[str, Packing] = {}
         for name, how in chosen.items():
@@ -179,7 +176,7 @@ class _LayerSolver:
         rows: list[LayerRow] = []
         for name, (formats, how) in self.heads.items():
             w = to_dense(named_weights(self._model)[name].get_value())
-            packing = BlockSolver({name: gram}, {name: squares}, self._plain).pack(name, w, formats[0], how)
+            packing = BlockSolver({name: gram}, {name: squares}).pack(name, w, formats[0], how)
             weights[name] = packing.weight
             rows.append(_make_row(name, None, formats[0], w, packing.weight, gram, packing))
         self._keep(None, SolvedLayer(weights=weights, rows=tuple(rows), blocks=()))

@@ -7,9 +7,8 @@ All that can be wrong with the input is found before the first weight is touched
 having been counted against what its format promises.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,34 +18,33 @@ import numpy as np
 from hsai.compress.allocate import Allocation
 from hsai.compress.budget import spend_budget
 from hsai.compress.calibrated import SolvedLayers, solve_layers
-from hsai.compress.half_quadratic import HalfQuadraticConfig
-from hsai.compress.held import find_mask
+from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import Ledger, LedgerRow
 from hsai.compress.limits import check_finite, check_held, check_range
+from hsai.compress.measured import measure_layers
 from hsai.compress.names import name_format, name_formats
-from hsai.compress.plain import map_layers, pack_to_mask
-from hsai.compress.recipe import RecipeConfig, Rule, list_kept, match_weights, reads_calibration
+from hsai.compress.plain import PlainConfig, pack_layers
+from hsai.compress.plan import Plan, plan_recipe
+from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
-from hsai.compress.solvers import CalibratedConfig, NearestConfig, PlainConfig
+from hsai.compress.solvers import CalibratedConfig
+from hsai.compress.stream import Progress
 from hsai.compress.transforms import transform_model
 from hsai.formats import (
     FormatConfig,
-    Outliers,
     OutliersConfig,
     Packed,
     Runs,
     Weight,
     nbytes,
-    stack_layers,
     to_dense,
 )
 from hsai.formats.storage import named_weights, replace_weights
 from hsai.models import Transformer
 
 M = TypeVar("M")
-Progress = Callable[[str, int, int], None]
-NEAREST = NearestConfig()
+Formats = Mapping[str, tuple[FormatConfig, ...]]
 
 
 def compress(
@@ -60,153 +58,184 @@ def compress(
     """A copy of the model whose weights have the formats of the recipe, and the ledger of all its parameters.
 
     Args:
-      model: with dense weights, or packed ones that `match_weights` lets pass; it is not changed.
+      model: with dense weights, or packed ones that `plan_recipe` lets pass; it is not changed.
       recipe: which weights become what.
-      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them.
+      calibration: int32 (N, T) tokens, of `draw_windows`; for recipes that ask for them. Of others it changes nothing:
+        the ledger then has the output errors of what was rounded plainly.
       workbench: where what takes long is kept as soon as it is done, and found again by a later run.
       progress: called with ("compressing", weights done, weights in all), and as `stream_blocks` says.
     Raises:
-      InputError: see `match_weights`, `transform_model`, `check_range`, `solve_layers` and `measure_sensitivities`; or
+      InputError: see `plan_recipe`, `transform_model`, `check_range`, `solve_layers` and `measure_sensitivities`; or
         a weight holds a NaN or an infinity.
       RuntimeError: a packed weight does not have the bytes that its format promises, a defect of the format.
     """
-    rules = match_weights(recipe, model)
-    observing = reads_calibration(recipe, model)
-    if observing and calibration is None:
+    plan = plan_recipe(recipe, model)
+    if plan.reads_text and calibration is None:
         raise ValueError("this recipe calibrates; compress needs the calibration's tokens")
-    params = named_weights(model)
-    for name, param in params.items():
-        check_finite(name, param.get_value())
-        if name in rules:
-            check_range(name, param.get_value(), rules[name].formats)
+    check_numbers(model, plan)
     model, scales = transform_model(
         model,
         recipe.transforms,
-        {name: rule.formats for name, rule in rules.items()},
+        {name: rule.formats for name, rule in plan.rules.items()},
         calibration=recipe.calibration,
         tokens=calibration,
-        plain=pack_weight,
         workbench=workbench,
         progress=progress,
     )
-    params = named_weights(model)
     if recipe.transforms:
-        for name, rule in rules.items():
-            check_range(name, params[name].get_value(), rule.formats)
-    kept = list_kept(rules, model)
-    values: dict[str, Weight] = {name: params[name].get_value() for name in kept}
-    fixed = {name: rule.formats for name, rule in rules.items() if not rule.is_open}
+        check_numbers(model, plan)
+    formats, allocation = choose_formats(model, recipe, plan, calibration, workbench=workbench, progress=progress)
+    values: dict[str, Weight] = {name: named_weights(model)[name].get_value() for name in plan.kept}
+    solved = SolvedLayers(weights={}, rows=(), blocks=())
+    if plan.reads_text:
+        tables = pack_lookups(model, plan, formats)
+        solved = solve_weights(
+            model, recipe, plan, formats, tables, calibration, workbench=workbench, progress=progress
+        )
+        values |= tables
+        values |= solved.weights
+    values, rows = pack_rest(model, plan, formats, values, progress=progress)
+    packed = replace_weights(model, values)
+    layers = solved.rows
+    if calibration is not None and plan.measured and not plan.reads_text:
+        assert isinstance(model, Transformer) and isinstance(packed, Transformer)
+        batch = (recipe.calibration or CalibrationConfig()).batch
+        measured = {name: formats[name] for name in plan.measured}
+        layers = measure_layers(model, packed, measured, calibration, batch=batch, progress=progress)
+    return packed, Ledger(rows=rows, layers=layers, blocks=solved.blocks, allocation=allocation, scales=scales)
+
+
+def check_numbers(model: Any, plan: Plan) -> None:
+    """Raises `InputError` for a weight with a NaN or an infinity, or with numbers beyond what its formats hold."""
+    for name, param in named_weights(model).items():
+        check_finite(name, param.get_value())
+        if name in plan.rules:
+            check_range(name, param.get_value(), plan.rules[name].formats)
+
+
+def choose_formats(
+    model: Any,
+    recipe: RecipeConfig,
+    plan: Plan,
+    calibration: np.ndarray | None,
+    *,
+    workbench: Workbench | None,
+    progress: Progress | None,
+) -> tuple[Formats, Allocation | None]:
+    """The format of each layer of every weight of the plan, or the one of a table; and how a budget was spent on it."""
+    params = named_weights(model)
+    fixed = {name: rule.formats for name, rule in plan.rules.items() if not rule.is_open}
     formats = {
         name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
     }
-    allocation: Allocation | None = None
-    solved = SolvedLayers(weights={}, rows=(), blocks=())
-    if observing:
-        assert isinstance(model, Transformer) and recipe.calibration is not None and calibration is not None
-        if recipe.allocation is not None:
-            allocation = None if workbench is None else workbench.load_allocation()
-            if allocation is None:
-                allocation = spend_budget(
-                    model,
-                    recipe.allocation,
-                    {name: (rule.formats, rule.solver) for name, rule in rules.items() if rule.is_open},
-                    fixed,
-                    calibration,
-                    batch=recipe.calibration.batch,
-                    seed=recipe.calibration.seed,
-                    plain=pack_weight,
-                    workbench=workbench,
-                    progress=progress,
-                )
-                if workbench is not None:
-                    workbench.save_allocation(allocation)
-            formats |= allocation.formats
-        # Of the layers all that is packed: what is rounded by itself, the layers behind see, and its row says how far
-        # its outputs moved.
-        asked = {
-            name: (formats[name], rule.solver)
-            for name, rule in rules.items()
-            if (isinstance(rule.solver, CalibratedConfig) or _is_stacked(name)) and name not in kept
-        }
-        if asked:
-            packed = None
-            if "embed" in rules and "embed" not in asked and "embed" not in kept:
-                # What an embedding that is rounded by itself gets wrong, the layers see.
-                table = to_dense(params["embed"].get_value())
-                values["embed"] = pack_layers(table, formats["embed"], _plain_solver(rules["embed"]))
-                packed = replace_weights(model, {"embed": to_dense(values["embed"]).astype(table.dtype)})
-            batch, seed = recipe.calibration.batch, recipe.calibration.seed
-            tuner = (
-                None
-                if recipe.reconstruction is None
-                else Reconstructor(model, recipe.reconstruction, batch=batch, seed=seed)
-            )
-            solved = solve_layers(
-                model,
-                asked,
-                calibration,
-                batch=batch,
-                plain=pack_weight,
-                packed=packed,
-                reconstructor=tuner,
-                workbench=workbench,
-                progress=progress,
-            )
-            values |= solved.weights
+    if recipe.allocation is None:
+        return formats, None
+    assert recipe.calibration is not None and calibration is not None
+    allocation = None if workbench is None else workbench.load_allocation()
+    if allocation is None:
+        allocation = spend_budget(
+            model,
+            recipe.allocation,
+            {name: (rule.formats, rule.solver) for name, rule in plan.rules.items() if rule.is_open},
+            fixed,
+            calibration,
+            batch=recipe.calibration.batch,
+            seed=recipe.calibration.seed,
+            workbench=workbench,
+            progress=progress,
+        )
+        if workbench is not None:
+            workbench.save_allocation(allocation)
+    return formats | allocation.formats, allocation
+
+
+def pack_lookups(model: Any, plan: Plan, formats: Formats) -> dict[str, Weight]:
+    """The tables that are rounded by themselves, before the layers: what an embedding gets wrong, those see."""
+    return {
+        name: pack_layers(to_dense(named_weights(model)[name].get_value()), formats[name], _plain_solver(rule))
+        for name, rule in plan.rules.items()
+        if name == "embed" and name not in plan.kept and not isinstance(rule.solver, CalibratedConfig)
+    }
+
+
+def solve_weights(
+    model: Any,
+    recipe: RecipeConfig,
+    plan: Plan,
+    formats: Formats,
+    tables: Mapping[str, Weight],
+    calibration: np.ndarray | None,
+    *,
+    workbench: Workbench | None,
+    progress: Progress | None,
+) -> SolvedLayers:
+    """What calibration decides, and of the layers all that is packed: what is rounded by itself, the layers behind see,
+    and its row says how far its outputs moved. `tables`: of `pack_lookups`."""
+    assert isinstance(model, Transformer) and recipe.calibration is not None and calibration is not None
+    asked = {
+        name: (formats[name], rule.solver)
+        for name, rule in plan.rules.items()
+        if (isinstance(rule.solver, CalibratedConfig) or _is_stacked(name)) and name not in plan.kept
+    }
+    if not asked:
+        return SolvedLayers(weights={}, rows=(), blocks=())
+    packed = None
+    if tables:
+        dense = {name: to_dense(named_weights(model)[name].get_value()) for name in tables}
+        packed = replace_weights(model, {name: to_dense(tables[name]).astype(w.dtype) for name, w in dense.items()})
+    batch, seed = recipe.calibration.batch, recipe.calibration.seed
+    tuner = (
+        None if recipe.reconstruction is None else Reconstructor(model, recipe.reconstruction, batch=batch, seed=seed)
+    )
+    return solve_layers(
+        model,
+        asked,
+        calibration,
+        batch=batch,
+        packed=packed,
+        reconstructor=tuner,
+        workbench=workbench,
+        progress=progress,
+    )
+
+
+def pack_rest(
+    model: Any, plan: Plan, formats: Formats, values: Mapping[str, Weight], *, progress: Progress | None
+) -> tuple[dict[str, Weight], tuple[LedgerRow, ...]]:
+    """`values` with what is not among them packed from the weight alone; and a row for every parameter of the model.
+
+    Raises:
+      InputError, RuntimeError: see `check_held` and `check_bytes`.
+    """
+    packed = dict(values)
     rows: list[LedgerRow] = []
     done = 0
-    for name, param in params.items():
+    for name, param in named_weights(model).items():
         before = param.get_value()
         after = before
         # How far a weight that came packed is from what it was made of, nobody knows here.
         error = None if isinstance(before, Packed) else 0.0
-        if name in rules:
-            if name not in values:
-                values[name] = pack_layers(to_dense(before), formats[name], _plain_solver(rules[name]))
-            after = values[name]
+        if name in plan.rules:
+            if name not in packed:
+                packed[name] = pack_layers(to_dense(before), formats[name], _plain_solver(plan.rules[name]))
+            after = packed[name]
             check_bytes(name, after, formats[name])
             check_held(name, to_dense(before), after)
-            if name not in kept:
+            if name not in plan.kept:
                 error = float(measure_error(to_dense(before), after))
             done += 1
             if progress is not None:
-                progress("compressing", done, len(rules))
+                progress("compressing", done, len(plan.rules))
         rows.append(
             LedgerRow(
                 weight=name,
-                format=name_formats(formats[name]) if name in rules else name_format(after),
+                format=name_formats(formats[name]) if name in plan.rules else name_format(after),
                 shape=tuple(after.shape),
                 bytes=nbytes(after),
                 relative_error=error,
             )
         )
-    return replace_weights(model, values), Ledger(
-        rows=tuple(rows), layers=solved.rows, blocks=solved.blocks, allocation=allocation, scales=scales
-    )
-
-
-def pack_layers(w: jax.Array, formats: Sequence[FormatConfig], solver: PlainConfig) -> Weight:
-    """A dense weight (D, F) in its one format, or (L, ...) with one for each layer, from the weight alone."""
-    if len(set(formats)) == 1:
-        return pack_weight(w, formats[0], solver)
-    return stack_layers([pack_weight(layer, format, solver) for layer, format in zip(w, formats, strict=True)])
-
-
-@functools.partial(jax.jit, static_argnames=("format", "solver"))
-def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEAREST) -> Weight:
-    """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
-    if isinstance(format, OutliersConfig):
-        return map_layers(functools.partial(_keep_outliers, format=format, solver=solver), w)
-    refine = solver if isinstance(solver, HalfQuadraticConfig) else None
-    return map_layers(lambda layer: pack_to_mask(layer, format, find_mask(layer, format), refine), w)
-
-
-def _keep_outliers(w: jax.Array, format: OutliersConfig, solver: PlainConfig) -> Outliers:
-    """(D, F) with its largest positions apart, and the rest packed as it would be without them."""
-    index = format.find_largest(w)
-    base = pack_weight(format.rest(w, index), format.base, solver)
-    assert isinstance(base, Packed)
-    return format.join(w, index, base)
+    return packed, tuple(rows)
 
 
 @jax.jit

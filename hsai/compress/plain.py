@@ -15,18 +15,34 @@ largest weight for all of them, and the plain scale stays.
 D contraction, F outputs, L stacked layers.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of
 from hsai.compress.half_quadratic import HalfQuadraticConfig, refine_scale
-from hsai.compress.held import find_scale, split_groups
-from hsai.formats import FormatConfig, Weight
+from hsai.compress.held import find_mask, find_scale, split_groups
+from hsai.formats import FormatConfig, Outliers, OutliersConfig, Packed, Weight, stack_layers
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NearestConfig:
+    """Each weight by itself: rounded to the nearest value under searched scales, pruned by magnitude."""
+
+    kind: Literal["nearest"] = "nearest"
+    """Names this solver in files."""
+
+
+PlainConfig = NearestConfig | HalfQuadraticConfig
+"""Solvers that look at nothing but the weight."""
+
+NEAREST = NearestConfig()
 
 
 def pack_to_mask(
@@ -48,3 +64,27 @@ def pack_to_mask(
 def map_layers(pack: Callable[[jax.Array], T], w: jax.Array) -> T:
     """`pack` of (D, F), or of each layer of (L, D, F) one after the other: temporaries are those of one layer."""
     return pack(w) if w.ndim == 2 else jax.lax.map(lambda layer: map_layers(pack, layer), w)
+
+
+def pack_layers(w: jax.Array, formats: Sequence[FormatConfig], solver: PlainConfig) -> Weight:
+    """A dense weight (D, F) in its one format, or (L, ...) with one for each layer, from the weight alone."""
+    if len(set(formats)) == 1:
+        return pack_weight(w, formats[0], solver)
+    return stack_layers([pack_weight(layer, format, solver) for layer, format in zip(w, formats, strict=True)])
+
+
+@functools.partial(jax.jit, static_argnames=("format", "solver"))
+def pack_weight(w: jax.Array, format: FormatConfig, solver: PlainConfig = NEAREST) -> Weight:
+    """A dense weight (D, F) or (L, D, F) in the given format, from the weight alone."""
+    if isinstance(format, OutliersConfig):
+        return map_layers(functools.partial(_keep_outliers, format=format, solver=solver), w)
+    refine = solver if isinstance(solver, HalfQuadraticConfig) else None
+    return map_layers(lambda layer: pack_to_mask(layer, format, find_mask(layer, format), refine), w)
+
+
+def _keep_outliers(w: jax.Array, format: OutliersConfig, solver: PlainConfig) -> Outliers:
+    """(D, F) with its largest positions apart, and the rest packed as it would be without them."""
+    index = format.find_largest(w)
+    base = pack_weight(format.rest(w, index), format.base, solver)
+    assert isinstance(base, Packed)
+    return format.join(w, index, base)

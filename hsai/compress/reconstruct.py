@@ -140,7 +140,7 @@ class Reconstructor:
           layer: its number.
           block: with dense weights; those that are not in `packed` stay as they are.
           packed: by the weight's name within the block.
-          formats: of `packed`; none with outliers, which `match_weights` refuses.
+          formats: of `packed`; none with outliers, which `plan_recipe` refuses.
           data: what reaches the block, and what it shall give.
         """
         assert data.targets is not None, "the dense stream was not followed"

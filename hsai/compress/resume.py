@@ -216,9 +216,11 @@ class Workbench:
 
 
 def check_unfinished(directory: Path) -> None:
-    """Raises `InputError` for a directory that is there, and that no run left."""
+    """Raises `InputError` for a directory that is there, and that no run left, or in which one is at work."""
     if not directory.is_dir():
         return
+    if (directory / LOCK).is_file():
+        lock_directory(directory, LOCK, option="--out").close()
     if (directory / RECORD).is_file():
         if not isinstance(read_json(directory / RECORD), dict):
             raise InputError(f"{directory / RECORD} is no record of an unfinished compression; move {directory} away")

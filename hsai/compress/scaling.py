@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hsai.compress.block_solver import Compress
 from hsai.compress.calibrated import check_observed, measure_output
 from hsai.compress.folds import (
     Fold,
@@ -36,8 +35,8 @@ from hsai.compress.folds import (
     store_gain,
 )
 from hsai.compress.ledger import ScaleRow, keep_finite
+from hsai.compress.plain import pack_weight
 from hsai.compress.resume import Workbench
-from hsai.compress.solvers import NearestConfig
 from hsai.compress.stream import Grams, Progress, Streams, stream_blocks
 from hsai.errors import InputError
 from hsai.formats import DenseConfig, FormatConfig, to_dense
@@ -83,7 +82,6 @@ def find_scales(
     tokens: np.ndarray,
     *,
     batch: int,
-    plain: Compress,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> Scales:
@@ -95,7 +93,6 @@ def find_scales(
       formats: what weights may become, by their names in the model; of several the one with the fewest bits is tried.
       tokens: int32 (N, T) of calibration.
       batch: sequences at a time.
-      plain: packs a weight by itself, as every exponent is tried.
       workbench: where each layer's scales are kept as soon as they are found, and those of an earlier run are; if it
         has all of them, calibration is not run.
       progress: called with ("scaling channels", layers done, layers in all).
@@ -128,7 +125,7 @@ def find_scales(
             errors = []
             for exponent in np.arange(config.steps + 1) / config.steps:
                 factor = repeat_channels(fold, _raise(rates, exponent), model.config)
-                squares = [_try_scale(w, gram, factor, format, plain) for w, gram, format in trial.values()]
+                squares = [_try_scale(w, gram, factor, format) for w, gram, format in trial.values()]
                 errors.append(float(sum(squares)))
             best = int(np.argmin(np.nan_to_num(errors, nan=np.inf)))
             factors[fold.source] = jax.device_get(_raise(rates, best / config.steps))
@@ -227,8 +224,8 @@ def _raise(rates: jax.Array, exponent: float) -> jax.Array:
     return powers / jnp.sqrt(jnp.max(powers, axis=-1, keepdims=True) * jnp.min(powers, axis=-1, keepdims=True))
 
 
-@functools.partial(jax.jit, static_argnames=("format", "plain"))
-def _try_scale(w: jax.Array, gram: jax.Array, factor: jax.Array, format: FormatConfig, plain: Compress) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="format")
+def _try_scale(w: jax.Array, gram: jax.Array, factor: jax.Array, format: FormatConfig) -> jax.Array:
     """The squared error of the output, as a share of it, if w (..., D, F) is rounded in these scales."""
-    held = scale_rows(to_dense(plain(scale_rows(w, factor), format, NearestConfig())), 1.0 / factor)
+    held = scale_rows(to_dense(pack_weight(scale_rows(w, factor), format)), 1.0 / factor)
     return jnp.square(measure_output(w, held, gram))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hsai.compress.allocate import Item, Option
-from hsai.compress.block_solver import BlockSolver, Compress
+from hsai.compress.block_solver import BlockSolver
 from hsai.compress.calibrated import check_observed
 from hsai.compress.calibration import widen_batch
 from hsai.compress.ledger import keep_finite
@@ -56,7 +56,6 @@ def measure_sensitivities(
     *,
     batch: int,
     seed: int,
-    plain: Compress,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> list[Item]:
@@ -68,7 +67,6 @@ def measure_sensitivities(
       tokens: int32 (N, T).
       batch: sequences at a time, B, of which N is a multiple; see `widen_batch`.
       seed: draws the labels.
-      plain: packs a weight that is not to be solved, or whose solve fails.
       workbench: where each layer's prices, and those of tables, are kept as soon as they are known, and those of an
         earlier run are found.
       progress: called with ("measuring gradients", sequences done, in all) and ("trying formats", layers done, in all).
@@ -94,7 +92,7 @@ def measure_sensitivities(
     def try_block(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         check_observed(blocks, grams)
         assert streams.raw is not None
-        params, solver = named_weights(block), BlockSolver(grams, streams.squares, plain, layer=layer)
+        params, solver = named_weights(block), BlockSolver(grams, streams.squares, layer=layer)
         items = []
         for full, (formats, config) in blocks.items():
             name = full.removeprefix("layers.")
@@ -115,7 +113,7 @@ def measure_sensitivities(
             progress("trying formats", done, total)
 
     if tables and None not in found:
-        keep(None, [_price_table(model, name, *candidates[name], moments, tokens, plain) for name in tables])
+        keep(None, [_price_table(model, name, *candidates[name], moments, tokens) for name in tables])
     if len(found) < len(places):
         # Solved for level rows, as it will be, and priced for rows as they are: what an error adds to the divergence
         # grows with the activations that it is multiplied by.
@@ -212,12 +210,11 @@ def _price_table(
     config: SolverConfig,
     moments: Moments,
     tokens: np.ndarray,
-    plain: Compress,
 ) -> Item:
     """The table of embeddings, the head, or both in one."""
     w = to_dense(named_weights(model)[name].get_value())
     squares = jnp.diagonal(moments[INPUTS])
-    solver = BlockSolver({name: moments[LEVEL]}, {name: squares}, plain)
+    solver = BlockSolver({name: moments[LEVEL]}, {name: squares})
     counts = jnp.asarray(np.bincount(tokens.reshape(-1), minlength=w.shape[-1]), jnp.float32)
     options = []
     for format in formats:

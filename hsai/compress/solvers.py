@@ -6,19 +6,11 @@ What they stand for is in `hsai.compress.plain`, `half_quadratic`, `solver`, and
 import dataclasses
 from typing import Literal
 
-from hsai.compress.half_quadratic import HalfQuadraticConfig
+from hsai.compress.plain import PlainConfig
 from hsai.compress.wanda import WandaConfig
 from hsai.errors import InputError
 
 MaskName = Literal["joint", "wanda", "magnitude"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NearestConfig:
-    """Each weight by itself: rounded to the nearest value under searched scales, pruned by magnitude."""
-
-    kind: Literal["nearest"] = "nearest"
-    """Names this solver in files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +35,6 @@ class FeedbackConfig:
         if not 0 < self.damping <= 1:
             raise InputError(f"solver damping={self.damping} must be above 0 and at most 1")
 
-
-PlainConfig = NearestConfig | HalfQuadraticConfig
-"""Solvers that look at nothing but the weight."""
 
 CalibratedConfig = FeedbackConfig | WandaConfig
 """Solvers that look at what calibration's activations make of the weight."""

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hsai.compress.block_solver import Compress
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.ledger import ScaleRow
 from hsai.compress.resume import Workbench
@@ -67,7 +66,6 @@ def transform_model(
     *,
     calibration: CalibrationConfig | None,
     tokens: np.ndarray | None,
-    plain: Compress,
     workbench: Workbench | None = None,
     progress: Progress | None = None,
 ) -> tuple[M, tuple[ScaleRow, ...]]:
@@ -78,7 +76,6 @@ def transform_model(
       transforms: in their order.
       formats: what weights may become, by their names in `outline`.
       calibration: how `tokens`, int32 (N, T), are read; both for transforms that calibrate.
-      plain: packs a weight by itself.
       workbench, progress: as for `find_scales`.
     Raises:
       InputError: see `rotate_model` and `find_scales`.
@@ -92,8 +89,6 @@ def transform_model(
         if calibration is None or tokens is None:
             raise ValueError("scaling calibrates; it needs the calibration's tokens")
         batch = calibration.batch
-        scales = find_scales(
-            changed, transform, formats, tokens, batch=batch, plain=plain, workbench=workbench, progress=progress
-        )
+        scales = find_scales(changed, transform, formats, tokens, batch=batch, workbench=workbench, progress=progress)
         changed, rows = apply_scales(changed, scales.factors), scales.rows
     return changed, rows

@@ -8,13 +8,21 @@ from hsai.evaluate.batches import Pair
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; raises `InputError` if it cannot be read or is not UTF-8."""
+    """The text of a file, to be measured or calibrated on: what its bytes say, line ends as they stand. A byte-order
+    mark at its beginning tells how it is encoded, and is no part of it.
+
+    Raises:
+      InputError: it cannot be read, is not UTF-8, or empty.
+    """
     try:
-        return path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not text: byte {error.start} is not UTF-8") from error
+    if not text:
+        raise InputError(f"{path} holds no text")
+    return text
 
 
 def cut_windows(tokens: Sequence[int], *, prefix: Sequence[int], context: int, stride: int) -> list[Pair]:

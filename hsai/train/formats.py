@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from hsai.compress.grid import grid_of, pattern_of
 from hsai.compress.latent import Straight, begin_latent, pack_latent, see_weight
-from hsai.compress.recipe import RecipeConfig, Rule, match_weights
+from hsai.compress.plan import plan_recipe
+from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.errors import InputError
 from hsai.formats import FormatConfig, OutliersConfig, Weight, to_dense
 from hsai.formats.storage import named_weights, replace_weights
@@ -30,7 +31,8 @@ class FormatRule:
     """Trains the weights whose names match as if they were packed."""
 
     pattern: str
-    """Shell-style pattern on the dotted name, as in a recipe: "layers.*", "*embed", "*". The first match decides."""
+    """Shell-style pattern on the dotted name, as in a recipe: "layers.*", "*embed", "*". The first match decides; a
+    router of experts matches none without "router" in it."""
 
     format: FormatConfig
     """What the forward pass sees of these weights."""
@@ -67,12 +69,12 @@ Rules = tuple[FormatRule, ...]
 
 
 def match_formats(rules: Rules, config: TransformerConfig) -> dict[str, FormatRule]:
-    """The rule of each weight that is trained as if packed; raises `InputError` as `match_weights`."""
+    """The rule of each weight that is trained as if packed; raises `InputError` as `plan_recipe`."""
     if not rules:
         return {}
     recipe = RecipeConfig(rules=tuple(Rule(pattern=rule.pattern, format=rule.format) for rule in rules))
-    matched = match_weights(recipe, abstract_transformer(config))
-    return {name: rules[recipe.rules.index(rule)] for name, rule in matched.items()}
+    plan = plan_recipe(recipe, abstract_transformer(config))
+    return {name: rules[recipe.rules.index(rule)] for name, rule in plan.rules.items()}
 
 
 def begin(model: Transformer, rules: Rules) -> Transformer:
@@ -95,7 +97,7 @@ def see_packed(model: Transformer, rules: Rules) -> Transformer:
     """The model that a forward pass computes with, dense; differentiable to the latent values (and scales) behind it.
 
     Raises:
-      InputError: see `match_weights`.
+      InputError: see `plan_recipe`.
     """
     params = named_weights(model)
     values: dict[str, Weight] = {}

@@ -1,9 +1,12 @@
 """`hsai compress`: what it makes, and what it refuses before anything is made."""
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +17,23 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
+from hsai.cli.compress import check_batches, check_target
+from hsai.cli.meshes import read_mesh
 from hsai.cli.page import TRACED
-from hsai.compress import Ledger, RecipeConfig, compress
+from hsai.cli.targets import check_apart
+from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe
+from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.factor import factorize
+from hsai.config import RunConfig
+from hsai.config_file import load_config
 from hsai.data.corpus_files import open_corpus
+from hsai.errors import InputError
+from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import read_bundle
 from hsai.export.history import STEP, tell_history
-from hsai.export.source import inspect_model
+from hsai.export.source import inspect_model, open_model
 from hsai.models import Transformer
+from hsai.models.transformer import abstract_transformer
 from tests.cli.conftest import CALIBRATED, RECIPES, Workshop, recipe
 from tests.cli.snapshots import snapshot
 
@@ -111,7 +123,9 @@ def test_recipes_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     refuse(*words, same, idle, names=("recipe idle", "'layers.atention.*'", "layers.attention."), beside=beside)
     refuse(*words, same, odd, names=("96",), beside=beside)
     slow = ("recipe sparse50", "no kernel for cpu multiplies by unstructured 32:64 bfloat16", "int8, int4 g64")
-    refuse(*words, same, recipe("sparse50"), "--target", "cpu", names=slow, beside=beside)
+    refuse(*words, same, recipe("sparse50"), names=(*slow, "--target none takes the recipe"), beside=beside)
+    slow = ("recipe int3", "no kernel for gpu multiplies by int3 g64", "--target none takes the recipe")
+    refuse(*words, same, recipe("int3"), "--target", "gpu", names=slow, beside=beside)
 
 
 def test_a_format_that_does_not_divide(workshop: Workshop, place: Path, refuse: Refuse) -> None:
@@ -296,14 +310,17 @@ def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse
     (place / "text.txt").write_text("def main():\n    return 42\n" * 400)
     (place / "short.txt").write_text("too short")
     (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (place / "empty.txt").write_bytes(b"")
     words = ("compress", workshop.run, "--out", "out", "--recipe")
     for given, told in {
         "short.txt": ("recipe mine: calibration.tokens=512 exceeds the text", "give more text"),
-        "bytes.txt": ("cannot read --calibration bytes.txt",),
-        "nowhere.txt": ("cannot read --calibration nowhere.txt",),
+        "bytes.txt": ("--calibration: bytes.txt is not text: byte 0",),
+        "nowhere.txt": ("--calibration: cannot read nowhere.txt",),
+        "empty.txt": ("--calibration: empty.txt holds no text",),
     }.items():
         refuse(*words, "mine.py", "--calibration", given, names=told)
-    refuse(*words, recipe("int8"), "--calibration", "text.txt", names=("text.txt: no recipe here calibrates",))
+    few = ("recipe int8: calibration.tokens=", "exceeds the text", "give more text")
+    refuse(*words, "mine.py", recipe("int8"), "--calibration", "text.txt", names=few)
     long = ("recipe long: calibration.sequence_length=256 exceeds the model's context of ",)
     refuse(*words, "long.py", "--calibration", "text.txt", names=long)
     hashes = []
@@ -313,13 +330,69 @@ def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse
     assert hashes[0] != hashes[1]
 
 
+def test_a_text_measures_what_does_not_calibrate(
+    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several recipes each; what is packed is the same to the byte. What is kept has nothing to be measured."""
+    (place / "mine.py").write_text(CALIBRATED)
+    text = " ".join(str(number) for number in range(20_000))
+    (place / "text.txt").write_text(text)
+    words = ["compress", str(workshop.run), "--calibration", "text.txt", "--recipe", recipe("int4"), "mine.py"]
+    assert main([*words, "--out", "out"]) == 0
+    plain, solved = (read_bundle(place / "out" / name).manifest for name in ("int4", "mine"))
+    assert plain.files == read_bundle(workshop.compressed / "int4").manifest.files
+    assert "measured_sha256" in plain.extra and "calibration_sha256" not in plain.extra
+    assert "calibration_sha256" in solved.extra and "measured_sha256" not in solved.extra
+    rows = plain.extra["ledger"]["layers"]
+    assert [row["layer"] for row in rows] == [0] * 7 + [1] * 7 + [None] and rows[-1]["weight"] == "embed"
+    assert all(0 < row["output_error"] < 0.3 for row in rows)
+    capsys.readouterr()
+    again = ["compress", "out/int4", "--calibration", "text.txt", "--recipe", recipe("int4"), "--out", "kept"]
+    assert main(again) == 0
+    assert "note: recipe int4: all that it would solve is in its format already" in capsys.readouterr().out
+    kept = read_bundle(place / "kept").manifest.extra
+    assert "layers" not in kept["ledger"] and "measured_sha256" not in kept
+
+
+def test_calibration_tokens_are_those_of_the_bytes(
+    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CRLF too: what llama.cpp is calibrated on by `scripts/bench_frontier.py` is read by the same function."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from bench.frontier import check_calibration
+
+    (place / "mine.py").write_text(CALIBRATED)
+    (place / "text.txt").write_bytes(b"def main():\r\n    return 42\r\n" * 400)
+    assert (
+        main(["compress", str(workshop.run), "--recipe", "mine.py", "--calibration", "text.txt", "--out", "out"]) == 0
+    )
+    source = open_model("out")
+    stream = np.asarray(source.tokenizer.encode(read_text(Path("text.txt"))), np.int32)
+    assert "\r\n" in source.tokenizer.decode(stream)
+    check_calibration("out", source.origin, stream)
+
+
 def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And made: who wants bytes alone may have it."""
-    assert main(["compress", str(workshop.run), "--recipe", recipe("sparse50"), "--out", "out"]) == 0
+    """And made, where no target is asked for: who wants bytes alone may have it."""
+    words = ["compress", str(workshop.run), "--target", "none", "--recipe"]
+    assert main([*words, recipe("sparse50"), "--out", "out"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "note: recipe sparse50: " in told and "no kernel for cpu multiplies by unstructured 32:64" in told
-    assert main(["compress", str(workshop.run), "--recipe", recipe("int4"), "--out", "other"]) == 0
+    assert main([*words, recipe("int4"), "--out", "other"]) == 0
     assert "no kernel" not in capsys.readouterr().out
+
+
+def test_the_target_is_this_machine_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a platform that is none of those with kernels nothing is asked of it."""
+    model = load_config(ROOT / "configs" / "tiny.py", RunConfig).config.model
+    plan = plan_recipe(load_config(recipe("int3"), RecipeConfig).config, abstract_transformer(model))
+    check_target("int3", plan, None)
+    for platform, passes in (("gpu", False), ("metal", True)):
+        monkeypatch.setattr("hsai.cli.compress.find_platform", lambda platform=platform: platform)
+        with contextlib.nullcontext() if passes else pytest.raises(InputError, match="no kernel for gpu .* int3 g64"):
+            check_target("int3", plan, None)
+        check_target("int3", plan, "none")
+        check_target("int3", plan, "cpu")
 
 
 def test_what_failed_is_told_on_the_console(
@@ -345,6 +418,25 @@ def test_the_model_is_not_replaced_by_what_is_made_of_it(workshop: Workshop, pla
     refuse("compress", bundle / "inner", *words[2:], bundle, names=(f"--out {bundle} holds the model",))
 
 
+@pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/7", "checkpoints/6/state", "tensorboard/int8"])
+def test_what_training_keeps_is_no_place_for_a_bundle(
+    inside: str, workshop: Workshop, place: Path, refuse: Refuse
+) -> None:
+    """A bundle in a directory `checkpoints/7` would be the newest step of the run. Of other runs too."""
+    out = workshop.run / inside
+    words = ("--recipe", recipe("int8"), "--overwrite", "--out", out)
+    told = (f"--out {out} is or lies in {workshop.run / Path(inside).parts[0]}", "which a training run keeps")
+    before = snapshot(workshop.run)
+    for model in (workshop.run, workshop.compressed / "bf16"):
+        refuse("compress", model, *words, names=told)
+    assert snapshot(workshop.run) == before
+
+
+def test_other_checkpoints_are_no_run(workshop: Workshop, place: Path) -> None:
+    (place / "checkpoints").mkdir()
+    check_apart([Path("checkpoints/int8")], workshop.run)
+
+
 def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refuse: Refuse) -> None:
     (place / "mine.py").write_text(CALIBRATED)
     words = ["compress", str(workshop.run), "--recipe", "mine.py"]
@@ -357,6 +449,45 @@ def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refu
     np.testing.assert_allclose(*errors, rtol=1e-2)
     words[-1:] = ["mine.py", "--out", "out", "--mesh"]
     refuse(*words, "2x2", names=("--mesh 2x2 is no mesh", "4x1x2"))
-    refuse(*words, "3x1x1", names=("mesh data=3", "8"))
+    told = ("--mesh 3x1x1: mesh data=3", "needs 3 devices, and there are 8", "JAX_NUM_CPU_DEVICES=3 in front")
+    refuse(*words, "3x1x1", names=told)
     refuse(*words, "1x1x8", names=("mesh.model=8", "model."))
-    refuse(*words, "8x1x1", names=("recipe mine: calibration.batch=4 does not divide by the 8 devices", "data=8"))
+    (place / "mine.py").write_text(CALIBRATED.replace("tokens=512", "tokens=768"))  # 12 windows, in batches of 8
+    told = ("recipe mine: the 12 windows of calibration.tokens=768", "batches of 8", "batch=4", "multiple of 512")
+    refuse(*words, "8x1x1", names=told)
+
+
+def test_batches_of_every_recipe_fit_the_meshes_of_eight() -> None:
+    paths = sorted((ROOT / "configs" / "compress").glob("*.py"))
+    recipes = {path.stem: load_config(path, RecipeConfig).config for path in paths}
+    for shape in ("1x8x1", "8x1x1", "2x4x1"):
+        check_batches(recipes, read_mesh(shape))
+
+
+def test_what_fills_no_wider_batches_is_refused() -> None:
+    """A batch of 4 is one of 8 on eight devices."""
+    tuned, budget = (load_config(recipe(name), RecipeConfig).config for name in ("tuned_int4", "budget"))
+    short = CalibrationConfig(tokens=8 * 64, sequence_length=64, batch=4)
+    mesh = read_mesh("2x4x1")
+    check_batches({"mine": dataclasses.replace(tuned, reconstruction=None, calibration=short)}, mesh)
+    one = "recipe mine: reconstruction takes two batches or more, .* calibration.tokens be 1024 or more"
+    with pytest.raises(InputError, match=one):
+        check_batches({"mine": dataclasses.replace(tuned, calibration=short)}, mesh)
+    assert budget.allocation is not None
+    odd = dataclasses.replace(budget.allocation, windows=4)
+    told = "recipe mine: allocation.windows=4 are no whole batches of 8, .*; let it be a multiple of 8"
+    with pytest.raises(InputError, match=told):
+        check_batches({"mine": dataclasses.replace(budget, allocation=odd)}, mesh)
+
+
+def test_a_cpu_is_made_of_as_many_devices_as_the_variable_says(workshop: Workshop, place: Path) -> None:
+    """What the refusal of a mesh says is what has to be done."""
+    (place / "mine.py").write_text(CALIBRATED)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py", "--out", "out", "--mesh", "1x2x1"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    command = [sys.executable, "-m", "hsai.cli", *words]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 2 and "JAX_NUM_CPU_DEVICES=2 in front of the command" in found.stderr, found.stderr
+    environment["JAX_NUM_CPU_DEVICES"] = "2"
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0 and read_bundle(place / "out").manifest.extra["mesh"] == "1x2x1", found.stderr

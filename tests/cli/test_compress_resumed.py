@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,12 +37,31 @@ def test_unfinished_work_of_others_is_refused_or_told(
     with Workbench(bench, {"commit": "of old"}):
         (bench / "layer_0000.json").write_text("{}")
         refuse(*words, names=(".out.partial is in use by another run",))
+        # Of the second of two recipes as well, before the first one's work.
+        (place / "out.py").write_text(CALIBRATED)
+        several = (*words[:-1], ".", "--recipe", "mine.py", "out.py")
+        refuse(*several, "--calibration", "nowhere.txt", names=(".out.partial is in use by another run",))
     assert main(list(words)) == 0
     told = (
-        "was left by a run that differed in commit, source_sha256, recipe, calibration_sha256, hsai, sources_sha256: "
+        "was left by a run that differed in commit, source_sha256, recipe, sources_sha256, calibration_sha256, hsai: "
     )
     assert f"{told}1 solved layer discarded" in " ".join(capsys.readouterr().out.split())
     assert not bench.exists() and read_bundle(place / "out").manifest.extra["recipe_name"] == "mine"
+
+
+def test_a_bundle_is_replaced_from_within(workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--out . is the working directory, and unfinished work stands beside it."""
+    (place / "mine.py").write_text(CALIBRATED)
+    for at, out in (("made", "."), ("made/sub", "..")):
+        shutil.rmtree(place / "made", ignore_errors=True)
+        shutil.copytree(workshop.compressed / "bf16", place / "made")
+        (place / at).mkdir(exist_ok=True)
+        monkeypatch.chdir(place / at)
+        words = ["compress", str(workshop.run), "--recipe", str(place / "mine.py"), "--out", out, "--overwrite"]
+        assert main(words) == 0
+        monkeypatch.chdir(place)
+        assert read_bundle(place / "made").manifest.extra["recipe_name"] == "mine"
+        assert sorted(path.name for path in place.iterdir()) == ["made", "mine.py"]
 
 
 KILL = """

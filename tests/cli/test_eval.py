@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
-from hsai.cli.eval import make_tables
+from hsai.cli.eval import describe_size, make_tables
 from hsai.cli.speed import measure_speed
+from hsai.export.source import open_model
 from tests.cli.conftest import SHORT, TINY, Workshop
 
 Refuse = Callable[..., str]
@@ -36,10 +37,28 @@ def test_rows(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str
         for kind in ("decode", "prefill"):
             slowest, fastest = row[f"{kind}_spread"]
             assert 0 < slowest <= row[f"{kind}_tokens_per_second"] <= fastest
-        assert row["bytes"] < row["peak_memory"] < 2**35
+        assert 50_000 < row["peak_memory"] < 2**35
+    # Of a run nothing on disk is its weights alone.
+    assert "bytes" not in dense and int4["bytes"] < bf16["bytes"] < bf16["peak_memory"]
+    assert int4["bytes"] == (workshop.bundles / "int4" / "weights.safetensors").stat().st_size
     ledgers = [origin.get("ledger", {}).get("bytes", 0) for origin in written["origins"]]
     assert ledgers[0] == 0 and ledgers[1] > ledgers[2] > 0 and written["origins"][2]["recipe_name"] == "int4"
     assert written["machine"]["cores"] >= 1 and written["machine"]["jax"]
+
+
+def test_bytes_on_disk_are_those_of_the_files(workshop: Workshop, place: Path) -> None:
+    """In memory a GGUF file's blocks of 4 bits may be float32."""
+    for kind, name, more in (("gguf", "model.gguf", ("--gguf-type", "q8_0")), ("huggingface", "checkpoint", ())):
+        assert main(["export", str(workshop.run), "--to", kind, "--out", name, *more]) == 0
+    run, file, checkpoint = (describe_size(open_model(path)) for path in (workshop.run, "model.gguf", "checkpoint"))
+    whole = 4 * run["parameters"]
+    assert "bytes" not in run and run["bits_per_weight"] == 32
+    assert 0.26 * whole < file["bytes"] < 0.3 * whole and file["bytes"] < (place / "model.gguf").stat().st_size
+    stored = (path.stat().st_size for path in (place / "checkpoint").glob("*.safetensors"))
+    assert checkpoint["bytes"] == sum(stored) and whole <= checkpoint["bytes"] < 1.05 * whole
+    rows = [each | {"model": name} for each, name in ((run, "run"), (file, "file"))]
+    cells = {str(column.header): list(column.cells) for column in next(make_tables(rows)).columns}
+    assert cells["weights on disk"] == ["-", f"{file['bytes'] / 1e6:.2f} MB"] and cells["size"] == ["-", "-"]
 
 
 def test_peak_memory_is_the_models_and_not_the_evaluators(workshop: Workshop) -> None:

@@ -108,7 +108,8 @@ class Reader(HTMLParser):
 
 
 def test_numbers_ledgers_and_plots() -> None:
-    results = make_results({"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"})
+    origin = {"ledger": LEDGER, "recipe_name": "int4", "calibration_sha256": "ff00", "commit": "abc"}
+    results = make_results(origin | {"measured_sha256": "ee11"})
     page = make_page(results)
     read = Reader(page)
     assert read.open == [] and "script" not in read.seen
@@ -123,6 +124,7 @@ def test_numbers_ledgers_and_plots() -> None:
         "0.1000",
         "int4 g64",
         "ff00",
+        "measured sha256 ee11",
         "8.00%",
         "Reconstruction of each layer",
         "Sensitivity of each layer",
@@ -131,6 +133,14 @@ def test_numbers_ledgers_and_plots() -> None:
     ):
         assert part in text, part
     assert make_page(json.loads(json.dumps(results))) == page
+
+
+def test_a_run_has_no_bytes_and_no_place_in_the_plot() -> None:
+    results = make_results()
+    del results["rows"][0]["bytes"]
+    text = " ".join(Reader(make_page(results)).words)
+    assert "dense - 32.000 20.0000" in text and "<int4> 0.01 4.250" in text
+    assert "Size and quality" in make_page(make_results()) and "Size and quality" not in text  # of one point
 
 
 def test_what_a_calibrated_recipe_leaves() -> None:

@@ -91,6 +91,21 @@ def test_another_recipe_is_not_reused(
     assert read_bundle(bundle).manifest.extra["recipe_name"] == "int8"
 
 
+def test_what_other_sources_made_is_not_reused(
+    workshop: Workshop,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: Refuse,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A solver that was changed makes something else of the same recipe."""
+    monkeypatch.setattr("hsai.cli.compress.digest_sources", lambda: "others")
+    refuse(*compress(workshop, "int4", bundle, "--reuse"), names=("int4", "its sources_sha256 is another"))
+    assert main(compress(workshop, "int4", bundle, "--reuse", "--overwrite")) == 0
+    assert "its sources_sha256 is another" in capsys.readouterr().out
+    assert read_bundle(bundle).manifest.extra["sources_sha256"] == "others"
+
+
 def test_another_step_is_not_reused(workshop: Workshop, bundle: Path, place: Path, refuse: Refuse) -> None:
     shutil.copytree(workshop.run, place / "run")
     shutil.rmtree(place / "run" / "checkpoints" / "6")  # the newest is now the one of step 5

@@ -16,9 +16,9 @@ from hsai.compress.allocate import AllocationConfig
 from hsai.compress.budget import count_least
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.names import name_format, name_ranges
-from hsai.compress.one_shot import pack_weight
-from hsai.compress.recipe import match_weights
-from hsai.compress.solvers import FeedbackConfig, NearestConfig
+from hsai.compress.plain import NearestConfig, pack_weight
+from hsai.compress.plan import plan_recipe
+from hsai.compress.solvers import FeedbackConfig
 from hsai.errors import InputError
 from hsai.formats import (
     DenseConfig,
@@ -239,7 +239,7 @@ def price_tables(model: Transformer, solver: FeedbackConfig | NearestConfig) -> 
 def count_least_but(model: Transformer, recipe: RecipeConfig) -> int:
     """Bytes with which one table may have five bits, or all have four."""
     shapes = {name: param.get_value() for name, param in named_weights(model).items()}
-    least = count_least(shapes, {name: rule.formats for name, rule in match_weights(recipe, model).items()})
+    least = count_least(shapes, {name: rule.formats for name, rule in plan_recipe(recipe, model).rules.items()})
     return least + shapes["embed"].size // 8
 
 
@@ -291,11 +291,11 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
     assert not done
     # The least that is named is a budget that can be met.
     with pytest.raises(InputError) as error:
-        match_weights(make_recipe(FeedbackConfig(), bytes=1), trained_model())
+        plan_recipe(make_recipe(FeedbackConfig(), bytes=1), trained_model())
     least = int(str(error.value).split("the model has ")[1].split(" bytes")[0].replace(",", ""))
-    match_weights(make_recipe(FeedbackConfig(), bytes=least), trained_model())
+    plan_recipe(make_recipe(FeedbackConfig(), bytes=least), trained_model())
     with pytest.raises(InputError, match=f"{least:,}"):
-        match_weights(make_recipe(FeedbackConfig(), bytes=least - 1), trained_model())
+        plan_recipe(make_recipe(FeedbackConfig(), bytes=least - 1), trained_model())
     _, ledger = run(make_recipe(NearestConfig(), bytes=least))
     assert ledger.bytes == least
 

@@ -14,9 +14,9 @@ from hsai.compress import RecipeConfig, Rule, calibrated, compress, solved, stre
 from hsai.compress.block_solver import BlockSolver
 from hsai.compress.calibrated import check_observed
 from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
-from hsai.compress.one_shot import pack_weight
-from hsai.compress.recipe import match_weights
-from hsai.compress.solvers import FeedbackConfig, NearestConfig
+from hsai.compress.plain import NearestConfig, pack_weight
+from hsai.compress.plan import plan_recipe
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import Grams, Streams, apply_block, stream_blocks, take_block
 from hsai.errors import InputError
 from hsai.formats import (
@@ -211,7 +211,7 @@ def test_raised_damping_is_told(model: Transformer) -> None:
     gram = np.eye(64, dtype=np.float32)
     gram[0, 1] = gram[1, 0] = 1.05
     w = model.layers.mlp.up.get_value()[0]
-    solver = BlockSolver({"up": jnp.asarray(gram)}, {}, pack_weight)
+    solver = BlockSolver({"up": jnp.asarray(gram)}, {})
     packing = solver.pack("up", w, Int4Config(group=32), FeedbackConfig(damping=0.001))
     assert packing.damping == pytest.approx(0.1)
     assert packing.note == "damping was raised to 0.1: there is no factor with 0.001"
@@ -340,7 +340,7 @@ def test_a_table_that_is_looked_up_is_rounded_where_a_rule_solves_the_others() -
     recipe = RecipeConfig(
         rules=(Rule(pattern="*", format=Int4Config(group=32), solver=FeedbackConfig()),), calibration=CALIBRATION
     )
-    assert {name: rule.solver.kind for name, rule in match_weights(recipe, model).items() if "embed" in name} == {
+    assert {name: rule.solver.kind for name, rule in plan_recipe(recipe, model).rules.items() if "embed" in name} == {
         "embed": "nearest",
         "unembed": "feedback",
     }
@@ -348,7 +348,9 @@ def test_a_table_that_is_looked_up_is_rounded_where_a_rule_solves_the_others() -
     plain = pack_weight(model.embed.get_value(), Int4Config(group=32))
     for one, other in zip(jax.tree.leaves(packed.embed.get_value()), jax.tree.leaves(plain), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert {row.weight for row in ledger.layers} == {name for name in match_weights(recipe, model) if name != "embed"}
+    assert {row.weight for row in ledger.layers} == {
+        name for name in plan_recipe(recipe, model).rules if name != "embed"
+    }
 
 
 def test_weights_that_no_product_reads_cannot_be_solved() -> None:

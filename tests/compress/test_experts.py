@@ -11,10 +11,10 @@ from flax import nnx
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.allocate import AllocationConfig
 from hsai.compress.calibration import CalibrationConfig, draw_windows
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import NearestConfig, pack_weight
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.sensitivity import draw_labels, measure_sensitivities, sum_gradients
-from hsai.compress.solvers import FeedbackConfig, NearestConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import stream_blocks, take_block
 from hsai.formats import Int4, Int4Config, Int8Config, OutliersConfig, to_dense
 from hsai.formats.storage import replace_weights
@@ -174,9 +174,7 @@ def test_a_budget_is_spent_on_experts_too(model: Transformer) -> None:
     """A price is the sum of what its experts cost, each by its share of the tokens."""
     candidates = (Int8Config(), FORMAT)
     name = "layers.mlp.up"
-    items = measure_sensitivities(
-        model, {name: (candidates, NearestConfig())}, TOKENS, batch=4, seed=0, plain=pack_weight
-    )
+    items = measure_sensitivities(model, {name: (candidates, NearestConfig())}, TOKENS, batch=4, seed=0)
     moments = np.asarray(sum_gradients(model, [name], TOKENS, batch=4, seed=0)[name][0], np.float64)
     normed, chosen, _ = read_first_layer(model)
     w = model.layers.mlp.up.get_value()[0]

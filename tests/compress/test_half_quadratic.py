@@ -9,7 +9,7 @@ from hsai.compress import RecipeConfig, Rule, compress, half_quadratic
 from hsai.compress.grid import Grid, grid_of, search_scale
 from hsai.compress.half_quadratic import HalfQuadraticConfig, refine_scale
 from hsai.compress.names import name_format
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.configuration import from_dict, to_dict
 from hsai.errors import InputError
 from hsai.formats import (

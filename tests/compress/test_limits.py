@@ -13,7 +13,7 @@ from hsai.compress.block_solver import BlockSolver
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.ledger import BlockRow, LayerRow
 from hsai.compress.limits import check_held, check_range, count_lost
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.compress.scaling import ScalingConfig
 from hsai.compress.solvers import FeedbackConfig
 from hsai.errors import InputError
@@ -46,7 +46,7 @@ def draw_edge(margin: float) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize(("margin", "damping"), [(1.5, 0.01), (0.1, 10.0), (0.0, None)])
 def test_a_solve_that_leaves_the_format_is_damped_and_at_last_rounded(margin: float, damping: float | None) -> None:
     w, gram = draw_edge(margin)
-    found = BlockSolver({"up": gram}, {}, pack_weight).pack("up", w, OFFSET, FeedbackConfig())
+    found = BlockSolver({"up": gram}, {}).pack("up", w, OFFSET, FeedbackConfig())
     assert count_lost(found.weight) == 0
     assert found.damping == damping if damping is None else found.damping == pytest.approx(damping)
     if damping is None:

@@ -11,7 +11,7 @@ from hsai.compress.grid import Grid, grid_of
 from hsai.compress.grid import search_scale as search_grid
 from hsai.compress.held import find_scale
 from hsai.compress.names import name_format
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.formats import (
     Int2Config,
     Int3Config,

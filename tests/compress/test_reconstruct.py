@@ -11,7 +11,7 @@ from flax import nnx
 
 from hsai.compress import RecipeConfig, Rule, compress
 from hsai.compress.latent import Straight, begin_latent, pull_pruned, see_weight
-from hsai.compress.recipe import match_weights
+from hsai.compress.plan import plan_recipe
 from hsai.compress.reconstruct import ReconstructionConfig, Reconstructor
 from hsai.compress.resume import Workbench
 from hsai.compress.solvers import FeedbackConfig
@@ -212,8 +212,8 @@ def test_outliers_are_refused_before_work() -> None:
     fine = make_recipe(Int4Config(group=32), TUNING)
     rules = tuple(Rule(pattern=name, format=outliers, solver=FeedbackConfig()) for name in ("embed", "layers.mlp.up"))
     with pytest.raises(InputError, match="^layers.mlp.up: reconstruction cannot tune outliers; give rule 'layers.mlp"):
-        match_weights(dataclasses.replace(fine, rules=rules), model)
-    assert len(match_weights(dataclasses.replace(fine, rules=(rules[0], *fine.rules)), model)) == 8
+        plan_recipe(dataclasses.replace(fine, rules=rules), model)
+    assert len(plan_recipe(dataclasses.replace(fine, rules=(rules[0], *fine.rules)), model).rules) == 8
 
 
 def test_a_recipe_that_has_nothing_to_tune_is_refused() -> None:
@@ -232,10 +232,10 @@ def test_learned_masks_where_nothing_is_sparse_are_refused() -> None:
         Rule(pattern=name, format=format, solver=FeedbackConfig()) for name, format in (("embed", sparse), ("*", dense))
     )
     with pytest.raises(InputError, match=r"masks='learned', and what is tuned prunes nothing \('\*': int4 g32\)"):
-        match_weights(dataclasses.replace(make_recipe(dense, learned), rules=rules), trained_model())
-    match_weights(make_recipe(sparse, learned), trained_model())
+        plan_recipe(dataclasses.replace(make_recipe(dense, learned), rules=rules), trained_model())
+    plan_recipe(make_recipe(sparse, learned), trained_model())
     one = Rule(pattern="layers.mlp.up", format=sparse, solver=FeedbackConfig())
-    match_weights(dataclasses.replace(make_recipe(dense, learned), rules=(one, rules[1])), trained_model())
+    plan_recipe(dataclasses.replace(make_recipe(dense, learned), rules=(one, rules[1])), trained_model())
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress import RecipeConfig, Rule, compress, match_weights
-from hsai.compress.one_shot import measure_error, pack_weight
+from hsai.compress import RecipeConfig, Rule, compress, plan_recipe
+from hsai.compress.one_shot import measure_error
+from hsai.compress.plain import pack_weight
 from hsai.compress.rotation import RotationConfig, make_turn, rotate_model
 from hsai.compress.scaling import ScalingConfig
 from hsai.errors import InputError
@@ -109,11 +110,11 @@ def test_what_cannot_be_turned_is_refused() -> None:
         RecipeConfig(rules=rules, transforms=(ScalingConfig(), RotationConfig()))
     recipe = RecipeConfig(rules=rules, transforms=(RotationConfig(untie=True),))
     with pytest.raises(InputError, match="post_norm"):
-        match_weights(recipe, abstract_transformer(TransformerConfig(**SMALL | {"post_norm": True})))
+        plan_recipe(recipe, abstract_transformer(TransformerConfig(**SMALL | {"post_norm": True})))
     model = fill_model()
     packed = replace_weights(model, {"layers.mlp.up": Int8Config().pack(model.layers.mlp.up.get_value())})
     with pytest.raises(InputError, match="layers.mlp.up is packed already"):
-        match_weights(recipe, packed)
+        plan_recipe(recipe, packed)
 
 
 def test_seeds_and_dtypes() -> None:
@@ -151,4 +152,4 @@ def test_a_recipe_turns_before_it_packs() -> None:
             wanted = Int8Config().pack(named_weights(turned)[name].get_value())
             np.testing.assert_array_equal(value.values, wanted.values, err_msg=name)
     assert model.config.tie_embeddings and max(row.relative_error for row in ledger.rows) < 0.02
-    assert set(match_weights(recipe, abstract_transformer(model.config))) >= {"embed", "unembed"}
+    assert set(plan_recipe(recipe, abstract_transformer(model.config)).rules) >= {"embed", "unembed"}

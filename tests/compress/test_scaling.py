@@ -15,8 +15,8 @@ from hsai.compress import RecipeConfig, Rule, compress, scaling
 from hsai.compress.calibrated import measure_output
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.folds import channel_folds
-from hsai.compress.one_shot import pack_weight
-from hsai.compress.recipe import match_weights
+from hsai.compress.plain import pack_weight
+from hsai.compress.plan import plan_recipe
 from hsai.compress.resume import Workbench
 from hsai.compress.scaling import ScalingConfig, apply_scales, find_scales
 from hsai.compress.solvers import FeedbackConfig
@@ -93,7 +93,7 @@ def test_the_exponent_is_the_best_of_all_that_are_tried(uneven: Transformer) -> 
     stream_blocks(uneven, TOKENS, batch=4, solve=keep)
     names = ("q", "k", "v", "o")
     formats = {f"layers.attention.{name}": (Int8Config(), format) for name in names}
-    found = find_scales(uneven, ScalingConfig(steps=4), formats, TOKENS, batch=4, plain=pack_weight)
+    found = find_scales(uneven, ScalingConfig(steps=4), formats, TOKENS, batch=4)
     assert [(row.source, row.layer) for row in found.rows] == [
         (source, layer) for layer in (0, 1) for source in ("layers.attention_norm", "layers.attention.v")
     ]
@@ -155,10 +155,9 @@ def test_scaled_weights_lose_less_of_their_outputs(uneven: Transformer) -> None:
     scaled, rows = transform_model(
         uneven,
         recipe.transforms,
-        {name: rule.formats for name, rule in match_weights(recipe, uneven).items()},
+        {name: rule.formats for name, rule in plan_recipe(recipe, uneven).rules.items()},
         calibration=CALIBRATION,
         tokens=TOKENS,
-        plain=pack_weight,
     )
     assert rows == ledger.scales
     unseen = draw_windows(np.random.default_rng(1).integers(0, 96, 1000), CALIBRATION)

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from hsai.compress.allocate import Item
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import NearestConfig, pack_weight
 from hsai.compress.sensitivity import INPUTS, LABELS, LEVEL, draw_labels, measure_sensitivities, sum_gradients
-from hsai.compress.solvers import FeedbackConfig, NearestConfig
+from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import take_block
 from hsai.errors import InputError
 from hsai.formats import Int4Config, Int8Config, NMInt4Config, TernaryConfig, nbytes, to_dense
@@ -139,7 +139,7 @@ def test_labels_are_drawn_from_the_models_own_predictions(model: Transformer) ->
 def measure_all(solver: FeedbackConfig | NearestConfig) -> list[Item]:
     model, names = trained_model(), ("layers.attention.v", "layers.mlp.down")
     candidates = {"embed": (FORMATS, NearestConfig())} | {name: (FORMATS, solver) for name in names}
-    return measure_sensitivities(model, candidates, calibration_windows()[:64], batch=16, seed=0, plain=pack_weight)
+    return measure_sensitivities(model, candidates, calibration_windows()[:64], batch=16, seed=0)
 
 
 def test_forecasts_are_near_the_measured_divergence() -> None:

@@ -13,7 +13,7 @@ from hsai.compress.allocate import AllocationConfig
 from hsai.compress.block_solver import BlockSolver
 from hsai.compress.calibration import CalibrationConfig, draw_windows
 from hsai.compress.grid import grid_of
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.compress.solvers import FeedbackConfig
 from hsai.compress.stream import stream_blocks
 from hsai.compress.wanda import WandaConfig, measure_norms, pack_wanda
@@ -124,7 +124,7 @@ def test_nothing_can_fail() -> None:
     w, _ = draw("random", 64, 8)
     wide, format = jnp.asarray(w), NMConfig(n=2, m=4)
     steps = np.arange(1.0, 65.0, dtype=np.float32)
-    packing = BlockSolver({}, {"up": jnp.asarray(steps**2)}, pack_weight).pack("up", wide, format, WandaConfig())
+    packing = BlockSolver({}, {"up": jnp.asarray(steps**2)}).pack("up", wide, format, WandaConfig())
     np.testing.assert_array_equal(packing.weight.kept(), choose_plain(w, steps, format))
     assert packing.damping is None and packing.note == ""
     idle = pack_wanda(wide, measure_norms(jnp.zeros(64)), format)

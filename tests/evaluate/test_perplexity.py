@@ -1,5 +1,7 @@
 """Windows as the harness cuts them, and llama.cpp's chunks by their definition."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from lm_eval import utils
@@ -57,3 +59,16 @@ def test_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
         read_text(tmp_path / "latin")
     with pytest.raises(InputError, match="cannot read"):
         read_text(tmp_path / "nothing")
+
+
+def test_a_text_is_what_its_bytes_say(tmp_path: Path) -> None:
+    """Line ends count for the tokens, and so for whoever compares with another program; a byte-order mark does not."""
+    path = tmp_path / "text"
+    path.write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_text(path) == "one\r\ntwo\rthree\n"
+    path.write_bytes(b"\xef\xbb\xbfone \xef\xbb\xbf")
+    assert read_text(path) == "one \ufeff"
+    for nothing in (b"", b"\xef\xbb\xbf"):
+        path.write_bytes(nothing)
+        with pytest.raises(InputError, match="text holds no text"):
+            read_text(path)

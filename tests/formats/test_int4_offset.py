@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.errors import InputError
 from hsai.formats import Int4Config, Int4OffsetConfig
 from hsai.interop.gguf_blocks import dequantize, quantize

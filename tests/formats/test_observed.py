@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from hsai.compress.block_solver import BlockSolver
-from hsai.compress.one_shot import pack_weight
 from hsai.compress.solvers import FeedbackConfig
 from hsai.formats import Int4Config, project, to_dense
 from hsai.formats.observed import Notes, Observed, level_rows, sum_products
@@ -64,7 +63,7 @@ def test_one_enormous_token_does_not_decide_for_all() -> None:
     others = np.delete(x, 17, axis=0).astype(np.float64)
     errors = []
     for rows in (level_rows(jnp.asarray(x)), jnp.asarray(x)):
-        solver = BlockSolver({"up": sum_products(rows)}, {}, pack_weight)
+        solver = BlockSolver({"up": sum_products(rows)}, {})
         held = to_dense(solver.pack("up", jnp.asarray(w), Int4Config(group=32), FeedbackConfig()).weight)
         errors.append(np.linalg.norm(others @ (w - np.asarray(held, np.float64))))
     assert errors[0] < 0.8 * errors[1], errors

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.data.assets import Assets
 from hsai.data.chat import ChatTemplate
 from hsai.export.source import ModelSource, open_model

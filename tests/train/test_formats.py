@@ -11,7 +11,7 @@ from flax import nnx
 from hsai.compress.grid import grid_of
 from hsai.compress.held import find_mask, find_scale, hold
 from hsai.compress.latent import Latent, to_exponent, to_scale
-from hsai.compress.one_shot import pack_weight
+from hsai.compress.plain import pack_weight
 from hsai.formats import (
     DenseConfig,
     FormatConfig,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hsai.compress import RecipeConfig, Rule, compress, reads_calibration
+from hsai.compress import RecipeConfig, Rule, compress, plan_recipe
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.solvers import FeedbackConfig
 from hsai.data.packing import Batch
@@ -107,7 +107,7 @@ def test_recovery_lowers_the_loss_at_the_same_format(dense: Transformer, format:
     solving = RecipeConfig(
         rules=tuple(replace(rule, solver=FeedbackConfig()) for rule in recipe.rules), calibration=CalibrationConfig()
     )
-    assert reads_calibration(solving, dense) and not reads_calibration(solving, recovered)
+    assert plan_recipe(solving, dense).reads_text and not plan_recipe(solving, recovered).reads_text
     packed, ledger = compress(recovered, solving)
     for name, array in named_arrays(recovered).items():
         assert jnp.array_equal(named_arrays(packed)[name], array), name

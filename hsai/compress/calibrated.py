@@ -104,16 +104,13 @@ class _LayerSolver:
         self._done: dict[int | None, SolvedLayer] = {}
         places: list[int | None] = [*range(model.config.layers)] if self._blocks else []
         self._places = [*places, *([None] if self.heads else [])]
-        shapes = {name: param.get_value().shape for name, param in named_weights(model).items()}
-        for place in self._places if workbench is not None else []:
-            like = (
-                {name: shapes[name] for name in self.heads}
-                if place is None
-                else {name: shapes[name][1:] for name in self._blocks}
-            )
-            found = workbench.load_layer(place, like)
-            if found is not None:
-                self._done[place] = found
+        if workbench is not None:
+            shapes = {name: param.get_value().shape for name, param in named_weights(model).items()}
+            for place in self._places:
+                names = self.heads if place is None else self._blocks
+                found = workbench.load_layer(place, {n: shapes[n][0 if place is None else 1 :] for n in names})
+                if found is not None:
+                    self._done[place] = found
 
     @property
     def is_done(self) -> bool:

@@ -156,7 +156,8 @@ class Reconstructor:
 
         def take(index: int) -> tuple[jax.Array, jax.Array]:
             assert data.targets is not None
-            return tuple(lay_out(each[batches[index]], "batch", "seq", "embed") for each in (data.inputs, data.targets))
+            rows, axes = batches[index], ("batch", "seq", "embed")
+            return lay_out(data.inputs[rows], *axes), lay_out(data.targets[rows], *axes)
 
         def judge(latents: dict[str, Weight]) -> float:
             errors = [float(self._measure(latents, block, number, *take(i), ways=ways)) for i in held_out]

@@ -125,6 +125,9 @@ def test_empty_recipes_and_patterns_are_refused() -> None:
         ("q4_1", Int8Config(), Int4OffsetConfig(group=32), "int4_offset"),
         ("tuned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "joint_nm24_int4"),
         ("learned_nm24_int4", Int8Config(), NMInt4Config(n=2, m=4, group=64), "tuned_nm24_int4"),
+        ("learned_nm24_int4_offset", Int4OffsetConfig(group=32), NMInt4Config(n=2, m=4, group=64), None),
+        ("learned_nm24", Int8Config(), NMConfig(n=2, m=4), None),
+        ("q4_1_offset", Int4OffsetConfig(group=32), Int4OffsetConfig(group=32), "int4_offset"),
         ("tuned_budget", BUDGET_TABLES, BUDGET_BLOCKS, "budget"),
     ],
 )
@@ -207,6 +210,7 @@ def test_every_recipe_is_tested() -> None:
         "tuned_int4_offset",
         "q4_1_offset",
         "tuned_nm24_int4",
+        "learned_nm24",
         "learned_nm24_int4",
         "learned_nm24_int4_offset",
         "tuned_budget",

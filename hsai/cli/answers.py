@@ -69,7 +69,7 @@ def add_activations_argument(parser: Parser) -> None:
         "--activations",
         choices=get_args(Activations),
         default="float",
-        help="what weights of integers are multiplied by: as it is (default), or rounded to int8: faster on CPUs",
+        help="what weights of integers are multiplied by: as it is (default), or rounded to int8",
     )
 
 

@@ -4,12 +4,12 @@ hsai compress runs/quickstart --recipe configs/compress/int4.py --out runs/quick
 Of several recipes each gets a directory of its name under --out. A recipe that calibrates reads training text of the
 model's own corpus, or a file: --calibration text.txt; on such a file others are measured, layer by layer. If a recipe
 that calibrates is killed, the same command goes on at the layer it was in.
-A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5
+A recipe that leaves a choice of formats spends a budget on it: its own, or --budget 60MB, or --bits-per-weight 2.5; of
+several (--bits-per-weight 4.5 3.5 2.5) each has a directory, and what candidates cost is measured once.
 With --mesh 1x8x1 the model, the calibration and the solvers' matrices are split over eight devices of this machine; a
 CPU is made of eight by JAX_NUM_CPU_DEVICES=8 in front of the command.
 """
 
-import argparse
 import contextlib
 import functools
 import math
@@ -24,11 +24,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 import hsai
+from hsai.cli.budgets import SharedTrials, add_budget_arguments, spread_budgets
 from hsai.cli.corpora import open_own_corpus
 from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
-from hsai.cli.sizes import parse_size
 from hsai.cli.targets import check_apart, check_targets, is_kept
 from hsai.compress import Plan, RecipeConfig, check_kernels, compress, plan_recipe
 from hsai.compress.allocate import Allocation
@@ -54,8 +54,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--recipe", required=True, nargs="+", help="Python files with get_config() -> RecipeConfig")
     parser.add_argument("--out", required=True, type=Path, help="directory to be made")
     parser.add_argument("--calibration", type=Path, help="UTF-8 text: recipes calibrate on it, or are measured")
-    parser.add_argument("--budget", help="of recipes with a choice of formats: bytes of all parameters, such as 60MB")
-    parser.add_argument("--bits-per-weight", type=float, help="the same as bits for each parameter, such as 2.5")
+    add_budget_arguments(parser)
     parser.add_argument(
         "--target",
         choices=(*get_args(Platform), "none"),
@@ -74,8 +73,8 @@ def run(parser: Parser, argv: list[str]) -> None:
     recipes = {Path(path).stem: load_config(path, RecipeConfig).config for path in arguments.recipe}
     if len(recipes) < len(arguments.recipe):
         raise InputError(f"--recipe {' '.join(arguments.recipe)}: two have one name; give each file a name of its own")
+    recipes = spread_budgets(recipes, arguments)
     named = {name: arguments.out / name if len(recipes) > 1 else arguments.out for name in recipes}
-    recipes = set_budget(recipes, arguments)
     check_apart(named.values(), arguments.model)
     check_targets(named.values(), arguments)
     targets = {name: path.resolve() for name, path in named.items()}  # "." and ".." have no name of their own
@@ -107,7 +106,7 @@ def run(parser: Parser, argv: list[str]) -> None:
     kept = {name for name, path in named.items() if is_kept(path, made[name], arguments)}
     with no_empty_directories(targets.values()), contextlib.nullcontext() if mesh is None else use_mesh(mesh):
         dense = source.model if mesh is None else jax.device_put(source.model, tree_shardings(source.model, mesh))
-        is_first = True
+        is_first, trials = True, SharedTrials()
         for name, recipe in recipes.items():
             if name in kept:
                 say(f"reusing {named[name]}")
@@ -119,6 +118,8 @@ def run(parser: Parser, argv: list[str]) -> None:
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
                 if workbench is not None:
+                    if recipe.allocation is not None:
+                        trials.lend(recipe, workbench)
                     _tell_workbench(name, benches[name], workbench, source.config.layers)
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
@@ -147,6 +148,8 @@ def run(parser: Parser, argv: list[str]) -> None:
                     overwrite=arguments.overwrite,
                 )
                 if workbench is not None:
+                    if recipe.allocation is not None:
+                        trials.keep(recipe, workbench)
                     workbench.remove()
             console.print(ledger.table())
             if ledger.allocation is not None:
@@ -184,30 +187,6 @@ def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
                 f"recipe {name}: allocation.windows={recipe.allocation.windows} are no whole {why}; let it be a "
                 f"multiple of {batch}"
             )
-
-
-def set_budget(recipes: dict[str, RecipeConfig], arguments: argparse.Namespace) -> dict[str, RecipeConfig]:
-    """The recipes with the budget of the command line, if one was given.
-
-    Raises:
-      InputError: it is no size, no number of bits, or given twice; or a recipe leaves nothing to choose.
-    """
-    if arguments.budget is None and arguments.bits_per_weight is None:
-        return recipes
-    if arguments.budget is not None and arguments.bits_per_weight is not None:
-        raise InputError("--budget and --bits-per-weight say the same thing; give one of them")
-    option = "--bits-per-weight" if arguments.budget is None else "--budget"
-    size = None if arguments.budget is None else parse_size(arguments.budget, option)
-    changed = {}
-    for name, recipe in recipes.items():
-        if recipe.allocation is None:
-            raise InputError(f"{option}: recipe {name} leaves no choice of formats, which a budget could decide")
-        try:
-            allocation = replace(recipe.allocation, bytes=size, bits_per_weight=arguments.bits_per_weight)
-        except InputError as error:
-            raise InputError(f"{option} {arguments.bits_per_weight:g}: {error}") from error
-        changed[name] = replace(recipe, allocation=allocation)
-    return changed
 
 
 def check_target(name: str, plan: Plan, target: Platform | Literal["none"] | None) -> None:

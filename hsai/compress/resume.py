@@ -127,6 +127,18 @@ class Workbench:
         """Keeps what was found."""
         write_json_atomic(self._name_trials(layer), [configuration.to_dict(item) for item in items])
 
+    def list_trials(self) -> dict[int | None, list[Item]]:
+        """All that was found of candidates, by layer; None for the tables."""
+        numbers = [int(path.stem.removeprefix("trials_")) for path in self._directory.glob("trials_[0-9]*.json")]
+        found = {place: self.load_trials(place) for place in (None, *sorted(numbers))}
+        return {place: items for place, items in found.items() if items is not None}
+
+    def adopt_trials(self, trials: Mapping[int | None, Sequence[Item]]) -> None:
+        """Keeps what another run found of the same candidates; `found` tells of it."""
+        for place, items in trials.items():
+            self.save_trials(place, items)
+        self.found = self._describe()
+
     def load_allocation(self) -> Allocation | None:
         """What was chosen, if that was done."""
         path = self._directory / ALLOCATION

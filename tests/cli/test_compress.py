@@ -21,7 +21,7 @@ from hsai.cli.compress import check_batches, check_target
 from hsai.cli.meshes import read_mesh
 from hsai.cli.page import TRACED
 from hsai.cli.targets import check_apart
-from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe
+from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe, sensitivity
 from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.factor import factorize
 from hsai.config import RunConfig
@@ -189,6 +189,26 @@ def test_a_budget_of_the_command_line_is_kept(
     assert "more than the candidates can use" in capsys.readouterr().out
 
 
+def test_several_budgets_are_spent_on_one_measurement(
+    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each bundle is the one that its budget alone would have made."""
+    (place / "mine.py").write_text(BUDGET_RECIPE)
+    words = ["compress", str(workshop.run), "--recipe", "mine.py"]
+    assert main([*words, "--out", "alone", "--bits-per-weight", "3.5"]) == 0
+    capsys.readouterr()
+    real, seen = sensitivity.sum_gradients, []
+    monkeypatch.setattr(sensitivity, "sum_gradients", lambda *a, **w: (seen.append(1), real(*a, **w))[1])
+    assert main([*words, "--out", "all", "--bits-per-weight", "4.5", "3.5"]) == 0
+    assert len(seen) == 1
+    assert "resuming mine_3.5, of 2 layers: trials of tables, trials of 2 layers" in capsys.readouterr().out
+    assert {path.name for path in (place / "all").iterdir()} == {"mine_4.5", "mine_3.5"}
+    found, wanted = (read_bundle(place / name).manifest for name in ("all/mine_3.5", "alone"))
+    assert found.files["weights.safetensors"] == wanted.files["weights.safetensors"]
+    assert found.extra["ledger"] == wanted.extra["ledger"] and found.extra["recipe"] == wanted.extra["recipe"]
+    assert read_bundle(place / "all/mine_4.5").manifest.extra["recipe"]["allocation"]["bits_per_weight"] == 4.5
+
+
 def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse) -> None:
     (place / "mine.py").write_text(BUDGET_RECIPE)
     words = ("compress", workshop.run, "--out", "out", "--recipe", "mine.py")
@@ -198,6 +218,8 @@ def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse)
     refuse(*words, "--budget", "0MB", names=("--budget 0MB is no size",))
     refuse(*words, "--bits-per-weight", "0", names=("--bits-per-weight 0", "above 0 and at most 32"))
     refuse(*words, "--bits-per-weight", "few", names=("--bits-per-weight", "'few'"))
+    refuse(*words, "--budget", "1MB", "2MB", "1MB", names=("--budget 1MB 2MB 1MB: one is there twice",))
+    refuse(*words, "--bits-per-weight", "3", "60", names=("--bits-per-weight 60", "at most 32"))
     refuse(*words, "--budget", "1MB", "--bits-per-weight", "3", names=("--budget", "--bits-per-weight", "one of them"))
     refuse(*words, recipe("int4"), "--budget", "1MB", names=("--budget: recipe int4 leaves no choice of formats",))
 

@@ -196,7 +196,7 @@ def lay_out(x: Any, *axes: str | None) -> jax.Array:
     return jax.device_put(x, array_sharding(mesh, axes, x.shape))
 
 
-def count_parts(axis: str) -> int:
+def count_pieces(axis: str) -> int:
     """Into how many the mesh in use cuts arrays along a logical axis by which they divide; without one, 1."""
     sizes = jax.sharding.get_mesh().shape
     return math.prod(sizes.get(name, 1) for name in RULES[axis])

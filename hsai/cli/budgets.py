@@ -68,9 +68,11 @@ class SharedTrials:
     def __init__(self) -> None:
         self._known: dict[str, dict[int | None, Sequence[Item]]] = {}
 
-    def lend(self, recipe: RecipeConfig, workbench: Workbench) -> None:
-        """Gives the run what an earlier one of this recipe measured."""
-        workbench.adopt_trials(self._known.get(_name_trials(recipe), {}))
+    def lend(self, recipe: RecipeConfig, workbench: Workbench) -> bool:
+        """Gives the run what an earlier one of this recipe measured; whether there was any."""
+        known = self._known.get(_name_trials(recipe), {})
+        workbench.adopt_trials(known)
+        return bool(known)
 
     def keep(self, recipe: RecipeConfig, workbench: Workbench) -> None:
         """Takes over what the run measured, or found."""

@@ -12,35 +12,30 @@ CPU is made of eight by JAX_NUM_CPU_DEVICES=8 in front of the command.
 
 import contextlib
 import functools
-import math
 import shlex
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 import hsai
 from hsai.cli.budgets import SharedTrials, add_budget_arguments, spread_budgets
-from hsai.cli.corpora import open_own_corpus
+from hsai.cli.calibrations import check_batches, read_windows
 from hsai.cli.meshes import read_mesh
 from hsai.cli.parser import Parser
 from hsai.cli.places import no_empty_directories
 from hsai.cli.targets import check_apart, check_targets, is_kept
 from hsai.compress import Plan, RecipeConfig, check_kernels, compress, plan_recipe
 from hsai.compress.allocate import Allocation
-from hsai.compress.calibration import CalibrationConfig, digest_windows, draw_windows
+from hsai.compress.calibration import digest_windows
 from hsai.compress.resume import Workbench, check_unfinished
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.errors import InputError
-from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import write_bundle
 from hsai.export.history import pass_on
-from hsai.export.source import ModelSource, inspect_model, open_model
+from hsai.export.source import inspect_model, open_model
 from hsai.formats.kernels import Platform
 from hsai.machine import describe_machine, digest_sources, read_peak_memory, reset_peak_memory
 from hsai.progress import ProgressBar, console, say
@@ -118,9 +113,9 @@ def run(parser: Parser, argv: list[str]) -> None:
             opened = contextlib.nullcontext() if name not in benches else Workbench(benches[name], record)
             with opened as workbench:
                 if workbench is not None:
-                    if recipe.allocation is not None:
-                        trials.lend(recipe, workbench)
                     _tell_workbench(name, benches[name], workbench, source.config.layers)
+                    if recipe.allocation is not None and trials.lend(recipe, workbench):
+                        say(f"{name}: what its candidates cost was measured for the budget before")
                 with ProgressBar() as progress:
                     report = functools.partial(_report, progress, name)
                     model, ledger = compress(
@@ -159,36 +154,6 @@ def run(parser: Parser, argv: list[str]) -> None:
             say(f"wrote {named[name]}; the ledger is in its manifest.json")
 
 
-def check_batches(recipes: dict[str, RecipeConfig], mesh: Mesh) -> None:
-    """Raises `InputError` for a recipe whose windows a mesh does not split evenly. A batch is widened to what devices
-    share evenly, so that only whole numbers of such batches will do."""
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    parts = data * fsdp
-    split = f"the {parts} devices that --mesh splits a batch over (data={data} x fsdp={fsdp})"
-    for name, recipe in recipes.items():
-        if recipe.calibration is None:
-            continue
-        batch, length = math.lcm(recipe.calibration.batch, parts), recipe.calibration.sequence_length
-        windows = recipe.calibration.tokens // length
-        why = f"batches of {batch}, which calibration.batch={recipe.calibration.batch} takes on {split}"
-        if windows % batch:
-            raise InputError(
-                f"recipe {name}: the {windows} windows of calibration.tokens={recipe.calibration.tokens} are no whole "
-                f"{why}; let calibration.tokens be a multiple of {batch * length}"
-            )
-        if recipe.reconstruction is not None and windows == batch:
-            raise InputError(
-                f"recipe {name}: reconstruction takes two batches or more, and the {windows} windows of "
-                f"calibration.tokens={recipe.calibration.tokens} are one of {why}; let calibration.tokens be "
-                f"{2 * batch * length} or more"
-            )
-        if recipe.allocation is not None and recipe.allocation.windows % batch:
-            raise InputError(
-                f"recipe {name}: allocation.windows={recipe.allocation.windows} are no whole {why}; let it be a "
-                f"multiple of {batch}"
-            )
-
-
 def check_target(name: str, plan: Plan, target: Platform | Literal["none"] | None) -> None:
     """Raises `InputError` for a format that the target, by default this machine, has no kernel for. A recipe may save
     bytes alone: whoever asks for no target hears what this machine has no kernel for, and gets it."""
@@ -223,59 +188,6 @@ def _tell_allocation(allocation: Allocation) -> None:
             f"the budget of {allocation.budget:,} bytes is more than the candidates can use: "
             f"the best of them hold {allocation.most:,}"
         )
-
-
-def read_windows(
-    recipes: dict[str, RecipeConfig], plans: dict[str, Plan], source: ModelSource, text: Path | None
-) -> dict[str, np.ndarray]:
-    """The tokens that each recipe is calibrated on, int32 (N, T) by its name; and of others those that their output
-    errors are measured on, where a text is given. What is in the format of a recipe already needs none.
-
-    Raises:
-      InputError: the text is needed, and is not there, too short, or no UTF-8; windows exceed the model's context.
-    """
-    asking: dict[str, CalibrationConfig] = {}
-    for name, recipe in recipes.items():
-        if plans[name].reads_text:
-            assert recipe.calibration is not None
-            asking[name] = recipe.calibration
-        elif text is not None and plans[name].measured:
-            asking[name] = recipe.calibration or choose_measured(source)
-        elif text is not None or recipe.calibration is not None:
-            say(f"note: recipe {name}: all that it would solve is in its format already; no calibration is read")
-    if not asking:
-        return {}
-    stream = _read_stream(source, text)
-    windows = {}
-    for name, config in asking.items():
-        if config.sequence_length > source.config.max_length:
-            raise InputError(
-                f"recipe {name}: calibration.sequence_length={config.sequence_length} exceeds the model's context of "
-                f"{source.config.max_length}"
-            )
-        try:
-            windows[name] = draw_windows(stream, config)
-        except InputError as error:
-            raise InputError(f"recipe {name}: {error}") from error
-    return windows
-
-
-def choose_measured(source: ModelSource) -> CalibrationConfig:
-    """How much text measures what does not calibrate: as much as calibrates by default, in windows that the model can
-    read."""
-    default = CalibrationConfig()
-    length = min(default.sequence_length, source.config.max_length)
-    return replace(default, tokens=default.tokens // default.sequence_length * length, sequence_length=length)
-
-
-def _read_stream(source: ModelSource, text: Path | None) -> np.ndarray:
-    """Token ids of the text, or of the training text of the model's corpus."""
-    if text is not None:
-        try:
-            return np.asarray(source.tokenizer.encode(read_text(text)), np.int32)
-        except InputError as error:
-            raise InputError(f"--calibration: {error}") from error
-    return open_own_corpus(source, None, "--calibration").train
 
 
 def _report(progress: ProgressBar, name: str, step: str, done: int, total: int) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from hsai.errors import InputError
-from hsai.sharding import count_parts
+from hsai.sharding import count_pieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class CalibrationConfig:
     """Tokens of a window; at most the model's longest text."""
 
     batch: int = 4
-    """Windows at a time on the devices, and that a layer is tuned on together; see `widen_batch`."""
+    """Windows that a layer is tuned on together, and that are on the devices at a time (a mesh: see `widen_batch`)."""
 
     seed: int = 0
     """Draws where windows begin."""
@@ -63,7 +63,7 @@ def draw_windows(stream: np.ndarray, config: CalibrationConfig) -> np.ndarray:
 def widen_batch(batch: int, windows: int) -> int:
     """How many of `windows` are on the devices at a time: `batch`, or on a mesh its least multiple that the devices
     share evenly. Where the windows do not go into such batches, it stays, and every device works on all of it."""
-    wide = math.lcm(batch, count_parts("batch"))
+    wide = math.lcm(batch, count_pieces("batch"))
     return batch if windows % wide else wide
 
 

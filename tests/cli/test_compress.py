@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
-from hsai.cli.compress import check_batches, check_target
+from hsai.cli.calibrations import check_batches
+from hsai.cli.compress import check_target
 from hsai.cli.meshes import read_mesh
 from hsai.cli.page import TRACED
 from hsai.cli.targets import check_apart
@@ -26,6 +27,7 @@ from hsai.compress.calibration import CalibrationConfig
 from hsai.compress.factor import factorize
 from hsai.config import RunConfig
 from hsai.config_file import load_config
+from hsai.configuration import to_dict
 from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
 from hsai.evaluate.perplexity import read_text
@@ -201,7 +203,7 @@ def test_several_budgets_are_spent_on_one_measurement(
     monkeypatch.setattr(sensitivity, "sum_gradients", lambda *a, **w: (seen.append(1), real(*a, **w))[1])
     assert main([*words, "--out", "all", "--bits-per-weight", "4.5", "3.5"]) == 0
     assert len(seen) == 1
-    assert "resuming mine_3.5, of 2 layers: trials of tables, trials of 2 layers" in capsys.readouterr().out
+    assert "mine_3.5: what its candidates cost was measured for the budget before" in capsys.readouterr().out
     assert {path.name for path in (place / "all").iterdir()} == {"mine_4.5", "mine_3.5"}
     found, wanted = (read_bundle(place / name).manifest for name in ("all/mine_3.5", "alone"))
     assert found.files["weights.safetensors"] == wanted.files["weights.safetensors"]
@@ -263,7 +265,7 @@ def test_how_a_bundle_was_made_is_the_past_of_what_is_made_of_it(
     workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench.frontier import check_calibration
+    from bench.frontier_record import list_calibrations
 
     (place / "sparse.py").write_text(CALIBRATED.replace("Int4Config", "NMConfig"))
     assert main(["compress", str(workshop.run), "--recipe", "sparse.py", "--out", "sparse"]) == 0
@@ -281,9 +283,10 @@ def test_how_a_bundle_was_made_is_the_past_of_what_is_made_of_it(
     assert made["calibration_sha256"] in tell_history(second.origin)["made of"]
     # What llama.cpp is to be calibrated on can still be compared.
     stream = open_corpus(workshop.corpus).train
-    check_calibration("again", second.origin, stream)
-    with pytest.raises(ValueError, match="again was calibrated on other tokens"):
-        check_calibration("again", second.origin, stream[1:])
+    (config,) = list_calibrations("again", second.origin, stream)
+    assert to_dict(config) == first.origin["recipe"]["calibration"]
+    with pytest.raises(InputError, match="again was calibrated on another text"):
+        list_calibrations("again", second.origin, stream[1:])
     # Graphs are not passed on either.
     assert main(["compress", str(workshop.bundles / "nm24"), "--recipe", recipe("nm24_int4"), "--out", "plain"]) == 0
     exported, plain = (inspect_model(path).origin for path in (workshop.bundles / "nm24", "plain"))
@@ -381,7 +384,7 @@ def test_calibration_tokens_are_those_of_the_bytes(
 ) -> None:
     """With CRLF too: what llama.cpp is calibrated on by `scripts/bench_frontier.py` is read by the same function."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench.frontier import check_calibration
+    from bench.frontier_record import list_calibrations
 
     (place / "mine.py").write_text(CALIBRATED)
     (place / "text.txt").write_bytes(b"def main():\r\n    return 42\r\n" * 400)
@@ -391,7 +394,7 @@ def test_calibration_tokens_are_those_of_the_bytes(
     source = open_model("out")
     stream = np.asarray(source.tokenizer.encode(read_text(Path("text.txt"))), np.int32)
     assert "\r\n" in source.tokenizer.decode(stream)
-    check_calibration("out", source.origin, stream)
+    assert len(list_calibrations("out", source.origin, stream)) == 1
 
 
 def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,11 +492,10 @@ def test_batches_of_every_recipe_fit_the_meshes_of_eight() -> None:
 def test_what_fills_no_wider_batches_is_refused() -> None:
     """A batch of 4 is one of 8 on eight devices."""
     tuned, budget = (load_config(recipe(name), RecipeConfig).config for name in ("tuned_int4", "budget"))
-    short = CalibrationConfig(tokens=8 * 64, sequence_length=64, batch=4)
+    short = CalibrationConfig(tokens=12 * 64, sequence_length=64, batch=4)
     mesh = read_mesh("2x4x1")
-    check_batches({"mine": dataclasses.replace(tuned, reconstruction=None, calibration=short)}, mesh)
-    one = "recipe mine: reconstruction takes two batches or more, .* calibration.tokens be 1024 or more"
-    with pytest.raises(InputError, match=one):
+    told = "recipe mine: the 12 windows of calibration.tokens=768 are no whole batches of 8, .* a multiple of 512"
+    with pytest.raises(InputError, match=told):
         check_batches({"mine": dataclasses.replace(tuned, calibration=short)}, mesh)
     assert budget.allocation is not None
     odd = dataclasses.replace(budget.allocation, windows=4)

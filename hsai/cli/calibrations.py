@@ -64,9 +64,7 @@ def read_windows(
     for name, asked in asking.items():
         config = asked or choose_measured(source, stream)
         if config is None:
-            say(
-                f"note: recipe {name}: output errors are not measured: the text has no window, only {len(stream)} tokens"
-            )
+            say(f"note: recipe {name}: a text of {len(stream)} tokens is too short to measure output errors on")
             continue
         if config.sequence_length > source.config.max_length:
             raise InputError(

@@ -24,7 +24,7 @@ from hsai.compress.limits import check_finite, check_held, check_range
 from hsai.compress.measured import measure_layers
 from hsai.compress.names import name_format, name_formats
 from hsai.compress.plain import PlainConfig, pack_layers
-from hsai.compress.plan import Plan, plan_recipe
+from hsai.compress.plan import Plan, is_stacked, plan_recipe
 from hsai.compress.recipe import RecipeConfig, Rule
 from hsai.compress.reconstruct import Reconstructor
 from hsai.compress.resume import Workbench
@@ -126,7 +126,7 @@ def choose_formats(
     params = named_weights(model)
     fixed = {name: rule.formats for name, rule in plan.rules.items() if not rule.is_open}
     formats = {
-        name: one * (params[name].get_value().shape[0] if _is_stacked(name) else 1) for name, one in fixed.items()
+        name: one * (params[name].get_value().shape[0] if is_stacked(name) else 1) for name, one in fixed.items()
     }
     if recipe.allocation is None:
         return formats, None
@@ -175,7 +175,7 @@ def solve_weights(
     asked = {
         name: (formats[name], rule.solver)
         for name, rule in plan.rules.items()
-        if (isinstance(rule.solver, CalibratedConfig) or _is_stacked(name)) and name not in plan.kept
+        if (isinstance(rule.solver, CalibratedConfig) or is_stacked(name)) and name not in plan.kept
     }
     if not asked:
         return SolvedLayers(weights={}, rows=(), blocks=())
@@ -274,7 +274,3 @@ def check_bytes(name: str, value: Weight, formats: Sequence[FormatConfig]) -> No
 def _plain_solver(rule: Rule) -> PlainConfig:
     assert not isinstance(rule.solver, CalibratedConfig)
     return rule.solver
-
-
-def _is_stacked(name: str) -> bool:
-    return name.startswith("layers.")

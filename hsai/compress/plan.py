@@ -70,7 +70,7 @@ def plan_recipe(recipe: RecipeConfig, model: Any) -> Plan:
         for format in rule.formats:
             _check_fits(name, params[name], format)
     head = "unembed" if "unembed" in params else "embed"
-    multiplied = {name: tuple(params[name].shape) for name in rules if _is_stacked(name) or name == head}
+    multiplied = {name: tuple(params[name].shape) for name in rules if is_stacked(name) or name == head}
     for name, rule in rules.items():
         if name in multiplied or not isinstance(rule.solver, CalibratedConfig):
             continue
@@ -84,7 +84,7 @@ def plan_recipe(recipe: RecipeConfig, model: Any) -> Plan:
             {
                 name: rule
                 for name, rule in rules.items()
-                if _is_stacked(name) and isinstance(rule.solver, CalibratedConfig)
+                if is_stacked(name) and isinstance(rule.solver, CalibratedConfig)
             },
             learned=recipe.reconstruction.masks == "learned",
         )
@@ -185,5 +185,5 @@ def _leave_plain(rule: Rule) -> Rule:
     return dataclasses.replace(rule, solver=NearestConfig()) if isinstance(rule.solver, CalibratedConfig) else rule
 
 
-def _is_stacked(name: str) -> bool:
+def is_stacked(name: str) -> bool:
     return name.startswith("layers.")

@@ -95,6 +95,13 @@ def test_what_training_sees_is_what_packing_holds(format: FormatConfig, kind: st
         np.testing.assert_array_equal(kept, mask)
 
 
+@pytest.mark.parametrize("format", [Int8Config(), TernaryConfig(group=64), NMInt8Config()], ids=str)
+def test_scales_that_are_not_searched_are_those_of_the_format(format: FormatConfig) -> None:
+    """Which finds them by itself."""
+    w = draw_weight("outliers")[0]
+    jax.tree.map(np.testing.assert_array_equal, pack_weight(w, format), format.pack(w))
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_forward_pass_sees_n_of_every_4(model: Transformer, n: int) -> None:
     sparse = named_arrays(see_packed(model, one(NMConfig(n=n, dtype="float32"))))

@@ -66,7 +66,7 @@ class SharedTrials:
     """What candidates cost, measured once for all budgets that one command spends on the same recipe."""
 
     def __init__(self) -> None:
-        self._known: dict[str, dict[int | None, Sequence[Item]]] = {}
+        self._known: dict[str, Mapping[int | None, Sequence[Item]]] = {}
 
     def lend(self, recipe: RecipeConfig, workbench: Workbench) -> bool:
         """Gives the run what an earlier one of this recipe measured; whether there was any."""

@@ -21,6 +21,7 @@ from hsai.formats import (
     Int8Config,
     NMConfig,
     NMInt4Config,
+    NMInt8Config,
     TernaryConfig,
     UnstructuredConfig,
     UnstructuredInt4Config,

@@ -186,7 +186,7 @@ def test_a_budget_is_spent_on_experts_too(model: Transformer) -> None:
         assert option.loss == pytest.approx(wanted, rel=1e-2)
     rules = (Rule(pattern="layers.mlp.*", format=candidates), Rule(pattern="*", format=Int8Config()))
     recipe = RecipeConfig(
-        rules=rules, calibration=CALIBRATION, allocation=AllocationConfig(bits_per_weight=6.5, windows=4)
+        rules=rules, calibration=CALIBRATION, allocation=AllocationConfig(bits_per_weight=7.5, windows=4)
     )
     packed, ledger = compress(model, recipe, calibration=TOKENS)
     assert ledger.bytes <= ledger.allocation.budget

@@ -2,8 +2,8 @@
 
     hsai train configs/stdlib_20m.py
 
-A step takes 4.7 s on two cores of an AMD EPYC with AVX-512 that do nothing else; held-out: 1.153 bits a byte
-(2026-11-27).
+A step takes 4.7 s on two cores of an AMD EPYC with AVX-512 that do nothing else (2026-11-27), 5.4 s with AVX2; it
+ends at 1.148 bits a byte held out (2026-11-28).
 Its widths are multiples of 256, so that llama.cpp's k-quants take all of its weights: what it loses in hsai's formats
 stands beside what it loses in llama.cpp's (scripts/bench_frontier.py; docs/compression.md has the result).
 """

@@ -159,13 +159,15 @@ class _LayerSolver:
             changed, row = self._reconstructor.tune(layer, given, start, tuned, streams)
             weights |= {f"layers.{name}": value for name, value in changed.items()}
             blocks = (row,)
+        solved = _replace_packed(block, weights)
+        held = {f"layers.{name}": param.get_value() for name, param in named_weights(solved).items()}
         rows = tuple(
-            _make_row(name, layer, chosen[name][0], dense[name], weights[name], grams[_inner(name)], packing)
+            make_row(name, layer, chosen[name][0], dense[name], held[name], grams[_inner(name)], packing)
             for name, packing in packings.items()
             if _inner(name) in grams
         )
         self._keep(layer, SolvedLayer(weights=weights, rows=rows, blocks=blocks))
-        return _replace_packed(block, weights)
+        return solved
 
     def solve_head(self, gram: jax.Array, squares: jax.Array) -> None:
         """For `stream_blocks`: packs what the last normalization's outputs are multiplied by."""
@@ -175,7 +177,7 @@ class _LayerSolver:
             w = to_dense(named_weights(self._model)[name].get_value())
             packing = BlockSolver({name: gram}, {name: squares}).pack(name, w, formats[0], how)
             weights[name] = packing.weight
-            rows.append(_make_row(name, None, formats[0], w, packing.weight, gram, packing))
+            rows.append(make_row(name, None, formats[0], w, packing.weight, gram, packing))
         self._keep(None, SolvedLayer(weights=weights, rows=tuple(rows), blocks=()))
 
     def _keep(self, place: int | None, solved: SolvedLayer) -> None:
@@ -204,16 +206,23 @@ def _tell_idle(packing: Packing, counts: np.ndarray) -> Packing:
     return dataclasses.replace(packing, note="; ".join(filter(None, (packing.note, told))))
 
 
-def _make_row(
-    name: str, layer: int | None, format: FormatConfig, w: jax.Array, held: Weight, gram: jax.Array, packing: Packing
+def make_row(
+    name: str,
+    layer: int | None,
+    format: FormatConfig,
+    w: jax.Array,
+    held: Weight,
+    gram: jax.Array,
+    packing: Packing | None = None,
 ) -> LayerRow:
+    """How far the outputs of w (..., D, F) moved, now that it is `held`; and how its solve went, if there was one."""
     return LayerRow(
         weight=name,
         layer=layer,
         format=name_format(format),
         output_error=keep_finite(measure_output(w, to_dense(held).astype(w.dtype), gram)),
-        damping=packing.damping,
-        note=packing.note,
+        damping=None if packing is None else packing.damping,
+        note="" if packing is None else packing.note,
     )
 
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from hsai.compress.calibrated import measure_output
-from hsai.compress.ledger import LayerRow, keep_finite
-from hsai.compress.names import name_format
+from hsai.compress.calibrated import make_row
+from hsai.compress.ledger import LayerRow
 from hsai.compress.stream import Grams, Progress, Streams, stream_blocks, take_block
 from hsai.formats import FormatConfig, to_dense
 from hsai.formats.storage import named_weights, replace_weights
@@ -42,17 +41,6 @@ def measure_layers(
     """
     rows: list[LayerRow] = []
 
-    def note(name: str, layer: int | None, w: jax.Array, held: jax.Array, gram: jax.Array) -> None:
-        rows.append(
-            LayerRow(
-                weight=name,
-                layer=layer,
-                format=name_format(formats[name][layer or 0]),
-                output_error=keep_finite(measure_output(w, held, gram)),
-                damping=None,
-            )
-        )
-
     def compare(layer: int, block: Block, grams: Grams, streams: Streams) -> Block:
         dense = {name: param.get_value() for name, param in named_weights(block).items()}
         found = named_weights(take_block(packed, layer))
@@ -60,13 +48,13 @@ def measure_layers(
         for full in formats:
             name = full.removeprefix("layers.")
             if name != full and name in grams:
-                note(full, layer, dense[name], held[name], grams[name])
+                rows.append(make_row(full, layer, formats[full][layer], dense[name], held[name], grams[name]))
         return replace_weights(block, held)
 
     def compare_head(gram: jax.Array, _: jax.Array) -> None:
         for name in heads:
             w, held = (to_dense(named_weights(each)[name].get_value()) for each in (model, packed))
-            note(name, None, w, held.astype(w.dtype), gram)
+            rows.append(make_row(name, None, formats[name][0], w, held, gram))
 
     def report(_: str, done: int, total: int) -> None:
         if progress is not None:

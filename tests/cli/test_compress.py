@@ -1,7 +1,6 @@
 """`hsai compress`: what it makes, and what it refuses before anything is made."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -17,23 +16,19 @@ import numpy as np
 import pytest
 
 from hsai.cli import main
-from hsai.cli.calibrations import check_batches
 from hsai.cli.compress import check_target
-from hsai.cli.meshes import read_mesh
 from hsai.cli.page import TRACED
 from hsai.cli.targets import check_apart
-from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe, sensitivity
-from hsai.compress.calibration import CalibrationConfig
+from hsai.compress import Ledger, RecipeConfig, compress, plan_recipe
 from hsai.compress.factor import factorize
 from hsai.config import RunConfig
 from hsai.config_file import load_config
 from hsai.configuration import to_dict
 from hsai.data.corpus_files import open_corpus
 from hsai.errors import InputError
-from hsai.evaluate.perplexity import read_text
 from hsai.export.bundle import read_bundle
 from hsai.export.history import STEP, tell_history
-from hsai.export.source import inspect_model, open_model
+from hsai.export.source import inspect_model
 from hsai.models import Transformer
 from hsai.models.transformer import abstract_transformer
 from tests.cli.conftest import CALIBRATED, RECIPES, Workshop, recipe
@@ -149,83 +144,6 @@ def test_a_full_disk_leaves_nothing(
     refuse("compress", workshop.run, "--recipe", *recipes, "--out", "a/b/c", names=("No space left on device",))
 
 
-BUDGET_RECIPE = """
-from hsai.compress.allocate import AllocationConfig
-from hsai.compress.solvers import FeedbackConfig
-from hsai.compress.calibration import CalibrationConfig
-from hsai.compress.recipe import RecipeConfig, Rule
-from hsai.formats import Int4Config, Int8Config, TernaryConfig
-
-def get_config():
-    blocks, tables = (Int8Config(), Int4Config(), TernaryConfig()), (Int8Config(), Int4Config())
-    return RecipeConfig(
-        rules=(Rule(pattern="layers.*", format=blocks, solver=FeedbackConfig()), Rule(pattern="*", format=tables)),
-        calibration=CalibrationConfig(tokens=1024, sequence_length=64, batch=4),
-        allocation=AllocationConfig(bits_per_weight=6.0, windows=4),
-    )
-"""
-
-
-def test_a_budget_of_the_command_line_is_kept(
-    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (place / "mine.py").write_text(BUDGET_RECIPE)
-    words = ["compress", str(workshop.run), "--recipe", "mine.py"]
-    bytes_of = {}
-    for name, option in {"own": [], "bits": ["--bits-per-weight", "4.5"], "size": ["--budget", "250KB"]}.items():
-        assert main([*words, "--out", name, *option]) == 0
-        said = capsys.readouterr().out
-        extra = read_bundle(place / name).manifest.extra
-        allocation = extra["ledger"]["allocation"]
-        bytes_of[name] = extra["ledger"]["bytes"]
-        assert bytes_of[name] <= allocation["budget"] and "nats a token" in said
-        assert ("more than the candidates can use" in said) == (allocation["budget"] > allocation["most"])
-        assert main(["generate", name, "def ", "--max-tokens", "3"]) == 0
-    assert bytes_of["own"] > bytes_of["size"] and bytes_of["own"] > bytes_of["bits"]
-    assert extra["recipe"]["allocation"]["bytes"] == 250_000 and allocation["budget"] == 250_000
-    # What was made under one budget is not taken for what another would make.
-    capsys.readouterr()
-    assert main([*words, "--out", "size", "--budget", "250KB", "--reuse"]) == 0
-    assert "reusing" in capsys.readouterr().out
-    assert main([*words, "--out", "size", "--budget", "1GB", "--reuse", "--overwrite"]) == 0
-    assert "more than the candidates can use" in capsys.readouterr().out
-
-
-def test_several_budgets_are_spent_on_one_measurement(
-    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And each bundle is the one that its budget alone would have made."""
-    (place / "mine.py").write_text(BUDGET_RECIPE)
-    words = ["compress", str(workshop.run), "--recipe", "mine.py"]
-    assert main([*words, "--out", "alone", "--bits-per-weight", "3.5"]) == 0
-    capsys.readouterr()
-    real, seen = sensitivity.sum_gradients, []
-    monkeypatch.setattr(sensitivity, "sum_gradients", lambda *a, **w: (seen.append(1), real(*a, **w))[1])
-    assert main([*words, "--out", "all", "--bits-per-weight", "4.5", "3.5"]) == 0
-    assert len(seen) == 1
-    assert "mine_3.5: what its candidates cost was measured for the budget before" in capsys.readouterr().out
-    assert {path.name for path in (place / "all").iterdir()} == {"mine_4.5", "mine_3.5"}
-    found, wanted = (read_bundle(place / name).manifest for name in ("all/mine_3.5", "alone"))
-    assert found.files["weights.safetensors"] == wanted.files["weights.safetensors"]
-    assert found.extra["ledger"] == wanted.extra["ledger"] and found.extra["recipe"] == wanted.extra["recipe"]
-    assert read_bundle(place / "all/mine_4.5").manifest.extra["recipe"]["allocation"]["bits_per_weight"] == 4.5
-
-
-def test_budgets_that_cannot_be(workshop: Workshop, place: Path, refuse: Refuse) -> None:
-    (place / "mine.py").write_text(BUDGET_RECIPE)
-    words = ("compress", workshop.run, "--out", "out", "--recipe", "mine.py")
-    refuse(*words, "--budget", "5KB", names=("recipe mine: a budget of 5,000 bytes cannot be met", "the model has "))
-    refuse(*words, "--bits-per-weight", "1.5", names=("recipe mine: a budget of", "cannot be met"))
-    refuse(*words, "--budget", "60", names=("--budget 60 is no size", "500MB"))
-    refuse(*words, "--budget", "0MB", names=("--budget 0MB is no size",))
-    refuse(*words, "--bits-per-weight", "0", names=("--bits-per-weight 0", "above 0 and at most 32"))
-    refuse(*words, "--bits-per-weight", "few", names=("--bits-per-weight", "'few'"))
-    refuse(*words, "--budget", "1MB", "2MB", "1MB", names=("--budget 1MB 2MB 1MB: one is there twice",))
-    refuse(*words, "--bits-per-weight", "3", "60", names=("--bits-per-weight 60", "at most 32"))
-    refuse(*words, "--budget", "1MB", "--bits-per-weight", "3", names=("--budget", "--bits-per-weight", "one of them"))
-    refuse(*words, recipe("int4"), "--budget", "1MB", names=("--budget: recipe int4 leaves no choice of formats",))
-
-
 def test_what_it_took_is_told_of_the_commit_that_began(
     workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,72 +247,6 @@ def test_nothing_that_is_read_is_changed(
         assert snapshot(inputs) == before and read_bundle(place / "out" / name).manifest.extra["ledger"]
 
 
-def test_calibration_from_a_file(workshop: Workshop, place: Path, refuse: Refuse) -> None:
-    (place / "mine.py").write_text(CALIBRATED)
-    (place / "long.py").write_text(CALIBRATED.replace("length=64, batch=4", "length=256, batch=2"))
-    (place / "text.txt").write_text("def main():\n    return 42\n" * 400)
-    (place / "short.txt").write_text("too short")
-    (place / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    (place / "empty.txt").write_bytes(b"")
-    words = ("compress", workshop.run, "--out", "out", "--recipe")
-    for given, told in {
-        "short.txt": ("recipe mine: calibration.tokens=512 exceeds the text", "give more text"),
-        "bytes.txt": ("--calibration: bytes.txt is not text: byte 0",),
-        "nowhere.txt": ("--calibration: cannot read nowhere.txt",),
-        "empty.txt": ("--calibration: empty.txt holds no text",),
-    }.items():
-        refuse(*words, "mine.py", "--calibration", given, names=told)
-    long = ("recipe long: calibration.sequence_length=256 exceeds the model's context of ",)
-    refuse(*words, "long.py", "--calibration", "text.txt", names=long)
-    hashes = []
-    for name, more in {"own": [], "file": ["--calibration", "text.txt"]}.items():
-        assert main(["compress", str(workshop.run), "--recipe", "mine.py", "--out", name, *more]) == 0
-        hashes.append(read_bundle(place / name).manifest.extra["calibration_sha256"])
-    assert hashes[0] != hashes[1]
-
-
-def test_a_text_measures_what_does_not_calibrate(
-    workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of several recipes each; what is packed is the same to the byte. What is kept has nothing to be measured."""
-    (place / "mine.py").write_text(CALIBRATED)
-    text = " ".join(str(number) for number in range(20_000))
-    (place / "text.txt").write_text(text)
-    words = ["compress", str(workshop.run), "--calibration", "text.txt", "--recipe", recipe("int4"), "mine.py"]
-    assert main([*words, "--out", "out"]) == 0
-    plain, solved = (read_bundle(place / "out" / name).manifest for name in ("int4", "mine"))
-    assert plain.files == read_bundle(workshop.compressed / "int4").manifest.files
-    assert "measured_sha256" in plain.extra and "calibration_sha256" not in plain.extra
-    assert "calibration_sha256" in solved.extra and "measured_sha256" not in solved.extra
-    rows = plain.extra["ledger"]["layers"]
-    assert [row["layer"] for row in rows] == [0] * 7 + [1] * 7 + [None] and rows[-1]["weight"] == "embed"
-    assert all(0 < row["output_error"] < 0.3 for row in rows)
-    capsys.readouterr()
-    again = ["compress", "out/int4", "--calibration", "text.txt", "--recipe", recipe("int4"), "--out", "kept"]
-    assert main(again) == 0
-    assert "note: recipe int4: all that it would solve is in its format already" in capsys.readouterr().out
-    kept = read_bundle(place / "kept").manifest.extra
-    assert "layers" not in kept["ledger"] and "measured_sha256" not in kept
-
-
-def test_calibration_tokens_are_those_of_the_bytes(
-    workshop: Workshop, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With CRLF too: what llama.cpp is calibrated on by `scripts/bench_frontier.py` is read by the same function."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from bench.frontier_record import list_calibrations
-
-    (place / "mine.py").write_text(CALIBRATED)
-    (place / "text.txt").write_bytes(b"def main():\r\n    return 42\r\n" * 400)
-    assert (
-        main(["compress", str(workshop.run), "--recipe", "mine.py", "--calibration", "text.txt", "--out", "out"]) == 0
-    )
-    source = open_model("out")
-    stream = np.asarray(source.tokenizer.encode(read_text(Path("text.txt"))), np.int32)
-    assert "\r\n" in source.tokenizer.decode(stream)
-    assert len(list_calibrations("out", source.origin, stream)) == 1
-
-
 def test_a_format_without_a_kernel_is_told(workshop: Workshop, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And made, where no target is asked for: who wants bytes alone may have it."""
     words = ["compress", str(workshop.run), "--target", "none", "--recipe"]
@@ -478,28 +330,6 @@ def test_a_mesh_packs_what_one_device_does(workshop: Workshop, place: Path, refu
     (place / "mine.py").write_text(CALIBRATED.replace("tokens=512", "tokens=768"))  # 12 windows, in batches of 8
     told = ("recipe mine: the 12 windows of calibration.tokens=768", "batches of 8", "batch=4", "multiple of 512")
     refuse(*words, "8x1x1", names=told)
-
-
-def test_batches_of_every_recipe_fit_the_meshes_of_eight() -> None:
-    paths = sorted((ROOT / "configs" / "compress").glob("*.py"))
-    recipes = {path.stem: load_config(path, RecipeConfig).config for path in paths}
-    for shape in ("1x8x1", "8x1x1", "2x4x1"):
-        check_batches(recipes, read_mesh(shape))
-
-
-def test_what_fills_no_wider_batches_is_refused() -> None:
-    """A batch of 4 is one of 8 on eight devices."""
-    tuned, budget = (load_config(recipe(name), RecipeConfig).config for name in ("tuned_int4", "budget"))
-    short = CalibrationConfig(tokens=12 * 64, sequence_length=64, batch=4)
-    mesh = read_mesh("2x4x1")
-    told = "recipe mine: the 12 windows of calibration.tokens=768 are no whole batches of 8, .* a multiple of 512"
-    with pytest.raises(InputError, match=told):
-        check_batches({"mine": dataclasses.replace(tuned, calibration=short)}, mesh)
-    assert budget.allocation is not None
-    odd = dataclasses.replace(budget.allocation, windows=4)
-    told = "recipe mine: allocation.windows=4 are no whole batches of 8, .*; let it be a multiple of 8"
-    with pytest.raises(InputError, match=told):
-        check_batches({"mine": dataclasses.replace(budget, allocation=odd)}, mesh)
 
 
 def test_a_cpu_is_made_of_as_many_devices_as_the_variable_says(workshop: Workshop, place: Path) -> None:
